@@ -1,0 +1,3 @@
+"""autopar: plans, prices and runs the parallelisation of a PyTorch model."""
+
+__all__: list[str] = []

@@ -1,0 +1,118 @@
+"""Plan: the one thing handed from planning to execution, and what `plan.json` holds.
+
+A plan is decisions plus everything a reader needs to trust them: which model and cluster they were made for, what
+they should cost, how far from optimal they can be. It is never executable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autopar.ir.quantity import Quantity
+from autopar.ir.solution import Alternative, Decisions, Objective
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """How to build the model again.
+
+    Attributes:
+        source: `examples/gpt2.py` or `hf:config.json`, as given.
+        options: the `--set` options, as text.
+        graph_hash: SHA-256 of the captured graph (ops, shapes, wiring).
+        batch_size: samples in one global batch.
+    """
+
+    source: str
+    options: Mapping[str, str]
+    graph_hash: str
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class ClusterReference:
+    """The cluster that was priced.
+
+    Attributes:
+        gpu: kebab-case name in `costmodels/`.
+        num_gpus: ceiling given to the planner.
+        input_hash: SHA-256 of every number that shaped the prices (device file, links, profile rows).
+        origin: `flag`, `detected` or `default`: where the choice of GPU came from.
+    """
+
+    gpu: str
+    num_gpus: int
+    gpus_per_node: int
+    memory_bytes: int
+    input_hash: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """Predicted figures of one stage. Seconds are of one microbatch, except `step_s` (once a step)."""
+
+    forward_s: Quantity
+    backward_s: Quantity
+    step_s: Quantity
+    peak_memory_bytes: Quantity
+    memory_by_cause: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one step should cost, over all devices used. Scope of energy and power: GPUs plus hosts.
+
+    Attributes:
+        energy_by_cause: joules: `dynamic`, `blocked`, `host`.
+        tdp_energy_j: the naive figure, board power limit x step time x devices, for comparison.
+        sources: how many priced entries carry each label.
+    """
+
+    step_time_s: Quantity
+    energy_j: Quantity
+    average_power_w: Quantity
+    peak_power_w: Quantity
+    peak_memory_bytes: tuple[Quantity, ...]
+    stages: tuple[StageFigures, ...]
+    energy_by_cause: Mapping[str, float]
+    tdp_energy_j: float
+    sources: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class SolverReport:
+    """How the decisions were found. `objective` and `bound` are formula values in the objective's unit."""
+
+    status: str
+    objective: float
+    bound: float
+    gap: float
+    wall_s: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module docstring.
+
+    Attributes:
+        rule_free_ops: target -> number of ops that have no sharding rule and are therefore replicated.
+        notes: sentences for the reader (assumptions, defaults taken, warnings).
+        created: when and by which versions; the only part that may differ between equal runs.
+    """
+
+    schema_version: int
+    model: ModelReference
+    cluster: ClusterReference
+    objective: Objective
+    decisions: Decisions
+    predicted: Prediction
+    solver: SolverReport
+    rule_free_ops: Mapping[str, int]
+    alternatives: tuple[Alternative, ...]
+    notes: tuple[str, ...]
+    created: Mapping[str, str]
