@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from autopar.ir.placement import INVARIANT, PARTIAL, REPLICATE, Placement, Sharding, shard
+from autopar.ir.placement import INVARIANT, REPLICATE, Placement, Sharding, shard
 
 FORWARD = {
     "IR": "none", "IS": "slice", "IP": "mask", "RS": "slice", "RP": "mask", "SI": "all_gather", "SR": "all_gather",
@@ -112,12 +112,11 @@ def _normal(sharding: Sharding, axis_sizes: tuple[int, ...], requires_grad: bool
 def _successors(
     state: Sharding, target: Sharding, axis_sizes: tuple[int, ...]
 ) -> Iterator[tuple[RedistributeStep, Sharding]]:
-    """States one step away that can lie on a shortest path: placements of the target, or whole values."""
-    candidates = {INVARIANT, REPLICATE, *target} | {p for p in state if p.is_shard}
+    """States one step away: on each axis the target's placement there, or the whole value."""
     for axis, current in enumerate(state):
         if axis_sizes[axis] == 1 or (current.is_shard and _is_split_inside(state, axis, current.dim)):
             continue
-        for new in sorted(candidates):
+        for new in sorted({INVARIANT, REPLICATE, target[axis]}):
             allowed = new != current and current.kind + new.kind in FORWARD
             if not allowed or (new.is_shard and _is_split_inside(state, axis, new.dim)):
                 continue
@@ -126,6 +125,3 @@ def _successors(
 
 def _is_split_inside(state: Sharding, axis: int, dim: int) -> bool:
     return shard(dim) in state[axis + 1 :]
-
-
-__all__ = ["BACKWARD", "FORWARD", "PARTIAL", "RedistributeStep", "is_free", "redistribute_steps"]
