@@ -8,6 +8,7 @@ One step changes the placement on one axis. Its backward is fixed by the placeme
 | `I -> R`   | nothing         | all_reduce      | the local value                                    |
 | `I -> Sd`  | slice           | all_gather      | the local value before the slice                   |
 | `I -> P`   | zero but rank 0 | nothing         |                                                    |
+| `R -> I`   | nothing         | zero but rank 0 |                                                    |
 | `R -> Sd`  | slice           | zero padding    |                                                    |
 | `R -> P`   | zero but rank 0 | zero but rank 0 |                                                    |
 | `Sd -> I`  | all_gather      | slice           | the gathered value                                 |
@@ -17,7 +18,7 @@ One step changes the placement on one axis. Its backward is fixed by the placeme
 | `P -> R`   | all_reduce      | all_reduce      | the local value                                    |
 | `P -> Sd`  | reduce_scatter  | all_gather      | the local value before the scatter                 |
 
-`R -> I` and `Sd -> P` are never needed by a rule and are not steps. When two axes shard one tensor dim, the outer
+`Sd -> P` is never needed by a rule and is not a step. When two axes shard one tensor dim, the outer
 axis splits first, so only the innermost of them may be undone or changed, and a new split may only be added inside.
 A change on several axes is a shortest sequence of steps under a fixed price order (see `STEP_RANK`).
 
@@ -34,11 +35,11 @@ from functools import lru_cache
 from autopar.ir.placement import INVARIANT, REPLICATE, Placement, Sharding, shard
 
 FORWARD = {
-    "IR": "none", "IS": "slice", "IP": "mask", "RS": "slice", "RP": "mask", "SI": "all_gather", "SR": "all_gather",
+    "IR": "none", "IS": "slice", "IP": "mask", "RI": "none", "RS": "slice", "RP": "mask", "SI": "all_gather", "SR": "all_gather",
     "SS": "all_to_all", "PI": "all_reduce", "PR": "all_reduce", "PS": "reduce_scatter",
 }  # fmt: skip
 BACKWARD = {
-    "IR": "all_reduce", "IS": "all_gather", "IP": "none", "RS": "pad", "RP": "mask", "SI": "slice",
+    "IR": "all_reduce", "IS": "all_gather", "IP": "none", "RI": "mask", "RS": "pad", "RP": "mask", "SI": "slice",
     "SR": "reduce_scatter", "SS": "all_to_all", "PI": "none", "PR": "all_reduce", "PS": "all_gather",
 }  # fmt: skip
 STEP_RANK = {"none": 0.0, "slice": 0.01, "mask": 0.02, "pad": 0.02, "all_to_all": 1.0, "all_gather": 2.0}
@@ -76,7 +77,7 @@ def is_free(step: RedistributeStep) -> bool:
 def redistribute_steps(
     source: Sharding, target: Sharding, axis_sizes: tuple[int, ...], requires_grad: bool
 ) -> tuple[RedistributeStep, ...] | None:
-    """Cheapest sequence of steps, or None where there is none (e.g. `R -> I` for a value with gradient).
+    """Cheapest sequence of steps, or None where there is none (e.g. `S0 -> P`).
 
     Args:
         source, target: placements by axis, same length as `axis_sizes`.
