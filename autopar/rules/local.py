@@ -20,16 +20,15 @@ class LocalCall:
 
     Local operations. `*_axes` are tuples of mesh axis indices, outermost first.
 
-    | target                      | extra kwargs                 | meaning                                               |
-    |-----------------------------|------------------------------|-------------------------------------------------------|
-    | `autopar.embedding_rows`    | row_axes, num_rows           | weight holds a slice of the rows; other ids give 0    |
-    | `autopar.cross_entropy`     | token_axes, class_axes       | mean over all tokens of all ranks; result Partial on  |
-    |                             |                              | token_axes; classes are split over class_axes         |
-    | `autopar.batch_norm`        | batch_axes                   | statistics over all ranks of batch_axes               |
-    | `autopar.dropout`           | op_name, global_shape,       | the slice of the mask that the whole op would draw    |
-    |                             | sharding                     | from the stream (step, microbatch, op_name)           |
-    | `autopar.attention_dropout` | op_name, global_shape,       | scaled_dot_product_attention with dropout_p > 0; the  |
-    |                             | sharding                     | mask is that of the (.., L, S) weights, same rule     |
+    * `autopar.embedding_rows` (row_axes, num_rows): the weight holds a slice of the rows; ids elsewhere give 0.
+    * `autopar.cross_entropy` (token_axes, class_axes): the mean over all tokens of all ranks, as one term of a pending
+      sum on token_axes; classes are split over class_axes, on which the result is whole.
+    * `autopar.batch_norm` (batch_axes): statistics over all ranks of batch_axes.
+    * `autopar.dropout` (op_name, global_shape, sharding): the slice of the mask that the whole op would draw from the
+      stream (step, microbatch, op_name); `sharding` is text as of `format_sharding`.
+    * `autopar.attention_dropout` (op_name, global_shape, sharding): scaled_dot_product_attention with dropout_p > 0;
+      the same rule, for the mask of the (batch, head, row, column) weights.
+    * `autopar.moe_experts`: the members of the region run on the local tokens (`token_counts` are local).
     """
 
     target: str

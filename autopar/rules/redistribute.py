@@ -35,12 +35,14 @@ from functools import lru_cache
 from autopar.ir.placement import INVARIANT, REPLICATE, Placement, Sharding, shard
 
 FORWARD = {
-    "IR": "none", "IS": "slice", "IP": "mask", "RI": "none", "RS": "slice", "RP": "mask", "SI": "all_gather", "SR": "all_gather",
-    "SS": "all_to_all", "PI": "all_reduce", "PR": "all_reduce", "PS": "reduce_scatter",
+    "IR": "none", "IS": "slice", "IP": "mask", "RI": "none", "RS": "slice", "RP": "mask",
+    "SI": "all_gather", "SR": "all_gather", "SS": "all_to_all",
+    "PI": "all_reduce", "PR": "all_reduce", "PS": "reduce_scatter",
 }  # fmt: skip
 BACKWARD = {
-    "IR": "all_reduce", "IS": "all_gather", "IP": "none", "RI": "mask", "RS": "pad", "RP": "mask", "SI": "slice",
-    "SR": "reduce_scatter", "SS": "all_to_all", "PI": "none", "PR": "all_reduce", "PS": "all_gather",
+    "IR": "all_reduce", "IS": "all_gather", "IP": "none", "RI": "mask", "RS": "pad", "RP": "mask",
+    "SI": "slice", "SR": "reduce_scatter", "SS": "all_to_all",
+    "PI": "none", "PR": "all_reduce", "PS": "all_gather",
 }  # fmt: skip
 STEP_RANK = {"none": 0.0, "slice": 0.01, "mask": 0.02, "pad": 0.02, "all_to_all": 1.0, "all_gather": 2.0}
 STEP_RANK |= {"reduce_scatter": 2.0, "all_reduce": 4.0}
@@ -80,7 +82,8 @@ def redistribute_steps(
     """Cheapest sequence of steps, or None where there is none (e.g. `S0 -> P`).
 
     Args:
-        source, target: placements by axis, same length as `axis_sizes`.
+        source: placements by axis, same length as `axis_sizes`.
+        target: likewise.
         axis_sizes: size of every axis; on an axis of size 1 all placements are equal.
         requires_grad: whether a gradient flows back.
     """

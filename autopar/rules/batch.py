@@ -1,0 +1,81 @@
+"""Which dim of each value counts samples, found by following the batch through the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from autopar.ir.graph import Op, OpGraph
+from autopar.ir.placement import Placement
+from autopar.ir.strategy import AxisStrategy
+from autopar.rules.call import Values
+from autopar.rules.strategies import axis_strategies
+
+
+def batch_dims(graph: OpGraph) -> dict[str, int | None]:
+    """Batch dim of every value, None where it has none.
+
+    Starts from the batch inputs. A value without gradient that shows none of its own (a mask made from sizes alone)
+    takes the dim that its first consumer needs, because it can be sliced freely.
+    """
+    dims: dict[str, int | None] = {name: value.batch_dim for name, value in graph.values.items()}
+    for op in graph.ops:
+        strategy = batch_strategy(op, graph.values, dims, graph.batch_size)
+        if strategy is None:
+            continue
+        for name, placement in zip(op.outputs, strategy.outputs, strict=True):
+            dims[name] = _dim(placement)
+        for name, placement in zip(op.inputs, strategy.inputs, strict=True):
+            if placement.is_shard and dims[name] is None:
+                dims[name] = placement.dim
+    return dims
+
+
+def batch_strategy(op: Op, values: Values, dims: Mapping[str, int | None], batch_size: int = 0) -> AxisStrategy | None:
+    """The op's data-parallel strategy: operands split along their batch dims and nothing else, or None.
+
+    Args:
+        op: the op.
+        values: the graph's values.
+        dims: batch dims found so far (complete, if `batch_dims` made them).
+        batch_size: if given, an op that creates the batch dim (expanding a parameter) may match by size.
+    """
+    candidates = axis_strategies(op, values)[1:]
+    for strategy in candidates:
+        if any(p.is_shard for p in strategy.inputs) and _agrees(op, strategy, values, dims):
+            return strategy
+    for strategy in candidates:
+        if _creates_batch(op, strategy, values, dims, batch_size):
+            return strategy
+    return None
+
+
+def _agrees(op: Op, strategy: AxisStrategy, values: Values, dims: Mapping[str, int | None]) -> bool:
+    has_batch = False
+    for name, placement in zip(op.inputs, strategy.inputs, strict=True):
+        if dims[name] is not None:
+            if _dim(placement) != dims[name]:
+                return False
+            has_batch = True
+        elif not (placement.holds_whole_value or (placement.is_shard and _is_flexible(values, name))):
+            return False
+    return has_batch
+
+
+def _creates_batch(
+    op: Op, strategy: AxisStrategy, values: Values, dims: Mapping[str, int | None], batch_size: int
+) -> bool:
+    if any(dims[name] is not None for name in op.inputs) or not all(p.holds_whole_value for p in strategy.inputs):
+        return False
+    shape = values[op.outputs[0]].meta.shape
+    known = dims.get(op.outputs[0])
+    if known is not None:
+        return strategy.outputs[0].dim == known
+    return strategy.outputs[0].dim == 0 and shape[0] == batch_size and values[op.outputs[0]].requires_grad
+
+
+def _is_flexible(values: Values, name: str) -> bool:
+    return not values[name].requires_grad and values[name].origin != "parameter"
+
+
+def _dim(placement: Placement) -> int | None:
+    return placement.dim if placement.is_shard else None
