@@ -1,0 +1,228 @@
+"""Verify: is a plan consistent in itself, and does it fit a graph and a cluster?
+
+`verify` returns every `Issue` it finds and raises nothing; `check` raises on the first few. Not checked here: that
+the program computes the right numbers (`autopar verify` runs it), and that a strategy is the right mathematics
+for its op (the rules are, and the rewrite refuses strategies they do not offer).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+
+from autopar.errors import PlanMismatchError
+from autopar.ir.cost import Device
+from autopar.ir.graph import Op, OpGraph
+from autopar.ir.mesh import StageMesh
+from autopar.ir.pipeline import SCHEDULES
+from autopar.ir.placement import Sharding, format_sharding, local_shape
+from autopar.ir.plan import SCHEMA_VERSION, Plan
+from autopar.ir.quantity import Quantity
+from autopar.ir.solution import RECOMPUTE, STATUSES, Decisions
+from autopar.ir.strategy import (
+    Strategy,
+    exposed_sharding,
+    input_sharding,
+    optimizer_sharding,
+    output_sharding,
+    storage_sharding,
+)
+
+SHOWN_ISSUES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """One thing that is wrong: where in the plan (JSON path), and what."""
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}"
+
+
+def verify(plan: Plan, graph: OpGraph | None = None, device: Device | None = None) -> list[Issue]:
+    """All issues of a plan, against itself and against what is given.
+
+    Args:
+        graph: captured at the plan's global batch size.
+        device: the cluster that the plan is to run on.
+    """
+    issues = [*_figures(plan), *_skeleton(plan)]
+    if issues:
+        return issues
+    if graph is not None:
+        issues += [*_stage_cover(plan.decisions, graph), *_batch(plan, graph), *_names(plan.decisions, graph)]
+        issues += [] if issues else _shardings(plan.decisions, graph)
+    if device is not None:
+        issues += _device_fit(plan, device)
+    return issues
+
+
+def check(plan: Plan, graph: OpGraph | None = None, device: Device | None = None, name: str = "the plan") -> None:
+    """Raise PlanMismatchError if `verify` finds anything; the message lists the first few issues."""
+    issues = verify(plan, graph, device)
+    if not issues:
+        return
+    lines = [f"  at {issue}" for issue in issues[:SHOWN_ISSUES]]
+    if len(issues) > SHOWN_ISSUES:
+        lines.append(f"  and {len(issues) - SHOWN_ISSUES} more")
+    raise PlanMismatchError(
+        "\n".join([f"{name} does not hold together", *lines, "  make it again with 'autopar plan'"])
+    )
+
+
+def _figures(plan: Plan) -> Iterator[Issue]:
+    """Predicted figures: none negative, units as the schema says."""
+    predicted = plan.predicted
+    named: list[tuple[str, Quantity, str]] = [
+        ("step_time_s", predicted.step_time_s, "s"),
+        ("energy_j", predicted.energy_j, "J"),
+        ("average_power_w", predicted.average_power_w, "W"),
+        ("peak_power_w", predicted.peak_power_w, "W"),
+    ]
+    named += [(f"peak_memory_bytes[{i}]", q, "B") for i, q in enumerate(predicted.peak_memory_bytes)]
+    for i, stage in enumerate(predicted.stages):
+        named += [(f"stages[{i}].{n}", getattr(stage, n), "s") for n in ("forward_s", "backward_s", "step_s")]
+        named.append((f"stages[{i}].peak_memory_bytes", stage.peak_memory_bytes, "B"))
+    for path, quantity, unit in named:
+        if quantity.unit != unit:
+            yield Issue(f"$.predicted.{path}.unit", f"expected {unit!r}, found {quantity.unit!r}")
+        if not all(math.isfinite(x) and x >= 0 for x in (quantity.low, quantity.value, quantity.high)):
+            yield Issue(f"$.predicted.{path}", f"not a finite figure of at least 0: {quantity.value}")
+    if plan.solver.status not in STATUSES:
+        yield Issue("$.solver.status", f"expected one of {', '.join(STATUSES)}, found {plan.solver.status!r}")
+
+
+def _skeleton(plan: Plan) -> Iterator[Issue]:
+    """Mesh, stages, schedule and counts, without the graph."""
+    decisions, num_stages = plan.decisions, len(plan.decisions.stages)
+    if plan.schema_version != SCHEMA_VERSION:
+        yield Issue("$.schema_version", f"expected {SCHEMA_VERSION}, found {plan.schema_version}")
+    counts = {"model.batch_size": plan.model.batch_size, "decisions.num_microbatches": decisions.num_microbatches}
+    counts |= {"cluster.num_gpus": plan.cluster.num_gpus, "cluster.gpus_per_node": plan.cluster.gpus_per_node}
+    counts |= {"cluster.memory_bytes": plan.cluster.memory_bytes}
+    for path, count in counts.items():
+        if count < 1:
+            yield Issue(f"$.{path}", f"expected at least 1, found {count}")
+            return
+    if not decisions.mesh.axes or len({axis.name for axis in decisions.mesh.axes}) != len(decisions.mesh.axes):
+        yield Issue("$.decisions.mesh", "expected axes with different names")
+    if not decisions.stages:
+        yield Issue("$.decisions.stages", "a plan needs at least one stage")
+    if decisions.num_gpus > plan.cluster.num_gpus:
+        used = f"{num_stages} stages of {decisions.mesh.num_devices}"
+        yield Issue("$.decisions", f"{used} are more GPUs than the {plan.cluster.num_gpus} of $.cluster.num_gpus")
+    if plan.model.batch_size % decisions.num_microbatches:
+        problem = f"a batch of {plan.model.batch_size} does not divide into {decisions.num_microbatches}"
+        yield Issue("$.decisions.num_microbatches", problem)
+    if decisions.schedule not in SCHEDULES:
+        yield Issue("$.decisions.schedule", f"expected one of {', '.join(SCHEDULES)}, found {decisions.schedule!r}")
+    yield from _stages(plan)
+
+
+def _stages(plan: Plan) -> Iterator[Issue]:
+    start = 0
+    for i, stage in enumerate(plan.decisions.stages):
+        if stage.start != start or stage.stop <= stage.start:
+            problem = f"blocks {stage.start}..{stage.stop} do not continue at block {start}"
+            yield Issue(f"$.decisions.stages[{i}]", problem)
+        if stage.recompute not in RECOMPUTE:
+            yield Issue(f"$.decisions.stages[{i}].recompute", f"expected one of {', '.join(RECOMPUTE)}")
+        start = stage.stop
+    num_stages = len(plan.decisions.stages)
+    for name in ("peak_memory_bytes", "stages"):
+        found = len(getattr(plan.predicted, name))
+        if found != num_stages:
+            yield Issue(f"$.predicted.{name}", f"expected one entry per stage ({num_stages}), found {found}")
+
+
+def _stage_cover(decisions: Decisions, graph: OpGraph) -> Iterator[Issue]:
+    last = decisions.stages[-1].stop
+    if last != len(graph.blocks):
+        path = f"$.decisions.stages[{len(decisions.stages) - 1}].stop"
+        yield Issue(path, f"the stages end at block {last}, the model at block {len(graph.blocks)}")
+
+
+def _batch(plan: Plan, graph: OpGraph) -> Iterator[Issue]:
+    if plan.model.batch_size != graph.batch_size:
+        problem = f"made for a batch of {plan.model.batch_size}, the model's batch is {graph.batch_size}"
+        yield Issue("$.model.batch_size", problem)
+
+
+def _names(decisions: Decisions, graph: OpGraph) -> Iterator[Issue]:
+    """Every op and parameter has exactly one strategy of the right arity, and nothing else has."""
+    num_axes = len(decisions.mesh.axes)
+    op_by_name = {op.name: op for op in graph.ops}
+    parameters = {value.name for value in graph.parameters}
+    yield from _same_names("ops", decisions.ops.keys(), op_by_name.keys(), "op")
+    yield from _same_names("parameters", decisions.parameters.keys(), parameters, "parameter")
+    for name in sorted(decisions.hubs.keys() - graph.values.keys()):
+        yield Issue(f"$.decisions.hubs.{name}", "the model has no such value")
+    for name in sorted(decisions.ops.keys() & op_by_name.keys()):
+        problem = _arity(op_by_name[name], decisions.ops[name], num_axes)
+        if problem:
+            yield Issue(f"$.decisions.ops.{name}", problem)
+    for kind, by_name in (("hubs", decisions.hubs), ("parameters", decisions.parameters)):
+        for name, sharding in sorted(by_name.items()):
+            if len(sharding) != num_axes:
+                yield Issue(f"$.decisions.{kind}.{name}", f"{len(sharding)} placements on {num_axes} mesh axes")
+
+
+def _same_names(kind: str, planned: Set[str], present: Set[str], noun: str) -> Iterator[Issue]:
+    for name in sorted(planned - present):
+        yield Issue(f"$.decisions.{kind}.{name}", f"the model has no such {noun}")
+    for name in sorted(present - planned):
+        yield Issue(f"$.decisions.{kind}.{name}", f"this {noun} of the model has no strategy")
+
+
+def _arity(op: Op, strategy: Strategy, num_axes: int) -> str:
+    if len(strategy) != num_axes:
+        return f"{len(strategy)} labels on {num_axes} mesh axes"
+    for axis in strategy:
+        if len(axis.inputs) != len(op.inputs) or len(axis.outputs) != len(op.outputs):
+            found, expected = f"{len(axis.inputs)} -> {len(axis.outputs)}", f"{len(op.inputs)} -> {len(op.outputs)}"
+            return f"placements for {found} tensors, {op.target} has {expected}"
+    return ""
+
+
+def _shardings(decisions: Decisions, graph: OpGraph) -> list[Issue]:
+    """Every sharding divides its tensor evenly. Shapes are those of one microbatch where they count samples."""
+    issues = []
+    for op in graph.ops:
+        strategy = decisions.ops[op.name]
+        named = [(name, input_sharding(strategy, i)) for i, name in enumerate(op.inputs)]
+        named += [(name, output_sharding(strategy, i)) for i, name in enumerate(op.outputs)]
+        for name, sharding in named:
+            problem = _indivisible(graph, decisions.mesh, name, sharding)
+            if problem:
+                issues.append(Issue(f"$.decisions.ops.{op.name}", problem))
+    for value in graph.parameters:
+        strategies = decisions.parameters[value.name]
+        for pick in (storage_sharding, exposed_sharding, optimizer_sharding):
+            problem = _indivisible(graph, decisions.mesh, value.name, pick(strategies))
+            if problem:
+                issues.append(Issue(f"$.decisions.parameters.{value.name}", problem))
+    for name, hub in sorted(decisions.hubs.items()):
+        problem = _indivisible(graph, decisions.mesh, name, hub)
+        if problem:
+            issues.append(Issue(f"$.decisions.hubs.{name}", problem))
+    return issues
+
+
+def _indivisible(graph: OpGraph, mesh: StageMesh, name: str, sharding: Sharding) -> str:
+    shape = graph.values[name].meta.shape
+    if local_shape(shape, sharding, mesh.sizes) is not None:
+        return ""
+    return f"{name} of shape {list(shape)} does not divide into {format_sharding(sharding)} on {mesh.sizes}"
+
+
+def _device_fit(plan: Plan, device: Device) -> Iterator[Issue]:
+    if plan.decisions.num_gpus > device.num_gpus:
+        yield Issue("$.decisions", f"uses {plan.decisions.num_gpus} GPUs, the cluster has {device.num_gpus}")
+    for i, peak in enumerate(plan.predicted.peak_memory_bytes):
+        if peak.value > device.memory_bytes:
+            problem = f"{peak.value:.0f} bytes do not fit into {device.memory_bytes}"
+            yield Issue(f"$.predicted.peak_memory_bytes[{i}]", problem)
