@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from autopar.ir.graph import Op
 from autopar.ir.strategy import AxisStrategy
 from autopar.rules.call import Values, input_metas, integer, integers, normal_dim, output_metas
-from autopar.rules.labels import Dims, Labels, broadcast_labels, dim_labels, partial, split_each
+from autopar.rules.labels import Labels, broadcast_labels, dim_labels, partial, split_each
 
 
 def view(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
