@@ -53,7 +53,7 @@ def run(steps: tuple[RedistributeStep, ...], held: list[torch.Tensor], sizes: tu
         along(held, step.axis, sizes, step.forward if forward else step.backward, dims if forward else dims[::-1])
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda s: format_sharding(s))
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=format_sharding)
 def test_values_and_gradients_arrive(source: Sharding, target: Sharding) -> None:
     sizes = (2, 2)
     steps = redistribute_steps(source, target, sizes, requires_grad=True)

@@ -42,25 +42,27 @@ def check(case: Case, strategy: Strategy, sizes: tuple[int, ...]) -> None:
     for i, whole in enumerate(expected):
         found = gather([r[i] for r in results], output_sharding(strategy, i), sizes, "P")
         torch.testing.assert_close(found, whole, rtol=1e-11, atol=1e-11)
-    check_gradients(strategy, sizes, wholes, expected, ranks, results)
-
-
-def check_gradients(
-    strategy: Strategy,
-    sizes: tuple[int, ...],
-    wholes: list[torch.Tensor],
-    expected: list[torch.Tensor],
-    ranks: list[list[torch.Tensor]],
-    results: list[list[torch.Tensor]],
-) -> None:
     smooth = [i for i, y in enumerate(expected) if y.requires_grad]
-    if not smooth:
-        return
+    if smooth:
+        run_backward(strategy, sizes, expected, results)
+        check_gradients(strategy, sizes, wholes, ranks)
+
+
+def run_backward(
+    strategy: Strategy, sizes: tuple[int, ...], expected: list[torch.Tensor], results: list[list[torch.Tensor]]
+) -> None:
+    """Backward of the whole op and of every rank from one random cotangent."""
+    smooth = [i for i, y in enumerate(expected) if y.requires_grad]
     cotangents = {i: torch.rand_like(expected[i]) for i in smooth}
     torch.autograd.backward([expected[i] for i in smooth], [cotangents[i] for i in smooth])
     local = {i: place(cotangents[i], output_sharding(strategy, i), sizes, "R") for i in smooth}
     for rank, ys in enumerate(results):
         torch.autograd.backward([ys[i] for i in smooth], [local[i][rank] for i in smooth])
+
+
+def check_gradients(
+    strategy: Strategy, sizes: tuple[int, ...], wholes: list[torch.Tensor], ranks: list[list[torch.Tensor]]
+) -> None:
     for i, whole in enumerate(wholes):
         if whole.grad is None:
             continue
