@@ -6,7 +6,7 @@ GB is 10^9 bytes (data sheets, links), GiB is 2^30 bytes (drivers, allocators).
 from __future__ import annotations
 
 KB, MB, GB, TB = 10**3, 10**6, 10**9, 10**12
-KIB, MIB, GIB = 2**10, 2**20, 2**30
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -5,7 +5,8 @@ Placements are text (`S0,I`: one per mesh axis), and each op's strategy is one l
     "linear_3": "batch,columns: S0,I; R,S0 -> S0,S1"
 
 i.e. the label of each axis, the placements of each input, then of each output. A label ending in `!` splits no
-work although it is not `replicate`. A parameter is `label storage/exposed/optimizer` per axis: `zero1 I/R/S0`.
+work although its name suggests it, or the reverse. A parameter is `label storage/exposed/optimizer` per axis:
+`zero1 I/R/S0`.
 Equal plans give equal bytes; only `created` and `solver.wall_s` differ between equal runs.
 """
 
@@ -35,6 +36,9 @@ from autopar.ir.strategy import (
     output_sharding,
 )
 from autopar.ir.verify import check
+
+IDLE_LABELS = ("replicate", "partial")
+"""Labels that usually split no work; only the exceptions are marked in the file."""
 
 _LABEL = re.compile(r"[A-Za-z0-9_.+*-]+!?")
 
@@ -67,7 +71,7 @@ def parse_strategy(text: str) -> Strategy:
 
 
 def _format_label(axis: AxisStrategy) -> str:
-    is_usual = axis.splits_work == (axis.label != "replicate")
+    is_usual = axis.splits_work == (axis.label not in IDLE_LABELS)
     return axis.label + ("" if is_usual else "!")
 
 
@@ -75,7 +79,7 @@ def _parse_label(text: str, inputs: Sharding, outputs: Sharding) -> AxisStrategy
     if not _LABEL.fullmatch(text):
         raise ValueError(f"not a strategy label: {text!r}")
     label = text.removesuffix("!")
-    return AxisStrategy(label, inputs, outputs, (label != "replicate") != text.endswith("!"))
+    return AxisStrategy(label, inputs, outputs, (label not in IDLE_LABELS) != text.endswith("!"))
 
 
 def format_parameter(strategy: ParameterStrategy) -> str:

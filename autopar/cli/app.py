@@ -1,0 +1,65 @@
+"""The command group and its entry point: turns every deliberate error into one message and an exit code.
+
+0 done, 1 our fault, 2 the user's input, 3 infeasible, 4 verification failed, 130 interrupted. An error that is not
+deliberate keeps its traceback: it is a bug, and the traceback is what we need to fix it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from autopar.cli.console import EXIT_INTERRUPTED, error_details, report_error
+from autopar.cli.execute import run, verify
+from autopar.cli.explain import explain
+from autopar.cli.gpus import gpus
+from autopar.cli.plan import plan
+from autopar.cli.profile import profile
+from autopar.errors import AutoparError
+from autopar.version import __version__
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="autopar")
+def autopar() -> None:
+    """Plan, price and run the parallelisation of a PyTorch model, by time and by energy."""
+
+
+for _command in (plan, run, verify, explain, gpus, profile):
+    autopar.add_command(_command)
+
+
+def invoke(arguments: Sequence[str]) -> int:
+    """Run one command line; returns the exit code."""
+    as_json = "--json" in arguments
+    try:
+        result = autopar.main(list(arguments), prog_name="autopar", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except click.ClickException as error:
+        hint = _usage_hint(error)
+        return report_error(error.format_message() + hint, "usage", 2, as_json, {})
+    except AutoparError as error:
+        return report_error(str(error), error.kind, error.exit_code, as_json, error_details(error))
+    except (click.Abort, KeyboardInterrupt):
+        return report_error("interrupted", "interrupted", EXIT_INTERRUPTED, as_json, {})
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _usage_hint(error: click.ClickException) -> str:
+    if not isinstance(error, click.UsageError) or error.ctx is None:
+        return ""
+    return f"\n  see '{error.ctx.command_path} --help'"
+
+
+def main() -> None:
+    """Entry point of the `autopar` script."""
+    sys.exit(invoke(sys.argv[1:]))

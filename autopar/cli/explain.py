@@ -1,0 +1,29 @@
+"""`autopar explain`: why this plan, and what an alternative would cost."""
+
+from __future__ import annotations
+
+import click
+
+from autopar.cli.console import print_json, progress_line
+from autopar.cli.options import json_option, parse_pins
+from autopar.ir.serialize import load_plan
+from autopar.planner.rival import make_rival
+from autopar.report.explain import explain_json, explain_report
+
+
+@click.command()
+@click.argument("plan_file")
+@click.option("--why-not", "pin_text", metavar="KEY=VALUE,...", help="Compare with the best plan under these pins.")
+@json_option
+def explain(plan_file: str, pin_text: str | None, as_json: bool) -> None:
+    """Say where time, energy and memory of PLAN_FILE go, and why its rivals lost."""
+    plan = load_plan(plan_file)
+    rival = None
+    if pin_text is not None:
+        pins = parse_pins(pin_text, plan.model.batch_size)
+        with progress_line(as_json) as progress:
+            rival = make_rival(plan, pins, progress)
+    if as_json:
+        print_json(explain_json(plan, rival))
+    else:
+        click.echo(explain_report(plan, rival, pin_text or ""))

@@ -1,0 +1,37 @@
+"""A rival: the best plan for the same model and cluster under other pins."""
+
+from __future__ import annotations
+
+from autopar.errors import PlanMismatchError
+from autopar.ir.plan import Plan
+from autopar.ir.solution import Pins
+from autopar.planner.plan import PlanRequest, Progress, plan_model
+
+
+def request_of(plan: Plan, pins: Pins) -> PlanRequest:
+    """The request that the plan answers, with other pins."""
+    return PlanRequest(
+        num_gpus=plan.cluster.num_gpus,
+        gpu=plan.cluster.gpu,
+        gpus_per_node=plan.cluster.gpus_per_node,
+        memory_bytes=plan.cluster.memory_bytes,
+        objective=plan.objective,
+        pins=pins,
+        batch_size=plan.model.batch_size,
+    )
+
+
+def make_rival(plan: Plan, pins: Pins, progress: Progress | None = None) -> Plan:
+    """Plan the same model again under `pins`.
+
+    Raises:
+        PlanMismatchError: the model is no longer the one that the plan was made for.
+        InfeasibleError: no plan satisfies the pins.
+    """
+    rival = plan_model(plan.model.source, plan.model.options, request_of(plan, pins), progress)
+    if rival.model.graph_hash != plan.model.graph_hash:
+        raise PlanMismatchError(
+            f"{plan.model.source} has changed since the plan was made: its graph hash is "
+            f"{rival.model.graph_hash[:12]}, the plan's {plan.model.graph_hash[:12]}; make the plan again"
+        )
+    return rival

@@ -1,0 +1,128 @@
+"""Why this plan: where its time, energy and memory go, and which alternatives lost, by how much or for what reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from autopar.ir.pipeline import step_time_s
+from autopar.ir.plan import Plan
+from autopar.ir.solution import Alternative
+from autopar.report.text import WIDTH, mesh_words, table, wrapped
+from autopar.units import format_bytes, format_joules, format_seconds
+
+MAX_ALTERNATIVES = 10
+
+
+def explain_report(plan: Plan, rival: Plan | None = None, rival_name: str = "") -> str:
+    """The whole explanation; `rival` is a plan made under `rival_name`'s pins, to compare with."""
+    parts = [wrapped("Plan", f"{plan.decisions.num_gpus} GPUs: {mesh_words(plan)}, objective {plan.objective.kind}")]
+    parts += [_time(plan), _energy(plan), _memory(plan)]
+    parts.append(_alternatives(plan.alternatives, plan.objective.kind))
+    if rival is not None:
+        parts.append(compare(plan, rival, rival_name))
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def explain_json(plan: Plan, rival: Plan | None = None) -> dict[str, Any]:
+    """The same as numbers. `rival` holds its predicted step time and energy, and their ratios to the plan's."""
+    content: dict[str, Any] = {
+        "decision": {"num_gpus": plan.decisions.num_gpus, "pp": len(plan.decisions.stages)}
+        | {axis.name: axis.size for axis in plan.decisions.mesh.axes},
+        "time_s": time_parts(plan),
+        "energy_j": dict(plan.predicted.energy_by_cause),
+        "memory_bytes": [dict(stage.memory_by_cause) for stage in plan.predicted.stages],
+        "alternatives": [
+            {name: getattr(a, name) for name in ("description", "time_s", "energy_j", "objective", "bound", "reason")}
+            for a in plan.alternatives
+        ],
+    }
+    if rival is not None:
+        time_s, energy_j = rival.predicted.step_time_s.value, rival.predicted.energy_j.value
+        content["rival"] = {
+            "step_time_s": time_s,
+            "energy_j": energy_j,
+            "time_ratio": time_s / plan.predicted.step_time_s.value,
+            "energy_ratio": energy_j / plan.predicted.energy_j.value,
+        }
+    return content
+
+
+def time_parts(plan: Plan) -> dict[str, float]:
+    """Seconds of the slowest stage's forward, backward and once-a-step work, and the rest (bubble and transfer)."""
+    stages, count = plan.predicted.stages, plan.decisions.num_microbatches
+    busy = [count * (s.forward_s.value + s.backward_s.value) + s.step_s.value for s in stages]
+    slowest = stages[max(range(len(stages)), key=busy.__getitem__)]
+    parts = {
+        "forward": count * slowest.forward_s.value,
+        "backward": count * slowest.backward_s.value,
+        "once a step": slowest.step_s.value,
+    }
+    parts["waiting"] = max(0.0, plan.predicted.step_time_s.value - sum(parts.values()))
+    return parts
+
+
+def compare(plan: Plan, rival: Plan, rival_name: str) -> list[str]:
+    """A table of the plan beside the rival."""
+    rows = [("", "this plan", rival_name[:24], "ratio")]
+    mine, other = plan.predicted, rival.predicted
+    for name, show, a, b in (
+        ("step time", format_seconds, mine.step_time_s.value, other.step_time_s.value),
+        ("energy", format_joules, mine.energy_j.value, other.energy_j.value),
+        ("peak memory", format_bytes, _peak(plan), _peak(rival)),
+    ):
+        rows.append((name, show(a), show(b), f"{b / a:.3f}"))
+    verdict = f"Why not {rival_name}: it becomes {mesh_words(rival)} on {rival.decisions.num_gpus} GPUs"
+    return [*wrapped("Rival", verdict), *table(rows)]
+
+
+def _peak(plan: Plan) -> float:
+    return max(quantity.value for quantity in plan.predicted.peak_memory_bytes)
+
+
+def _shares(parts: dict[str, float]) -> list[tuple[str, str]]:
+    total = sum(parts.values())
+    return [(name, f"{value / total:.0%}") for name, value in parts.items() if total and value / total >= 0.005]
+
+
+def _time(plan: Plan) -> list[str]:
+    parts = time_parts(plan)
+    words = ", ".join(f"{name} {format_seconds(parts[name])} ({share})" for name, share in _shares(parts))
+    lines = wrapped("Time", f"{format_seconds(plan.predicted.step_time_s.value)} a step; slowest stage: {words}")
+    if len(plan.decisions.stages) > 1:
+        stages = [s.forward_s.value + s.backward_s.value for s in plan.predicted.stages]
+        steps = [s.step_s.value for s in plan.predicted.stages]
+        formula = step_time_s(stages, steps, plan.decisions.num_microbatches)
+        lines += wrapped("", f"closed form of the pipeline: {format_seconds(formula)}")
+    return lines
+
+
+def _energy(plan: Plan) -> list[str]:
+    parts = dict(sorted(plan.predicted.energy_by_cause.items()))
+    words = ", ".join(f"{name} {format_joules(parts[name])} ({share})" for name, share in _shares(parts))
+    return wrapped("Energy", f"{format_joules(plan.predicted.energy_j.value)} a step: {words}")
+
+
+def _memory(plan: Plan) -> list[str]:
+    lines = []
+    for i, stage in enumerate(plan.predicted.stages):
+        causes = ", ".join(f"{n} {format_bytes(size)}" for n, size in sorted(stage.memory_by_cause.items()) if size > 0)
+        text = f"stage {i}: {format_bytes(stage.peak_memory_bytes.value)}: {causes}"
+        lines += wrapped("Memory" if i == 0 else "", text)
+    return lines
+
+
+def _alternatives(alternatives: Sequence[Alternative], kind: str) -> list[str]:
+    if not alternatives:
+        return []
+    priced = [a for a in alternatives if a.objective is not None]
+    ranked = sorted(priced, key=lambda a: (a.objective or 0.0, a.description))[:MAX_ALTERNATIVES]
+    lines = [f"Best of the {len(alternatives)} skeletons looked at, by {kind} (formula figures)"]
+    for a in ranked:
+        time = format_seconds(a.time_s) if a.time_s is not None else "-"
+        energy = format_joules(a.energy_j) if a.energy_j is not None else "-"
+        lines.append(f"  {a.description[:40]:<40} {time:>10} {energy:>10}  {a.reason}"[:WIDTH].rstrip())
+    fallen = [a for a in alternatives if a.objective is None]
+    for a in sorted(fallen, key=lambda a: a.description)[: MAX_ALTERNATIVES - len(ranked) + 3]:
+        lines.append(f"  {a.description[:40]:<40} {a.reason}"[:WIDTH].rstrip())
+    return lines

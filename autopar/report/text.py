@@ -1,0 +1,173 @@
+"""Text of a plan for the terminal: what was planned for, what was decided, what it should cost.
+
+Every line fits into 80 columns. Figures come from the plan alone; with the graph, the report also says in words how
+each class of blocks is sharded.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+from autopar.ir.graph import OpGraph
+from autopar.ir.plan import Plan
+from autopar.ir.quantity import Quantity
+from autopar.report.sharding import describe_blocks
+from autopar.units import format_bytes, format_joules, format_seconds, format_watts
+
+WIDTH = 80
+NAME_WIDTH = 11
+
+
+def plan_report(plan: Plan, graph: OpGraph | None = None, path: str | None = None) -> str:
+    """The whole report; `path` is where the plan was saved, for the closing hints."""
+    parts = [_header(plan), _decision(plan), _figures(plan), _stage_table(plan)]
+    if graph is not None:
+        parts.append(describe_blocks(plan.decisions, graph))
+    parts += [_closing(plan), _hints(path) if path is not None else []]
+    return "\n".join("\n".join(part) for part in parts if part)
+
+
+def wrapped(name: str, text: str) -> list[str]:
+    """`Name      text`, continued under the text when it is longer than the line."""
+    lines = textwrap.wrap(text, WIDTH - NAME_WIDTH, break_on_hyphens=False) or [""]
+    return [f"{name if i == 0 else '':<{NAME_WIDTH}}{line}".rstrip() for i, line in enumerate(lines)]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell; the first row is the heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def with_range(quantity: Quantity, show: Callable[[float], str]) -> str:
+    """`12.3 ms (10.1 ms to 15.0 ms, modelled)`."""
+    if quantity.low == quantity.high:
+        return f"{show(quantity.value)} ({quantity.label})"
+    return f"{show(quantity.value)} ({show(quantity.low)} to {show(quantity.high)}, {quantity.label})"
+
+
+def mesh_words(plan: Plan) -> str:
+    """`pp=2, dp=4, tp=1`."""
+    axes = [f"{axis.name}={axis.size}" for axis in plan.decisions.mesh.axes]
+    return ", ".join([f"pp={len(plan.decisions.stages)}", *axes])
+
+
+def _header(plan: Plan) -> list[str]:
+    origin = {"flag": "as named", "detected": "found here", "default": "the default"}.get(plan.cluster.origin, "")
+    model = plan.model.source + "".join(f" {key}={value}" for key, value in sorted(plan.model.options.items()))
+    memory = format_bytes(plan.cluster.memory_bytes)
+    gpus = f"up to {plan.cluster.num_gpus} x {plan.cluster.gpu} ({origin}), {plan.cluster.gpus_per_node} per node"
+    lines = wrapped("Model", f"{model}, global batch {plan.model.batch_size}")
+    lines += wrapped("Planned for", f" {gpus}, {memory} usable each")
+    if plan.cluster.origin != "flag" and plan.notes:
+        lines += wrapped("", plan.notes[0])
+    lines += wrapped("Objective", _objective(plan))
+    return [*lines, ""]
+
+
+def _objective(plan: Plan) -> str:
+    objective = plan.objective
+    words = {"time": "least step time", "energy": "least energy per step", "edp": "least energy x time"}
+    if objective.kind in words:
+        return f"{objective.kind}: {words[objective.kind]}"
+    return f"weighted: {objective.time_weight:g} x seconds + {objective.energy_weight:g} x joules"
+
+
+def _decision(plan: Plan) -> list[str]:
+    decisions = plan.decisions
+    size = plan.model.batch_size // decisions.num_microbatches
+    used = f"{decisions.num_gpus} of {plan.cluster.num_gpus} GPUs: {mesh_words(plan)}"
+    lines = wrapped("Decision", used)
+    many = "" if decisions.num_microbatches == 1 else "es"
+    lines += wrapped("", f"{decisions.num_microbatches} microbatch{many} of {size}, schedule {decisions.schedule}")
+    recompute = Counter(stage.recompute for stage in decisions.stages)
+    words = ", ".join(f"{name} on {count} stage{'s' * (count > 1)}" for name, count in sorted(recompute.items()))
+    lines += wrapped("", f"recompute: {words}")
+    lines += [line for i in range(len(decisions.mesh.axes)) for line in _parameters_on_axis(plan, i)]
+    return [*lines, ""]
+
+
+def _parameters_on_axis(plan: Plan, axis: int) -> list[str]:
+    mesh_axis = plan.decisions.mesh.axes[axis]
+    if mesh_axis.size == 1:
+        return []
+    counts = Counter(strategy[axis].label for strategy in plan.decisions.parameters.values())
+    words = ", ".join(f"{count} {label}" for label, count in sorted(counts.items()))
+    return wrapped("", f"parameters on {mesh_axis.name}: {words}")
+
+
+def _figures(plan: Plan) -> list[str]:
+    predicted = plan.predicted
+    naive = predicted.tdp_energy_j
+    causes = ", ".join(f"{name} {format_joules(j)}" for name, j in sorted(predicted.energy_by_cause.items()))
+    lines = wrapped("Step time", with_range(predicted.step_time_s, format_seconds))
+    lines += wrapped("Energy", with_range(predicted.energy_j, format_joules) + " per step")
+    lines += wrapped("", causes)
+    lines += wrapped("", f"the naive figure, TDP x time, would be {format_joules(naive)}")
+    lines += wrapped("Power", "average " + with_range(predicted.average_power_w, format_watts))
+    lines += wrapped("", "peak " + with_range(predicted.peak_power_w, format_watts))
+    return [*lines, ""]
+
+
+def _stage_table(plan: Plan) -> list[str]:
+    rows = [("stage", "blocks", "ranks", "recompute", "forward", "backward", "per step", "peak memory")]
+    width = plan.decisions.mesh.num_devices
+    for i, (stage, figures) in enumerate(zip(plan.decisions.stages, plan.predicted.stages, strict=True)):
+        rows.append(
+            (
+                str(i),
+                _span(stage.start, stage.stop - 1),
+                _span(i * width, (i + 1) * width - 1),
+                stage.recompute,
+                format_seconds(figures.forward_s.value),
+                format_seconds(figures.backward_s.value),
+                format_seconds(figures.step_s.value),
+                format_bytes(figures.peak_memory_bytes.value),
+            )
+        )
+    worst = max(range(len(plan.predicted.stages)), key=lambda i: plan.predicted.stages[i].peak_memory_bytes.value)
+    return [*table(rows), *_memory_causes(plan, worst), ""]
+
+
+def _memory_causes(plan: Plan, stage: int) -> list[str]:
+    causes = plan.predicted.stages[stage].memory_by_cause
+    words = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(causes.items()) if size > 0)
+    return wrapped("Memory", f"of stage {stage}: {words}") if words else []
+
+
+def _closing(plan: Plan) -> list[str]:
+    lines = []
+    if plan.rule_free_ops:
+        words = ", ".join(f"{count} x {target}" for target, count in plan.rule_free_ops.items())
+        lines += wrapped("No rule", f"replicated, for want of a sharding rule: {words}")
+    solver = plan.solver
+    lines += wrapped("Search", f"{solver.status}, gap {solver.gap:.2%}: objective {solver.objective:.6g},")
+    lines += wrapped("", f"bound {solver.bound:.6g}; {solver.name}, {solver.wall_s:.1f} s")
+    total = sum(plan.predicted.sources.values())
+    if total:
+        shares = ", ".join(f"{count / total:.0%} {label}" for label, count in sorted(plan.predicted.sources.items()))
+        lines += wrapped("Prices", shares)
+    shown_first = plan.cluster.origin != "flag"
+    lines += list(_notes(plan.notes[1:] if shown_first else plan.notes))
+    return lines
+
+
+def _notes(notes: Sequence[str]) -> Iterator[str]:
+    for note in notes:
+        yield from wrapped("Note", note)
+
+
+def _hints(path: str) -> list[str]:
+    commands = [f"autopar {verb} {path}" for verb in ("run", "verify", "explain")]
+    return [
+        "",
+        *wrapped("Saved", path),
+        *wrapped("Next", commands[0]),
+        *(f"{'':<{NAME_WIDTH}}{c}" for c in commands[1:]),
+    ]
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
