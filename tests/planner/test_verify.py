@@ -1,0 +1,68 @@
+"""`ir.verify`: a plan that fits has no issue; each thing that does not fit is found by its path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from autopar.ir.placement import shard
+from autopar.ir.plan import Plan
+from autopar.ir.solution import Decisions, StageChoice
+from autopar.ir.verify import verify
+from tests.planner.plans import tiny_graph, tiny_plan
+
+
+@dataclass(frozen=True)
+class FakeDevice:
+    memory_bytes: int = 80 * 2**30
+    blocked_w: float = 100.0
+    host_w_per_node: float = 400.0
+    num_gpus: int = 4
+    gpus_per_node: int = 8
+
+
+def test_a_fitting_plan_has_no_issue() -> None:
+    assert verify(tiny_plan(), tiny_graph(), FakeDevice()) == []
+
+
+def _decisions(change: Callable[[Decisions], dict[str, Any]]) -> Plan:
+    plan = tiny_plan()
+    return replace(plan, decisions=replace(plan.decisions, **change(plan.decisions)))
+
+
+MISFITS = {
+    "$.decisions.ops.linear": lambda d: {"ops": {"sum_1": d.ops["sum_1"]}},
+    "$.decisions.ops.extra": lambda d: {"ops": {**d.ops, "extra": d.ops["linear"]}},
+    "$.decisions.ops.sum_1": lambda d: {"ops": {**d.ops, "sum_1": d.ops["linear"]}},
+    "$.decisions.parameters.w": lambda d: {"parameters": {}},
+    "$.decisions.hubs.ghost": lambda d: {"hubs": {"ghost": (shard(0), shard(0))}},
+    "$.decisions.hubs.linear": lambda d: {"hubs": {"linear": (shard(5), shard(0))}},
+    "$.decisions.stages[0].stop": lambda d: {"stages": (StageChoice(0, 1, "none"),)},
+}
+
+
+@pytest.mark.parametrize("path", MISFITS)
+def test_each_misfit_is_found_by_its_path(path: str) -> None:
+    plan = _decisions(MISFITS[path])
+    if path.startswith("$.decisions.stages"):
+        one = plan.predicted.stages[:1]
+        plan = replace(
+            plan, predicted=replace(plan.predicted, stages=one, peak_memory_bytes=(one[0].peak_memory_bytes,))
+        )
+    assert path in {issue.path for issue in verify(plan, tiny_graph(), FakeDevice())}
+
+
+def test_another_batch_is_found() -> None:
+    assert [issue.path for issue in verify(tiny_plan(), tiny_graph(16))] == ["$.model.batch_size"]
+
+
+def test_too_little_memory_is_found() -> None:
+    issues = verify(tiny_plan(), tiny_graph(), FakeDevice(memory_bytes=2**20))
+    assert [issue.path for issue in issues] == [f"$.predicted.peak_memory_bytes[{i}]" for i in (0, 1)]
+
+
+def test_too_few_gpus_are_found() -> None:
+    assert [i.path for i in verify(tiny_plan(), tiny_graph(), FakeDevice(num_gpus=2))] == ["$.decisions"]
