@@ -1,0 +1,252 @@
+"""Capture: export a model source on the meta device (to plan) or on a real device (to run) and lift it to an OpGraph."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autopar import torch_adapter
+from autopar.capture.lift import Wrapped, lift
+from autopar.capture.promote import promote
+from autopar.capture.source import ModelSource, as_arguments, leading_dim
+from autopar.capture.user_code import explain
+from autopar.errors import CaptureError, InputError
+from autopar.ir.graph import OpGraph
+
+PREFIX = "model."
+"""Where the user's model hangs in the wrapped module: `Value.fqn` leaves it out, `Captured.module` has it."""
+
+
+class TrainForward(torch.nn.Module):
+    """The user's model and its loss as one module: batch in, scalar loss out. The model is the attribute `model`."""
+
+    def __init__(self, model: torch.nn.Module, source: ModelSource, batch: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._source = source
+        self._is_single = isinstance(batch, torch.Tensor)
+        self._as_dict = isinstance(batch, Mapping)
+        self._accepted = _accepted(model, batch) if source.loss is not None else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._accepted is None:
+            output = self.model(*args, **kwargs)
+        elif self._as_dict:
+            output = self.model(**{key: kwargs[key] for key in kwargs if key in self._accepted})
+        else:
+            output = self.model(*args[: len(self._accepted)])
+        batch = kwargs if self._as_dict else args[0] if self._is_single else args
+        return self._loss(output, batch)
+
+    def _loss(self, output: Any, batch: Any) -> torch.Tensor:
+        if self._source.loss is not None:
+            loss = self._source.loss(output, batch)
+            what = "loss(output, batch)"
+        else:
+            loss = _loss_in(output)
+            what = "the model"
+        if not isinstance(loss, torch.Tensor):
+            raise InputError(
+                f"{self._source.text}: the model returns {type(output).__name__} without a loss: return a scalar or an "
+                "output with `.loss`, or define loss(output, batch)"
+            )
+        if loss.numel() != 1 or not loss.dtype.is_floating_point:
+            raise InputError(
+                f"{self._source.text}: {what} returns a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}; "
+                "the loss must be one floating-point number (define loss(output, batch))"
+            )
+        return loss.reshape(()) if loss.dim() else loss
+
+
+def _loss_in(output: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return output
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if found is None and isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
+        return output[0] if output[0].dim() == 0 else None
+    return found
+
+
+def _accepted(model: torch.nn.Module, batch: Any) -> tuple[str, ...]:
+    """Parts of the batch that `model.forward` takes: dict keys, or as many names as positional parts."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if isinstance(batch, Mapping):
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return tuple(key for key in batch if takes_all or key in named)
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_all = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    count = 1 if isinstance(batch, torch.Tensor) else len(batch)
+    return tuple(str(i) for i in range(count)) if takes_all else tuple(positional[:count])
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model.
+
+    Attributes:
+        graph: the program; shapes are those of `graph.batch_size` samples.
+        module: `TrainForward`; the user's model is `module.model`.
+        constants: tensors that the model's code made, by value name.
+        inputs: example tensors in the order of `graph.outside("input")`.
+        notes: sentences for the reader, e.g. that the model could not be built without memory.
+    """
+
+    graph: OpGraph
+    module: torch.nn.Module
+    constants: Mapping[str, torch.Tensor]
+    inputs: tuple[torch.Tensor, ...]
+    notes: tuple[str, ...] = ()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of a value from outside: parameter, buffer, constant or batch input, by value name."""
+        value = self.graph.values[name]
+        if value.origin == "constant":
+            return self.constants[name]
+        if value.origin == "input":
+            return self.inputs[[v.name for v in self.graph.outside("input")].index(name)]
+        path, _, attribute = f"{PREFIX}{value.fqn}".rpartition(".")
+        found = getattr(self.module.get_submodule(path), attribute)
+        if not isinstance(found, torch.Tensor):
+            raise TypeError(f"{value.fqn} is not a tensor")
+        return found
+
+
+def capture(
+    source: ModelSource,
+    *,
+    batch_size: int | None = None,
+    device: str = "meta",
+    dtype: torch.dtype | str | None = None,
+) -> Captured:
+    """Export the source's training forward and lift it.
+
+    Args:
+        batch_size: samples; None keeps the example batch. On a real device the first samples of the example are used.
+        device: `meta` plans without memory; a real device gives a module and inputs that can run.
+        dtype: convert all floating parameters, buffers, inputs and dtype constants to this one, after the export, so
+            that the ops are those of the model's own dtypes.
+
+    Raises:
+        InputError: the source's code fails, or gives no loss.
+        CaptureError: the model cannot be traced; names the user's line.
+    """
+    notes: list[str] = []
+    model = _build(source, device, notes)
+    batch, samples = _batch(source, device, batch_size)
+    module = TrainForward(model, source, batch).train()
+    args, kwargs = as_arguments(batch)
+    exported = _export(source, module, args, kwargs, device)
+    lifted = lift(Wrapped(source.name, source.user_file, PREFIX, exported, module, tuple(key for key, _ in tensor_leaves(args, kwargs)), samples))
+    inputs = tuple(leaf for _, leaf in tensor_leaves(args, kwargs))
+    graph, constants = lifted.graph, lifted.constants
+    if dtype is not None:
+        wanted = torch_adapter.dtype_of(dtype) if isinstance(dtype, str) else dtype
+        graph = promote(graph, torch_adapter.dtype_name(wanted))
+        module = module.to(wanted)
+        constants = {name: _to_dtype(tensor, wanted) for name, tensor in constants.items()}
+        inputs = tuple(_to_dtype(tensor, wanted) for tensor in inputs)
+    return Captured(graph, module, constants, inputs, (*notes, *lifted.notes))
+
+
+def _to_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _build(source: ModelSource, device: str, notes: list[str]) -> torch.nn.Module:
+    with quiet():
+        if device != "meta":
+            with torch.device(device):
+                return source.build_model().to(device)
+        try:
+            with torch.device("meta"):
+                model = source.build_model()
+        except InputError as error:
+            model = source.build_model().to("meta")
+            reason = str(error).splitlines()[0].partition(": ")[2]
+            notes.append(f"the model was built in memory, because its code does not run on the meta device ({reason})")
+        return model.to("meta")
+
+
+def _batch(source: ModelSource, device: str, batch_size: int | None) -> tuple[Any, int]:
+    """The batch on the device with the wanted number of samples, and that number."""
+    with quiet():
+        try:
+            with torch.device(device):
+                batch = source.raw_batch()
+        except InputError:
+            batch = source.raw_batch()
+    samples = leading_dim(batch, source.text)
+    wanted = samples if batch_size is None else batch_size
+    if wanted < 1:
+        raise InputError(f"{source.text}: batch size {wanted}: must be at least 1")
+    if device != "meta" and wanted > samples:
+        raise InputError(f"{source.text}: batch size {wanted} exceeds the {samples} samples of example_batch")
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if device == "meta":
+            shape = (wanted, *leaf.shape[1:]) if has_samples(leaf, samples) else leaf.shape
+            return torch.empty(shape, dtype=leaf.dtype, device="meta")
+        sliced = leaf.detach().to(device)
+        return sliced[:wanted].clone() if has_samples(leaf, samples) and wanted != samples else sliced
+
+    return torch_adapter.tree_map(resize, batch), wanted
+
+
+def tensor_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    """Tensors of the batch in the order of the exported graph's inputs, with readable keys."""
+    leaves = [*torch_adapter.tree_leaves_with_keys(args), *torch_adapter.tree_leaves_with_keys(kwargs)]
+    return [(key, leaf) for key, leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def has_samples(leaf: torch.Tensor, samples: int) -> bool:
+    """Dim 0 of an input counts samples if it equals the batch size."""
+    return leaf.dim() > 0 and leaf.shape[0] == samples
+
+
+def _export(
+    source: ModelSource, module: TrainForward, args: tuple[Any, ...], kwargs: dict[str, Any], device: str
+) -> torch.export.ExportedProgram:
+    """Export; if that fails, once more with new tensors made on the device by default, as on a real machine."""
+    contexts = (contextlib.nullcontext(), torch.device(device))
+    errors: list[Exception] = []
+    for context in contexts:
+        try:
+            with quiet(), context:
+                return torch.export.export(module, args, kwargs, strict=False)
+        except InputError:
+            raise
+        except Exception as error:  # the user's forward may raise anything; the first failure is reported below
+            errors.append(error)
+    shapes = ", ".join(f"{key}: {tuple(leaf.shape)}" for key, leaf in tensor_leaves(args, kwargs))
+    chosen = errors[-1] if "DeviceMismatch" in type(errors[0]).__name__ else errors[0]
+    text = explain(chosen, f"{source.text}: the model cannot be captured", source.user_file)
+    raise CaptureError(f"{text}\n  example batch: {shapes}") from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch's and the model's chatter off the terminal; errors still surface as exceptions."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+

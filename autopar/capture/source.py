@@ -1,0 +1,267 @@
+"""Model sources: where a model and an example batch come from.
+
+A Python file holds either
+
+- `build_model(**options)` returning an `nn.Module`, or an `nn.Module` class or builder function decorated with
+  `@autoparallel` (an object with the attribute `__autopar__`; a decorated function counts as a builder if every
+  parameter has a default, otherwise it is a train step and `build_model` is used), and
+- `example_batch(**options)`: a tensor, a tuple of positional arguments or a dict of keyword arguments, and
+- if wanted `loss(output, batch)`.
+
+With a `loss`, only those parts of the batch are passed to the model which its `forward` accepts (the leading ones
+of a tuple, the named ones of a dict), so a batch `(images, labels)` works for a model that takes images alone.
+Without, everything is passed and the model must return its loss (a scalar, or `.loss` / `"loss"` in its output).
+
+`hf:PATH` is a Hugging Face config.json, see `capture.hf_source`.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from autopar import torch_adapter
+from autopar.capture.user_code import user_errors
+from autopar.errors import InputError
+
+Loss = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """How to make one model and its batch.
+
+    Attributes:
+        name: short name, e.g. `gpt2`.
+        text: as the user gave it.
+        builder, batch_maker: without arguments, options already bound; may raise anything.
+        loss: `loss(output, batch)` of the file, or None.
+        user_file: absolute path of the user's file, for messages; None for Hugging Face configs.
+        options: the options as given.
+    """
+
+    name: str
+    text: str
+    builder: Callable[[], torch.nn.Module]
+    batch_maker: Callable[[], Any]
+    loss: Loss | None = None
+    user_file: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def build_model(self) -> torch.nn.Module:
+        """Build on the current default device. Raises InputError if the code fails or builds no module."""
+        with user_errors(f"{self.text}: building the model failed", self.user_file):
+            model = self.builder()
+        if not isinstance(model, torch.nn.Module):
+            raise InputError(f"{self.text}: build_model must return an nn.Module, not {type(model).__name__}")
+        return model
+
+    def raw_batch(self) -> Any:
+        """The batch as the user's code makes it: tensor, tuple or dict. Raises InputError."""
+        with user_errors(f"{self.text}: making the example batch failed", self.user_file):
+            batch = self.batch_maker()
+        if isinstance(batch, list):
+            batch = tuple(batch)
+        if not isinstance(batch, torch.Tensor | tuple | Mapping):
+            raise InputError(
+                f"{self.text}: example_batch must return a tensor, a tuple or a dict, not {type(batch).__name__}"
+            )
+        if not tensor_leaves(batch):
+            raise InputError(f"{self.text}: example_batch holds no tensor")
+        return dict(batch) if isinstance(batch, Mapping) else batch
+
+    def example_batch(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The batch as positional and keyword arguments."""
+        return as_arguments(self.raw_batch())
+
+    @property
+    def batch_size(self) -> int:
+        """Leading dim of the first tensor of the batch."""
+        with torch.device("meta"):
+            return leading_dim(self.raw_batch(), self.text)
+
+
+def tensor_leaves(batch: Any) -> list[torch.Tensor]:
+    """All tensors of a nested batch, in pytree order."""
+    return [leaf for leaf in torch_adapter.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+
+
+def leading_dim(batch: Any, text: str) -> int:
+    """Samples in the batch. Raises InputError if the first tensor has no dim or no sample."""
+    first = tensor_leaves(batch)[0]
+    if first.dim() == 0 or first.shape[0] == 0:
+        raise InputError(f"{text}: the first tensor of example_batch has shape {tuple(first.shape)}: no samples")
+    return int(first.shape[0])
+
+
+def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a tensor, tuple or dict."""
+    if isinstance(batch, torch.Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return tuple(batch), {}
+
+
+def load_source(text: str, options: Mapping[str, str] | None = None) -> ModelSource:
+    """Load `path/model.py` or `hf:config.json` with `--set` options given as text.
+
+    Raises:
+        InputError: file missing, not Python, raises at import, without a model, or an unknown or bad option.
+    """
+    options = dict(options or {})
+    if text.startswith("hf:"):
+        from autopar.capture.hf_source import load_hf_source
+
+        return load_hf_source(text, options)
+    path = Path(text).expanduser()
+    if not path.is_file():
+        what = "is a directory, not a file" if path.is_dir() else "no such file"
+        raise InputError(f"{text}: {what}")
+    return _python_source(text, path.resolve(), options)
+
+
+def _python_source(text: str, path: Path, options: Mapping[str, str]) -> ModelSource:
+    module = _import_file(text, path)
+    builder = _find_builder(text, module)
+    batch_maker = getattr(module, "example_batch", None)
+    if not callable(batch_maker):
+        raise InputError(f"{text}: no example_batch(): define a function that returns one batch of inputs")
+    loss = getattr(module, "loss", None)
+    if loss is not None and not callable(loss):
+        raise InputError(f"{text}: `loss` must be a function loss(output, batch)")
+    bound_builder, bound_batch = bind_options(text, options, (builder, batch_maker))
+    return ModelSource(path.stem, text, bound_builder, bound_batch, loss, str(path), dict(options))
+
+
+def _import_file(text: str, path: Path) -> ModuleType:
+    """Import under a name made from path and content, so that repeated imports neither clash nor go stale."""
+    try:
+        code = path.read_bytes()
+        ast.parse(code, filename=str(path))
+    except OSError as error:
+        raise InputError(f"{text}: cannot be read: {error.strerror}") from None
+    except SyntaxError as error:
+        raise InputError(f"{text}: not a Python file: {error.msg} (line {error.lineno})") from None
+    except ValueError as error:
+        raise InputError(f"{text}: not a Python file: {error}") from None
+    name = f"_autopar_source_{hashlib.sha256(str(path).encode() + b'|' + code).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path, loader=importlib.machinery.SourceFileLoader(name, str(path)))
+    if spec is None or spec.loader is None:
+        raise InputError(f"{text}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        with user_errors(f"{text}: raises at import", str(path)):
+            spec.loader.exec_module(module)
+    except InputError:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _find_builder(text: str, module: ModuleType) -> Callable[..., Any]:
+    decorated = [
+        found
+        for found in vars(module).values()
+        if "__autopar__" in getattr(found, "__dict__", {}) and getattr(found, "__module__", "") == module.__name__
+    ]
+    builders = [found for found in decorated if _is_builder(found)]
+    if len(builders) > 1:
+        names = ", ".join(sorted(b.__name__ for b in builders))
+        raise InputError(f"{text}: more than one object is decorated with @autoparallel: {names}")
+    if builders:
+        return builders[0]
+    builder = getattr(module, "build_model", None)
+    if not callable(builder):
+        raise InputError(
+            f"{text}: no model: define build_model() that returns an nn.Module, or decorate one with @autoparallel"
+        )
+    return builder  # type: ignore[no-any-return]
+
+
+def _is_builder(found: Any) -> bool:
+    if inspect.isclass(found):
+        return issubclass(found, torch.nn.Module)
+    return callable(found) and all(
+        p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        for p in inspect.signature(found).parameters.values()
+    )
+
+
+def bind_options(
+    text: str, options: Mapping[str, str], functions: tuple[Callable[..., Any], ...]
+) -> tuple[Callable[[], Any], ...]:
+    """Bind to each function the options it takes, converted by the type of the parameter's default.
+
+    Raises:
+        InputError: an option that no function takes, a value that does not convert, a parameter without a value.
+    """
+    signatures = [inspect.signature(function).parameters for function in functions]
+    open_ended = [any(p.kind is p.VAR_KEYWORD for p in s.values()) for s in signatures]
+    known = sorted({name for s in signatures for name, p in s.items() if p.kind in _NAMED})
+    unknown = sorted(set(options) - set(known)) if not any(open_ended) else []
+    if unknown:
+        listed = ", ".join(known) if known else "none"
+        raise InputError(f"{text}: unknown option {', '.join(unknown)}; options of this model: {listed}")
+    bound = []
+    for function, signature, is_open in zip(functions, signatures, open_ended, strict=True):
+        values: dict[str, Any] = {}
+        for name, value in sorted(options.items()):
+            if name in signature:
+                values[name] = convert_option(text, name, value, signature[name].default)
+            elif is_open:
+                values[name] = convert_option(text, name, value, None)
+        missing = [n for n, p in signature.items() if p.kind in _NAMED and p.default is p.empty and n not in values]
+        if missing:
+            raise InputError(f"{text}: {function.__name__} needs a value for {', '.join(missing)}: --set {missing[0]}=...")
+        bound.append(_Bound(function, values))
+    return tuple(bound)
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+@dataclass(frozen=True)
+class _Bound:
+    function: Callable[..., Any]
+    values: Mapping[str, Any]
+
+    def __call__(self) -> Any:
+        return self.function(**self.values)
+
+
+def convert_option(text: str, name: str, value: str, default: object) -> Any:
+    """`value` as the type of `default`; without a typed default, as the Python literal it looks like, else text."""
+    try:
+        if isinstance(default, bool):
+            return _TRUTH[value.lower()]
+        if isinstance(default, int | float):
+            return type(default)(value)
+    except (KeyError, ValueError):
+        raise InputError(f"{text}: option {name}={value}: not a {type(default).__name__}") from None
+    if isinstance(default, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return _TRUTH[value.lower()]
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value

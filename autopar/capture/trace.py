@@ -1,0 +1,265 @@
+"""Functionalise a flat list of calls and run it once on meta tensors.
+
+The run gives, by torch's own autograd and without memory, what no table could: the shape and dtype of every value,
+whether gradient flows through it, which values share storage, and what autograd saves for backward because of each
+call (`capture.saved`).
+
+Functionalisation, per call:
+
+- calls that change nothing become aliases of their input: `alias`, `lift_fresh_copy`, `to.*` to the same dtype,
+  `dropout` that drops nothing, `detach` of a value without gradient;
+- a value with gradient that is read under `torch.no_grad()` is read through an inserted `detach`, so that running
+  the ops in sequence with gradients enabled is the whole meaning of the graph;
+- in-place calls become out-of-place, and every later read of the changed tensor reads the new value; a later read
+  through another view of the same storage is an error;
+- in-place calls on buffers stay, and are listed in `mutates`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from autopar import torch_adapter
+from autopar.capture import saved
+from autopar.capture.flatten import Call, ValueRef, map_refs, refs_in
+from autopar.capture.flops import count_flops
+from autopar.capture.user_code import capture_error, choose_frame
+from autopar.errors import CaptureError
+from autopar.ir.tensor import TensorMeta
+
+ALIASES = ("aten.alias.default", "aten.lift_fresh_copy.default", "aten.lift.default", "aten.lift_fresh.default")
+DETACH = ("aten.detach.default", "aten.detach_.default")
+DROPOUTS = ("aten.dropout.default", "aten.feature_dropout.default", "aten.dropout_.default",
+            "aten.alpha_dropout.default", "aten.feature_alpha_dropout.default")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """A value that no call makes: `tensor` is its meta stand-in."""
+
+    name: str
+    origin: str
+    tensor: torch.Tensor
+
+
+@dataclass
+class Traced:
+    """A functional call and what was learnt from running it; becomes an `ir.graph.Op`."""
+
+    name: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[str, ...]
+    scope: str
+    frames: tuple[tuple[str, int], ...]
+    mutates: tuple[str, ...] = ()
+    flops_forward: int = 0
+    flops_backward: int = 0
+    packed: dict[int, int] = field(default_factory=dict)
+    extra_bytes: int = 0
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return refs_in(self.args, self.kwargs)
+
+
+@dataclass
+class Trace:
+    """The result.
+
+    Attributes:
+        ops: functional calls in order.
+        tensors, roots: meta tensor and storage root of every value.
+        current: raw name -> name of the value that it stands for at the end.
+        owner: storage key -> the value that owns the storage.
+    """
+
+    ops: list[Traced]
+    tensors: dict[str, torch.Tensor]
+    roots: dict[str, str]
+    current: dict[str, str]
+    owner: dict[int, str]
+
+    def meta(self, name: str) -> TensorMeta:
+        tensor = self.tensors[name]
+        return TensorMeta(tuple(tensor.shape), torch_adapter.dtype_name(tensor.dtype))
+
+
+class Tracer:
+    """Runs calls one after the other; see the module docstring."""
+
+    def __init__(self, outside: list[Outside], user_file: str | None) -> None:
+        self.user_file = user_file
+        self.origins = {value.name: value.origin for value in outside}
+        self.trace = Trace([], {}, {}, {}, {})
+        self.members: dict[int, list[str]] = {}
+        self.detached: dict[str, str] = {}
+        self.last_read: dict[str, int] = {}
+        self.position = 0
+        for value in outside:
+            self._add(value.name, value.tensor)
+            self.trace.current[value.name] = value.name
+
+    def run(self, calls: list[Call], loss: str) -> Trace:
+        """All calls; `loss` is read after the last."""
+        for index, call in enumerate(calls):
+            for name in refs_in(call.args, call.kwargs):
+                self.last_read[name] = index
+        self.last_read[loss] = len(calls)
+        with torch.enable_grad():
+            for self.position, call in enumerate(calls):
+                self._step(call)
+        return self.trace
+
+    def _step(self, call: Call) -> None:
+        current = self.trace.current
+        args = map_refs(lambda ref: ValueRef(current[ref.name]), call.args)
+        kwargs = map_refs(lambda ref: ValueRef(current[ref.name]), call.kwargs)
+        alias = self._alias_of(call, args, kwargs)
+        if alias is not None:
+            current[call.outputs[0]] = alias
+            return
+        if not call.grad_enabled:
+            args, kwargs = map_refs(self._detached, args), map_refs(self._detached, kwargs)
+        written = self._written(call)
+        target = call.target
+        mutates: tuple[str, ...] = ()
+        if written and all(self.origins.get(current[name]) == "buffer" for name in written):
+            mutates = tuple(dict.fromkeys(current[name] for name in written))
+        elif written:
+            target = self._functional(call, written)
+        kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+        op = Traced(call.name, target, args, kwargs, call.outputs, call.scope, call.frames, mutates)
+        self._execute(op, call)
+        if written and not mutates:
+            self._redirect(call, written[0], self._keep_dtype(op, call))
+        else:
+            current.update((name, name) for name in op.outputs)
+
+    def _alias_of(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Name of the value that the call returns unchanged, or None if it does something."""
+        if not args or not isinstance(args[0], ValueRef) or len(call.outputs) != 1:
+            return None
+        source = self.trace.tensors[args[0].name]
+        if not call.grad_enabled and source.requires_grad:
+            return None
+        name = call.target_name
+        is_same = (
+            name in ALIASES
+            or (name in DETACH and not source.requires_grad)
+            or (name in DROPOUTS and (args[1] == 0 or not args[2]))
+            or (name.startswith("aten.to.") and self._keeps_all(call, args, kwargs, source))
+        )
+        return args[0].name if is_same else None
+
+    def _keeps_all(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], source: torch.Tensor) -> bool:
+        """`to.*` that changes neither dtype nor memory format (devices follow the run)."""
+        constants = [*args[1:], *kwargs.values()]
+        if call.target_name == "aten.to.other":
+            return self.trace.tensors[args[1].name].dtype == source.dtype
+        dtypes = [c for c in constants if isinstance(c, torch.dtype)]
+        formats = [c for c in constants if isinstance(c, torch.memory_format) and c != torch.preserve_format]
+        return all(d == source.dtype for d in dtypes) and not formats
+
+    def _detached(self, ref: ValueRef) -> ValueRef:
+        """The same value without gradient; made once per value."""
+        if not self.trace.tensors[ref.name].requires_grad:
+            return ref
+        if ref.name not in self.detached:
+            name = f"{ref.name.replace(':', '_')}_detach"
+            op = Traced(name, torch.ops.aten.detach.default, (ref,), {}, (name,), "", ())
+            self.trace.ops.append(op)
+            self._add(name, self.trace.tensors[ref.name].detach())
+            self.detached[ref.name] = name
+        return ValueRef(self.detached[ref.name])
+
+    def _written(self, call: Call) -> tuple[str, ...]:
+        """Raw names of the tensors that the call changes."""
+        if call.target_name == "aten.batch_norm.default":
+            return refs_in(call.args[3:5]) if call.args[5] else ()
+        found: list[str] = []
+        for where in torch_adapter.written_arguments(call.target):
+            argument = call.kwargs.get(where) if isinstance(where, str) else _argument(call, where)
+            found.extend(refs_in(argument))
+        return tuple(found)
+
+    def _functional(self, call: Call, written: tuple[str, ...]) -> Any:
+        origins = {self.origins.get(self.trace.current[name], "op") for name in written}
+        if "parameter" in origins:
+            raise self._error("a parameter is changed in place in the forward", call)
+        target = torch_adapter.functional_overload(call.target)
+        if target is None or len(written) != 1 or call.args[:1] != (ValueRef(written[0]),):
+            raise self._error("this in-place operation has no out-of-place form here", call)
+        return target
+
+    def _redirect(self, call: Call, written: str, new: str) -> None:
+        """Later reads of the changed tensor, under any of its names, read the value `new`."""
+        current = self.trace.current
+        base = current[written]
+        key = torch_adapter.storage_key(self.trace.tensors[base])
+        for name, value in list(current.items()):
+            if value == base:
+                current[name] = new
+            elif value in self.members[key] and self.last_read.get(name, -1) > self.position:
+                raise self._error("changed in place, and another view of the same tensor is read later", call)
+        current[call.outputs[0]] = new
+
+    def _execute(self, op: Traced, call: Call) -> None:
+        """Run on meta tensors, record saved tensors, metas, FLOPs; append to the trace."""
+        tensors = self.trace.tensors
+        args = _on_meta(map_refs(lambda ref: tensors[ref.name], op.args))
+        kwargs = {key: _on_meta(arg) for key, arg in map_refs(lambda ref: tensors[ref.name], op.kwargs).items()}
+        try:
+            result, op.packed, op.extra_bytes = saved.run_and_record(op.target, args, kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+            raise self._error(f"cannot run on meta tensors: {str(error).splitlines()[0]}", call) from None
+        results = (result,) if isinstance(result, torch.Tensor) else tuple(result or ())
+        op.flops_forward, op.flops_backward = count_flops(torch_adapter.target_name(op.target), args, kwargs, results)
+        self.trace.ops.append(op)
+        for name, tensor in zip(op.outputs, results, strict=True):
+            self._add(name, tensor)
+        _state_dtype(op, results)
+
+    def _keep_dtype(self, op: Traced, call: Call) -> str:
+        """Name of the op's result in the dtype of what the in-place call changed; a cast is added if they differ."""
+        tensors, (output,) = self.trace.tensors, op.outputs
+        wanted = tensors[op.inputs[0]].dtype
+        if tensors[output].dtype == wanted:
+            return output
+        name = f"{op.name}_cast"
+        cast = Traced(name, torch.ops.aten.to.dtype, (ValueRef(output), wanted), {}, (name,), op.scope, op.frames)
+        self._execute(cast, call)
+        return name
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        key = torch_adapter.storage_key(tensor)
+        self.trace.tensors[name] = tensor
+        self.trace.roots[name] = self.trace.owner.setdefault(key, name)
+        self.members.setdefault(key, []).append(name)
+
+    def _error(self, problem: str, call: Call) -> CaptureError:
+        return capture_error(problem, call.target_name, choose_frame(list(call.frames), self.user_file))
+
+
+def _argument(call: Call, index: int) -> Any:
+    if index < len(call.args):
+        return call.args[index]
+    return call.kwargs.get(torch_adapter.argument_names(call.target)[index])
+
+
+def _state_dtype(op: Traced, results: tuple[torch.Tensor, ...]) -> None:
+    """Creation ops without a dtype follow torch's default dtype: name it, so that the graph means one thing."""
+    if not op.inputs and results and "dtype" in torch_adapter.argument_names(op.target):
+        op.kwargs.setdefault("dtype", results[0].dtype)
+
+
+def _on_meta(argument: Any) -> Any:
+    if isinstance(argument, torch.device):
+        return torch.device("meta")
+    if isinstance(argument, tuple):
+        return [_on_meta(part) for part in argument]
+    return argument

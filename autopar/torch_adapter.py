@@ -1,0 +1,157 @@
+"""The one place for torch APIs that are private or undocumented, each with what it is used for and how it is kept safe.
+
+| function           | uses                                         | why nothing public serves                              |
+|--------------------|----------------------------------------------|--------------------------------------------------------|
+| `storage_key`      | `UntypedStorage._cdata`                      | meta tensors have no `data_ptr`, yet share storages    |
+| `op_overload`      | `torch.ops.<ns>.<name>.<overload>`           | public by use; the name parsing is ours                |
+| `written_arguments`| `OpOverload._schema`                         | no public road to alias annotations                    |
+| `is_random`        | `OpOverload.tags`, `torch.Tag`               |                                                        |
+| `tree_*`           | `torch.utils._pytree`                        | no public pytree module in torch 2.13                  |
+| `is_op_overload`   | `torch._ops`                                 | the classes of fx node targets have no public name     |
+| `strided_shard`    | `placement_types._StridedShard`              | DTensor's only word for slicing a slice outside in     |
+
+`encode_constant` and `decode_constant` turn the torch constants of a call into the strings of `ir.graph.Arg` and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in (torch.strided,)}
+INPUT_DEVICE = "device:input"
+"""Stands for the device on which the graph runs."""
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of the storage, equal for views of one tensor; valid while the storage lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def target_name(overload: Any) -> str:
+    """`aten.linear.default` for `torch.ops.aten.linear.default`."""
+    return str(overload)
+
+
+def op_overload(target: str) -> Any:
+    """Inverse of `target_name`. Raises AttributeError for a name that torch does not know."""
+    namespace, name, overload = target.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+def written_arguments(overload: Any) -> tuple[int | str, ...]:
+    """Arguments that the schema says are written: positions, or names for keyword-only ones."""
+    found: list[int | str] = []
+    for index, argument in enumerate(overload._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(argument.name if argument.kwarg_only else index)
+    return tuple(found)
+
+
+def argument_names(overload: Any) -> tuple[str, ...]:
+    """Names of all arguments in schema order."""
+    return tuple(argument.name for argument in overload._schema.arguments)
+
+
+def is_random(overload: Any) -> bool:
+    """The op draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in overload.tags
+
+
+def functional_overload(overload: Any) -> Any:
+    """Out-of-place form of an in-place op, e.g. `relu.default` for `relu_.default`, or None."""
+    namespace, name, variant = target_name(overload).split(".")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    if not name.endswith("_") or packet is None:
+        return None
+    if variant in packet.overloads():
+        return getattr(packet, variant)
+    wanted = [str(argument.type) for argument in overload._schema.arguments]
+    for candidate in sorted(packet.overloads()):
+        found = getattr(packet, candidate)
+        if [str(argument.type) for argument in found._schema.arguments] == wanted:
+            return found
+    return None
+
+
+def encode_constant(value: object) -> bool | int | float | str | None:
+    """Constant of a call as an `ir.graph.Arg`. Raises TypeError for what no call should hold."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.dtype):
+        return f"dtype:{str(value).removeprefix('torch.')}"
+    if isinstance(value, torch.device):
+        return INPUT_DEVICE
+    if isinstance(value, torch.memory_format):
+        return f"memory_format:{str(value).removeprefix('torch.')}"
+    if isinstance(value, torch.layout):
+        return f"layout:{str(value).removeprefix('torch.')}"
+    raise TypeError(f"a constant of type {type(value).__name__}")
+
+
+def decode_constant(value: object, device: torch.device | str) -> object:
+    """Inverse of `encode_constant`; `device` is where the graph runs."""
+    if not isinstance(value, str):
+        return value
+    if value == INPUT_DEVICE:
+        return torch.device(device)
+    kind, _, name = value.partition(":")
+    return getattr(torch, name) if kind in ("dtype", "memory_format", "layout") and name else value
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """`torch.float32` for `float32`."""
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"not a dtype: {name}")
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def call(target: str, args: Sequence[object], kwargs: dict[str, object]) -> Any:
+    """Run one op whose constants are already decoded."""
+    return op_overload(target)(*args, **kwargs)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """Leaves of nested tuples, lists and dicts, in the order that `torch.export` uses."""
+    return list(pytree.tree_leaves(tree))
+
+
+def tree_leaves_with_keys(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves with a readable path such as `0`, `input_ids` or `0.x`."""
+    found, _ = pytree.tree_flatten_with_path(tree)
+    return [(".".join(_key(part) for part in path), leaf) for path, leaf in found]
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`function` on every leaf, structure kept."""
+    return pytree.tree_map(function, tree)
+
+
+def _key(part: Any) -> str:
+    return str(next(getattr(part, name) for name in ("key", "idx", "name") if hasattr(part, name)))
+
+
+def is_op_overload(target: object) -> bool:
+    """A single torch operator, as opposed to a higher-order operator or a Python function."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def higher_order_name(target: object) -> str:
+    """Name of a higher-order operator such as `wrap_with_set_grad_enabled`, else the empty string."""
+    return str(target.name()) if isinstance(target, torch._ops.HigherOrderOperator) else ""
+
+
+def strided_shard(dim: int, split_factor: int) -> Any:
+    """DTensor placement of a slice taken after inner axes have split the same dim `split_factor` ways."""
+    from torch.distributed.tensor.placement_types import _StridedShard  # costs a second that capture need not pay
+
+    return _StridedShard(dim, split_factor=split_factor)
