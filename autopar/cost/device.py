@@ -1,0 +1,154 @@
+"""DeviceSpec: the numbers of one device file in `costmodels/`, checked and in base units.
+
+What each number means is said once, in `costmodels/README.md`; the attribute names are the keys of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autopar.errors import AutoparError
+
+LABEL_BY_TAG: Mapping[str, str] = {"read": "assumed", "known": "assumed", "estimate": "assumed", "measured": "measured"}
+"""Only a number that autopar measured on the device is `measured`; every other one is taken on trust."""
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """One entry of a device file. `path` is its place, e.g. `memory.bandwidth_bytes_per_s`."""
+
+    path: str
+    value: float
+    unit: str
+    source: str
+    tag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Alpha-beta parameters of one link level.
+
+    Attributes:
+        bandwidth_bytes_per_s: per direction; of one GPU inside a node, of the whole node between nodes.
+        latency_s, latency_per_hop_s: fixed part of a collective, and per further rank.
+        p2p_latency_s: fixed part of a send.
+        j_per_byte: dynamic energy of one byte sent.
+    """
+
+    bandwidth_bytes_per_s: float
+    latency_s: float
+    latency_per_hop_s: float
+    p2p_latency_s: float
+    j_per_byte: float
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """One device. Rates are dense; `peak_flops` is by dtype name, plus `tf32` where the device has it."""
+
+    name: str
+    title: str
+    kind: str
+    peak_flops: Mapping[str, float]
+    capacity_bytes: int
+    reserve_bytes: int
+    memory_bytes_per_s: float
+    memory_efficiency: float
+    gemm_efficiency: float
+    gemm_ramp_s: float
+    convolution_efficiency: float
+    attention_efficiency: float
+    launch_overhead_s: float
+    topology: str
+    intra_node: Link
+    inter_node: Link
+    gpus_per_node: int
+    idle_w: float
+    blocked_w: float
+    limit_w: float
+    host_w_per_node: float
+    gemm_share: float
+    memory_share: float
+    time_uncertainty: float
+    energy_uncertainty: float
+    memory_uncertainty: float
+    numbers: tuple[Number, ...]
+
+    def peak(self, dtype: str) -> float:
+        """Dense FLOP/s of a dtype; one without its own rate (integers, bf16 before Ampere) runs at float32's."""
+        return self.peak_flops.get(dtype, self.peak_flops["float32"])
+
+
+def read_device(path: Path) -> DeviceSpec:
+    """Reads one device file.
+
+    Raises:
+        AutoparError: if a number is missing, not finite, not positive or without unit and source.
+    """
+    data = json.loads(path.read_text(encoding="utf-8"))
+    numbers = {number.path: number for number in _numbers(data, "", path.name)}
+
+    def value(key: str) -> float:
+        if key not in numbers:
+            raise AutoparError(f"{path.name}: {key} is missing")
+        return numbers[key].value
+
+    def link(level: str, energy_key: str) -> Link:
+        return Link(
+            value(f"{level}.bandwidth_bytes_per_s"),
+            value(f"{level}.latency_s"),
+            value(f"{level}.latency_per_hop_s"),
+            value(f"{level}.p2p_latency_s"),
+            value(energy_key),
+        )
+
+    prefix = "peak_flops."
+    return DeviceSpec(
+        name=data["name"],
+        title=data["title"],
+        kind=data["kind"],
+        peak_flops={k.removeprefix(prefix): n.value for k, n in numbers.items() if k.startswith(prefix)},
+        capacity_bytes=int(value("memory.capacity_bytes")),
+        reserve_bytes=int(value("memory.reserve_bytes")),
+        memory_bytes_per_s=value("memory.bandwidth_bytes_per_s"),
+        memory_efficiency=value("memory.efficiency"),
+        gemm_efficiency=value("kernels.gemm_efficiency"),
+        gemm_ramp_s=value("kernels.gemm_ramp_s"),
+        convolution_efficiency=value("kernels.convolution_efficiency"),
+        attention_efficiency=value("kernels.attention_efficiency"),
+        launch_overhead_s=value("kernels.launch_overhead_s"),
+        topology=data["intra_node"]["topology"],
+        intra_node=link("intra_node", "power.link_j_per_byte"),
+        inter_node=link("inter_node", "power.network_j_per_byte"),
+        gpus_per_node=int(value("gpus_per_node")),
+        idle_w=value("power.idle_w"),
+        blocked_w=value("power.blocked_w"),
+        limit_w=value("power.limit_w"),
+        host_w_per_node=value("power.host_w_per_node"),
+        gemm_share=value("power.gemm_share"),
+        memory_share=value("power.memory_share"),
+        time_uncertainty=value("uncertainty.time"),
+        energy_uncertainty=value("uncertainty.energy"),
+        memory_uncertainty=value("uncertainty.memory"),
+        numbers=tuple(numbers[key] for key in sorted(numbers)),
+    )
+
+
+def _numbers(data: Any, path: str, file: str) -> Iterator[Number]:
+    """Every `{value, unit, source, tag}` below a JSON object."""
+    if not isinstance(data, dict):
+        return
+    if "value" in data:
+        number = Number(path, float(data["value"]), data.get("unit", ""), data.get("source", ""), data.get("tag", ""))
+        is_sound = math.isfinite(number.value) and number.value > 0 and number.unit and number.source
+        if not is_sound or number.tag not in LABEL_BY_TAG:
+            raise AutoparError(f"{file}: {path} needs a finite positive value, a unit, a source and a known tag")
+        yield number
+        return
+    for key, child in data.items():
+        yield from _numbers(child, f"{path}.{key}" if path else key, file)

@@ -1,0 +1,108 @@
+"""Cluster: identical devices in identical nodes, with every number that prices depend on and its source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from functools import cached_property
+
+from autopar.cost.device import DeviceSpec, Number, read_device
+from autopar.errors import InputError
+from autopar.ir.mesh import Group
+from autopar.resources import data_directory
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Implements `ir.cost.Device`.
+
+    Attributes:
+        spec: the device.
+        num_gpus: ceiling on the number of devices, >= 1.
+        gpus_per_node: devices that share the fast link.
+        memory_bytes: usable by a job on one device: capacity less reserve, or what the user said.
+    """
+
+    spec: DeviceSpec
+    num_gpus: int
+    gpus_per_node: int
+    memory_bytes: int
+
+    @property
+    def gpu(self) -> str:
+        return self.spec.name
+
+    @property
+    def blocked_w(self) -> float:
+        return self.spec.blocked_w
+
+    @property
+    def host_w_per_node(self) -> float:
+        return self.spec.host_w_per_node
+
+    @property
+    def provenance(self) -> tuple[Number, ...]:
+        """Every number of the device file with its source."""
+        return self.spec.numbers
+
+    @cached_property
+    def input_hash(self) -> str:
+        """SHA-256 over all numbers."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def nodes(self, num_devices: int) -> int:
+        """Nodes that a job on so many devices occupies."""
+        return -(-num_devices // self.gpus_per_node)
+
+    def members_in_node(self, group: Group) -> int:
+        """Members of a collective group that share a node; divides the group's size."""
+        members = group.members_per_node(self.gpus_per_node)
+        while group.size % members:
+            members -= 1
+        return members
+
+    def network_bytes_per_s(self) -> float:
+        """Share of one device in its node's network ports, all devices sending at once."""
+        return self.spec.inter_node.bandwidth_bytes_per_s / self.gpus_per_node
+
+
+def load_cluster(gpu: str, num_gpus: int, gpus_per_node: int | None = None, memory_bytes: int | None = None) -> Cluster:
+    """A cluster of built-in devices.
+
+    Args:
+        gpu: kebab-case name of a file in `costmodels/`.
+        num_gpus: >= 1.
+        gpus_per_node: >= 1; the device's usual server if None.
+        memory_bytes: memory that the job may use on one device, > 0; capacity less reserve if None.
+
+    Raises:
+        InputError: for an unknown GPU or a number out of range.
+    """
+    path = data_directory("costmodels") / f"{gpu}.json"
+    names = _names()
+    if gpu not in names:
+        close = get_close_matches(gpu.lower(), names, n=4, cutoff=0.3) or list(names)
+        raise InputError(f"unknown GPU {gpu!r}; close to it: {', '.join(close)} (all: `autopar gpus`)")
+    spec = read_device(path)
+    per_node = spec.gpus_per_node if gpus_per_node is None else gpus_per_node
+    memory = spec.capacity_bytes - spec.reserve_bytes if memory_bytes is None else memory_bytes
+    limits: Mapping[str, int] = {"number of GPUs": num_gpus, "GPUs per node": per_node, "memory in bytes": memory}
+    for what, number in limits.items():
+        if number < 1:
+            raise InputError(f"{what} must be at least 1, found {number}")
+    return Cluster(spec, num_gpus, per_node, memory)
+
+
+def list_gpus() -> tuple[DeviceSpec, ...]:
+    """All built-in devices by name."""
+    directory = data_directory("costmodels")
+    return tuple(read_device(directory / f"{name}.json") for name in _names())
+
+
+def _names() -> tuple[str, ...]:
+    files = data_directory("costmodels").glob("*.json")
+    return tuple(sorted(path.stem for path in files if path.stem != "schema"))

@@ -1,0 +1,66 @@
+"""What sort of work an op is: which rate its FLOPs run at, which bytes it moves, whether it is a kernel at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from autopar.ir.graph import Op, Value
+
+GEMMS = frozenset(("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum", "autopar.moe_experts"))
+CONVOLUTIONS = frozenset(f"{name}{dims}d" for name in ("conv", "conv_transpose") for dims in (1, 2, 3))
+ATTENTIONS = frozenset(("scaled_dot_product_attention",))
+SELECTING_VIEWS = frozenset(("slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow"))
+"""Views whose backward writes a whole zero-filled gradient."""
+GROWING_VIEWS = frozenset(("expand", "expand_as", "broadcast_to"))
+"""Views whose backward is a sum."""
+HEADER_VIEWS = frozenset(
+    ("view", "transpose", "permute", "t", "numpy_T", "unsqueeze", "squeeze", "detach", "alias", "unflatten", "view_as")
+) | {"_unsafe_view"}  # fmt: skip
+"""Views whose backward is a view."""
+VIEWS = HEADER_VIEWS | SELECTING_VIEWS | GROWING_VIEWS
+LOOKUPS = frozenset(("embedding", "gather", "index", "index_select"))
+"""Ops that read only the rows they return, not the whole table."""
+SUMS = frozenset(("add", "sub", "rsub", "neg", "clone", "contiguous"))
+"""Ops whose backward passes the gradient through: it reads nothing that forward saved."""
+
+
+def packet(target: str) -> str:
+    """`aten.add.Tensor` -> `add`; other namespaces stay whole."""
+    return target.split(".")[1] if target.startswith("aten.") else target
+
+
+def work_kind(op: Op) -> str:
+    """`gemm`, `convolution`, `attention` or `other`: the rate at which the op's FLOPs run."""
+    name = packet(op.target)
+    if name in GEMMS:
+        return "gemm"
+    if name in CONVOLUTIONS:
+        return "convolution"
+    return "attention" if name in ATTENTIONS else "other"
+
+
+def is_view(op: Op, values: Mapping[str, Value]) -> bool:
+    """Whether forward only makes new tensor headers.
+
+    A reshape, cast or dropout that capture found to share its operand's storage is a view too; ops that change
+    their operand in place (`relu_`) share storage but do work.
+    """
+    name = packet(op.target)
+    if name in VIEWS:
+        return True
+    if name.endswith("_") or op.mutates or not op.outputs:
+        return False
+    return all(values[output].root != output for output in op.outputs)
+
+
+def forward_bytes_weight(op: Op, index: int) -> float:
+    """Share of input `index` that forward reads: tables are read by row, which the result's size counts."""
+    return 0.0 if packet(op.target) in LOOKUPS and index == 0 else 1.0
+
+
+def backward_kind(op: Op) -> str:
+    """How many bytes backward moves: `none`, `whole` (operands and results once) or `double` (twice)."""
+    name = packet(op.target)
+    if name in SELECTING_VIEWS or name in GROWING_VIEWS or name in SUMS or name in LOOKUPS:
+        return "whole"
+    return "none" if name in HEADER_VIEWS else "double"

@@ -1,0 +1,48 @@
+"""Energy of kernels and the board's power limit.
+
+Power has three levels: idle, blocked (live context, waiting) and blocked plus dynamic. Here only dynamic energy is
+priced; blocked power is paid per device and second by whoever knows the step time.
+
+    e = FLOPs * eps_flop + bytes * eps_byte ,     eps_flop = gemm_share * (limit - blocked) / reached FLOP rate
+                                                  eps_byte = memory_share * (limit - blocked) / reached byte rate
+
+so a large GEMM draws `gemm_share` of what the limit leaves and a streaming kernel `memory_share`. Where both together
+would pass the limit, the clock drops: the kernel takes e / (limit - blocked) seconds instead. Source: Choi, Vuduc et
+al., IPDPS 2013 (energy adds while time overlaps), with the limit that a real board enforces.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autopar.cost.device import DeviceSpec
+from autopar.cost.roofline import flop_rate, memory_rate
+from autopar.ir.cost import Array
+
+
+def dynamic_limit_w(spec: DeviceSpec) -> float:
+    """Power above blocked that the board may draw."""
+    return spec.limit_w - spec.blocked_w
+
+
+def flop_energy_j(spec: DeviceSpec, kind: str, dtype: str) -> float:
+    """eps_flop: a convolution's or attention's FLOP costs what a GEMM's does, however slowly it runs."""
+    rate = flop_rate(spec, kind, dtype)
+    own = {"convolution": spec.convolution_efficiency, "attention": spec.attention_efficiency}.get(kind)
+    as_gemm = rate if own is None else rate / own * spec.gemm_efficiency
+    return spec.gemm_share * dynamic_limit_w(spec) / as_gemm
+
+
+def byte_energy_j(spec: DeviceSpec) -> float:
+    """eps_byte of a byte read from or written to device memory."""
+    return spec.memory_share * dynamic_limit_w(spec) / memory_rate(spec)
+
+
+def kernel_energy_j(spec: DeviceSpec, kind: str, dtype: str, flops: Array, num_bytes: Array) -> Array:
+    """Dynamic joules."""
+    return flops * flop_energy_j(spec, kind, dtype) + num_bytes * byte_energy_j(spec)
+
+
+def within_limit_s(spec: DeviceSpec, time_s: Array, energy_j: Array) -> Array:
+    """Seconds at the clock that the power limit allows."""
+    return np.maximum(time_s, energy_j / dynamic_limit_w(spec))

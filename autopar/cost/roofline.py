@@ -1,0 +1,49 @@
+"""Time of kernels: an efficiency-aware roofline, on arrays of local sizes.
+
+    t = max(FLOPs / (peak * efficiency) + ramp, bytes / (bandwidth * efficiency)) + kernels * launch overhead
+
+`ramp` makes small GEMMs slow GEMMs: one of F FLOPs reaches efficiency * F / (F + F_half) of the peak, with
+F_half = ramp * peak * efficiency. FLOPs and bytes of forward and backward are priced apart. Source: Williams,
+Waterman, Patterson 2009, with the saturation curve of the device file.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autopar.cost.device import DeviceSpec
+from autopar.ir.cost import Array
+
+
+def flop_rate(spec: DeviceSpec, kind: str, dtype: str) -> float:
+    """FLOP/s that large kernels of a kind reach.
+
+    float32 convolutions run on tf32 units where the device has them (torch's default); float32 GEMMs do not.
+    """
+    efficiency = {
+        "gemm": spec.gemm_efficiency,
+        "convolution": spec.convolution_efficiency,
+        "attention": spec.attention_efficiency,
+        "other": spec.gemm_efficiency,
+    }[kind]
+    if kind == "other":
+        return spec.peak("float32") * efficiency
+    if kind == "convolution" and dtype == "float32" and "tf32" in spec.peak_flops:
+        return spec.peak("tf32") * efficiency
+    return spec.peak(dtype) * efficiency
+
+
+def memory_rate(spec: DeviceSpec) -> float:
+    """Bytes/s that large streaming kernels reach."""
+    return spec.memory_bytes_per_s * spec.memory_efficiency
+
+
+def kernel_time_s(
+    spec: DeviceSpec, kind: str, dtype: str, *, flops: Array, num_bytes: Array, num_kernels: float
+) -> Array:
+    """Seconds of `num_kernels` kernels that share the FLOPs and bytes; 0 where there is no kernel."""
+    if num_kernels == 0:
+        return np.zeros_like(num_bytes)
+    ramp = spec.gemm_ramp_s * num_kernels if kind != "other" else 0.0
+    compute = np.where(flops > 0, flops / flop_rate(spec, kind, dtype) + ramp, 0.0)
+    return np.maximum(compute, num_bytes / memory_rate(spec)) + num_kernels * spec.launch_overhead_s
