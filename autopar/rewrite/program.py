@@ -1,0 +1,218 @@
+"""StageProgram: what one rank runs of one stage, as segments; and the serial program, which is the same on one device.
+
+Flow of a microbatch: the `shared` segment (ops that depend on the batch alone), then one segment per block. Values
+pass between segments, and over the cuts, in their kept placement (`rewrite.layout`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autopar.ir.graph import OpGraph
+from autopar.ir.mesh import StageMesh
+from autopar.ir.placement import INVARIANT
+from autopar.ir.solution import Decisions, StageChoice
+from autopar.ir.strategy import ParameterAxisStrategy
+from autopar.rewrite.check import check_segment
+from autopar.rewrite.collectives import AxisGroup
+from autopar.rewrite.gathered import GatherScope
+from autopar.rewrite.layout import Layout, layout_of
+from autopar.rewrite.partition import StagePart, partition
+from autopar.rewrite.segment import Attributes, Segment, SegmentBuilder, describe
+from autopar.rewrite.stream import StreamState
+from autopar.rules.strategies import axis_strategies
+
+
+@dataclass(frozen=True)
+class BoundaryTensor:
+    """A value that crosses a cut, as one rank sends or receives it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """See the module docstring.
+
+    Attributes:
+        stage, num_stages: position in the pipeline.
+        coordinate: position on the axes of the stage mesh.
+        shared: segment of the shared ops, or None.
+        segments: one per block.
+        received, sent: what crosses the cuts before and after.
+        parameters, buffers, constants, inputs: names of the outside values read, in graph order.
+        updated_buffers: buffers that some op of the stage changes in place.
+        recompute: `none` or `full` (segments drop their activations and run again in backward).
+        stream, scope, axes: the objects that its nodes refer to.
+    """
+
+    stage: int
+    num_stages: int
+    coordinate: tuple[int, ...]
+    shared: Segment | None
+    segments: tuple[Segment, ...]
+    received: tuple[BoundaryTensor, ...]
+    sent: tuple[BoundaryTensor, ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    constants: tuple[str, ...]
+    inputs: tuple[str, ...]
+    updated_buffers: tuple[str, ...]
+    recompute: str
+    stream: StreamState
+    scope: GatherScope
+    axes: tuple[AxisGroup, ...]
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.num_stages - 1
+
+
+def build_stage(
+    graph: OpGraph,
+    decisions: Decisions,
+    stage: int,
+    coordinate: tuple[int, ...],
+    *,
+    axes: Sequence[AxisGroup] | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> StageProgram:
+    """The program of one rank.
+
+    Args:
+        graph: captured at the microbatch size.
+        decisions: of a plan for this graph.
+        stage: from 0.
+        coordinate: of the rank in the stage mesh.
+        axes: process groups by mesh axis; without them the program can be read but not run (on more than one rank).
+        device: where the program runs.
+        seed: of the random streams.
+
+    Raises:
+        RewriteError: if the decisions do not fit the graph.
+    """
+    layout = layout_of(graph, decisions)
+    part = partition(graph, decisions.stages)[stage]
+    attributes = Attributes(
+        tuple(axes or _unbound_axes(decisions, coordinate)), StreamState(seed), GatherScope(), device
+    )
+    shared, segments = _segments(layout, part, attributes, is_last=stage == len(decisions.stages) - 1)
+    outside = {o: tuple(n for n in part.outside if graph.values[n].origin == o) for o in _OUTSIDE}
+    return StageProgram(
+        stage=stage,
+        num_stages=len(decisions.stages),
+        coordinate=coordinate,
+        shared=shared,
+        segments=segments,
+        received=_boundary(layout, part.received),
+        sent=_boundary(layout, part.sent),
+        parameters=outside["parameter"],
+        buffers=outside["buffer"],
+        constants=outside["constant"],
+        inputs=outside["input"],
+        updated_buffers=tuple(n for n in outside["buffer"] if any(n in op.mutates for op in part.ops)),
+        recompute=decisions.stages[stage].recompute,
+        stream=attributes.stream,
+        scope=attributes.scope,
+        axes=attributes.axes,
+    )
+
+
+_OUTSIDE = ("parameter", "buffer", "constant", "input")
+
+
+def _unbound_axes(decisions: Decisions, coordinate: tuple[int, ...]) -> tuple[AxisGroup, ...]:
+    return tuple(AxisGroup(a.name, a.size, i) for a, i in zip(decisions.mesh.axes, coordinate, strict=True))
+
+
+def _boundary(layout: Layout, names: Sequence[str]) -> tuple[BoundaryTensor, ...]:
+    values = layout.graph.values
+    return tuple(BoundaryTensor(n, layout.local_shape(n), values[n].meta.dtype, values[n].requires_grad) for n in names)
+
+
+def _segments(
+    layout: Layout, part: StagePart, attributes: Attributes, *, is_last: bool
+) -> tuple[Segment | None, tuple[Segment, ...]]:
+    """Build and check each piece; each returns what later pieces, or the next stage, read."""
+    pieces = [("shared", part.shared), *part.blocks]
+    reads: list[set[str]] = [{name for op in ops for name in op.inputs} for _, ops in pieces]
+    built = []
+    for index, (name, ops) in enumerate(pieces):
+        later = {n for names in reads[index + 1 :] for n in names} | set(part.sent)
+        with_loss = is_last and index == len(pieces) - 1
+        if is_last and not with_loss:
+            later.add(layout.graph.loss)
+        made = {n for op in ops for n in op.outputs}
+        outputs = [n for n in layout.graph.values if n in made and n in later]
+        segment = SegmentBuilder(layout, attributes).build(name, ops, outputs, with_loss=with_loss)
+        check_segment(segment, ops, layout)
+        built.append(segment)
+    return (built[0] if part.shared else None), tuple(built[1:])
+
+
+def serial_decisions(graph: OpGraph, num_microbatches: int = 1) -> Decisions:
+    """One device, one stage, nothing split."""
+    mesh = StageMesh(())
+    return Decisions(
+        mesh=mesh,
+        num_microbatches=num_microbatches,
+        schedule="gpipe",
+        stages=(StageChoice(0, len(graph.blocks), "none"),),
+        ops={op.name: () for op in graph.ops},
+        hubs={},
+        parameters={value.name: () for value in graph.parameters},
+    )
+
+
+def replicated_decisions(graph: OpGraph, mesh: StageMesh, num_microbatches: int = 1) -> Decisions:
+    """One stage in which every device does everything: the neutral starting point for plans made by hand."""
+    whole = (INVARIANT,) * len(mesh.axes)
+    keep = ParameterAxisStrategy("invariant", INVARIANT, INVARIANT, INVARIANT)
+    return Decisions(
+        mesh=mesh,
+        num_microbatches=num_microbatches,
+        schedule="gpipe",
+        stages=(StageChoice(0, len(graph.blocks), "none"),),
+        ops={op.name: tuple(axis_strategies(op, graph.values)[0] for _ in mesh.axes) for op in graph.ops},
+        hubs=dict.fromkeys(hub_values(graph), whole),
+        parameters={value.name: tuple(keep for _ in mesh.axes) for value in graph.parameters},
+    )
+
+
+def hub_values(graph: OpGraph) -> tuple[str, ...]:
+    """Values kept in one placement of their own: read at least twice, and not parameters; in graph order."""
+    reads = [name for op in graph.ops for name in op.inputs]
+    counts = dict.fromkeys(graph.values, 0)
+    for name in reads:
+        counts[name] += 1
+    return tuple(name for name, count in counts.items() if count >= 2 and graph.values[name].origin != "parameter")
+
+
+def serial_program(graph: OpGraph, *, device: str = "cpu", seed: int = 0) -> StageProgram:
+    """The whole graph on one device: the reference that `verify` compares with."""
+    return build_stage(graph, serial_decisions(graph), 0, (), device=device, seed=seed)
+
+
+def program_text(program: StageProgram, graph: OpGraph, decisions: Decisions) -> str:
+    """The program as one reads it: a line per node with its call, placement, strategy and source."""
+    strategies = {name: "/".join(axis.label for axis in strategy) for name, strategy in decisions.ops.items()}
+    where = {op.name: " ".join(part for part in (op.module_path, op.source) if part) for op in graph.ops}
+    lines = [f"stage {program.stage} of {program.num_stages}, coordinate {program.coordinate}"]
+    for segment in (program.shared, *program.segments):
+        if segment is None:
+            continue
+        lines.append(f"\n{segment.name}({', '.join(segment.inputs)}) -> {', '.join(segment.outputs)}")
+        for node in segment.module.graph.nodes:
+            if node.op == "call_function":
+                call = node.format_node(include_tensor_metadata=False) or ""
+                shown = call.split("[num_users", 1)[0].rstrip(" :").lstrip("%")
+                target = getattr(node.target, "__name__", str(node.target))
+                arguments = ", ".join(map(str, (*node.args, *(f"{k}={v}" for k, v in node.kwargs.items()))))
+                note = "  ".join(p for p in (describe(node, strategies), where.get(node.meta.get("op", ""), "")) if p)
+                lines.append(f"  {shown} = {target}({arguments})" + (f"  # {note}" if note else ""))
+    return "\n".join(lines)

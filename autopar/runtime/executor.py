@@ -1,0 +1,239 @@
+"""Executor: training steps of a plan on one rank.
+
+A step runs M microbatches forward and backward (a plain loop on one stage, else a schedule of
+`torch.distributed.pipelining`), then finishes the gradients, clips, and updates. Its loss is the mean over
+microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+from autopar.errors import InputError
+from autopar.ir.graph import OpGraph
+from autopar.ir.solution import Decisions
+from autopar.rewrite.partition import partition
+from autopar.rewrite.program import BoundaryTensor, StageProgram, build_stage
+from autopar.runtime.mesh import RankMesh, join_mesh, serial_mesh
+from autopar.runtime.parameters import ParameterStore, local_of, tied_stages
+from autopar.runtime.stage_runner import StageRunner
+from autopar.torch_adapter import dtype_of
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """What updates the parameters.
+
+    Attributes:
+        kind: `adamw` or `sgd`.
+        max_norm: clip the norm of all gradients to this; None: no clipping.
+    """
+
+    kind: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    max_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Attributes: device: `cpu` or `cuda:<index>`; seed: of the random streams."""
+
+    device: str = "cpu"
+    seed: int = 0
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+
+
+class Executor:
+    """One rank of a run."""
+
+    def __init__(
+        self,
+        graph: OpGraph,
+        decisions: Decisions,
+        state: Mapping[str, Tensor],
+        mesh: RankMesh,
+        options: RunOptions | None = None,
+    ) -> None:
+        """Build the rank's program and take its parts of the state.
+
+        Args:
+            graph: captured at the microbatch size.
+            decisions: of the plan.
+            state: whole parameters, buffers and constants by value name, equal on all ranks.
+            mesh: from `join_plan` or `serial_mesh`.
+            options: of the run.
+
+        Raises:
+            RewriteError: if the decisions do not fit the graph.
+        """
+        self.options = options or RunOptions()
+        self.graph, self.decisions, self.mesh = graph, decisions, mesh
+        device = self.options.device
+        self.program = build_stage(
+            graph, decisions, mesh.stage, mesh.coordinate, axes=mesh.axes, device=device, seed=self.options.seed
+        )
+        values = [graph.values[name] for name in self.program.parameters]
+        on_device = {name: tensor.to(device) for name, tensor in state.items()}
+        self.store = ParameterStore(values, decisions.parameters, on_device, mesh, _tied(graph, decisions))
+        kept = (*self.program.buffers, *self.program.constants)
+        self.buffers = {name: on_device[name].clone() for name in kept}
+        self.runner = StageRunner(self.program, self.buffers | self.store.leaves)
+        self.optimizer = _make_optimizer(self.store, self.options.optimizer)
+        self._schedule = _make_schedule(self.program, self.runner, decisions, mesh, device) if mesh.pipeline else None
+
+    def step(self, batch: Sequence[Tensor]) -> float:
+        """One training step; the mean loss of its microbatches, on every rank.
+
+        Args:
+            batch: the whole global batch, one tensor per batch input of the graph in graph order, on any device.
+        """
+        loss = self.compute_gradients(batch)
+        self.update()
+        return loss
+
+    def compute_gradients(self, batch: Sequence[Tensor]) -> float:
+        """Forward and backward of all microbatches; gradients are finished but nothing is updated."""
+        self.store.zero_gradients()
+        self.runner.feed(self._microbatches(batch))
+        losses = self._run_pipelined() if self._schedule is not None else self._run_loop()
+        self.store.sync_gradients()
+        self.program.stream.step += 1
+        return self._mean_loss(losses)
+
+    def update(self) -> None:
+        """Clip and apply the gradients of `compute_gradients`."""
+        self._clip()
+        self.optimizer.step()
+        self.store.after_update()
+
+    def _microbatches(self, batch: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Equal parts along each input's batch dim; inputs without one are whole in each.
+
+        Raises:
+            InputError: if the batch does not fit the graph.
+        """
+        inputs = self.graph.outside("input")
+        count = self.decisions.num_microbatches
+        if len(batch) != len(inputs):
+            raise InputError(f"the batch has {len(batch)} tensors, the model reads {len(inputs)}")
+        parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        for value, tensor in zip(inputs, batch, strict=True):
+            dim = value.batch_dim
+            expected = tuple(size * (count if i == dim else 1) for i, size in enumerate(value.meta.shape))
+            if tuple(tensor.shape) != expected:
+                raise InputError(f"batch input {value.fqn}: shape {tuple(tensor.shape)}, the plan needs {expected}")
+            moved = tensor.to(self.options.device)
+            pieces = moved.chunk(count, dim) if dim is not None else (moved,) * count
+            for part, piece in zip(parts, pieces, strict=True):
+                part[value.name] = piece
+        return parts
+
+    def _run_loop(self) -> list[Tensor]:
+        losses = []
+        for _ in range(self.decisions.num_microbatches):
+            loss = self.runner()
+            (loss / self.decisions.num_microbatches).backward()
+            losses.append(loss.detach())
+        return losses
+
+    def _run_pipelined(self) -> list[Tensor]:
+        assert self._schedule is not None
+        losses: list[Tensor] = []
+        if self.program.is_last:
+            # The engine wants a target per microbatch; the loss is part of the stage, so nothing is in them.
+            self._schedule.step(target=torch.zeros(self.decisions.num_microbatches), losses=losses)
+        else:
+            self._schedule.step()
+        return [loss.detach() * self.decisions.num_microbatches for loss in losses]
+
+    def _mean_loss(self, losses: Sequence[Tensor]) -> float:
+        total = torch.stack(list(losses)).double().mean() if losses else torch.zeros((), dtype=torch.float64)
+        total = total.to(self.options.device)
+        if self.mesh.pipeline is not None:
+            dist.all_reduce(total, group=self.mesh.pipeline)
+        return float(total)
+
+    def _clip(self) -> None:
+        """Scale all gradients so that their common norm is at most `max_norm`."""
+        limit = self.options.optimizer.max_norm
+        if limit is None:
+            return
+        squared = self.store.squared_norm().to(self.options.device)
+        if dist.is_initialized():
+            dist.all_reduce(squared)
+        factor = float(limit / (squared.sqrt() + 1e-6))
+        if factor < 1:
+            for parameter in self.store.boundary_parameters():
+                if parameter.grad is not None:
+                    local_of(parameter.grad).mul_(factor)
+
+    def sync_buffers(self) -> None:
+        """Bring buffers that only some stages update to all stages that read them; every rank must call."""
+        if self.mesh.pipeline is None:
+            return
+        parts = partition(self.graph, self.decisions.stages)
+        for value in self.graph.outside("buffer"):
+            owners = [k for k, part in enumerate(parts) if any(value.name in op.mutates for op in part.ops)]
+            if not owners:
+                continue
+            tensor = self.buffers.setdefault(
+                value.name, torch.zeros(value.meta.shape, dtype=dtype_of(value.meta.dtype), device=self.options.device)
+            )
+            dist.broadcast(tensor, group_src=owners[-1], group=self.mesh.pipeline)
+
+
+def join_plan(graph: OpGraph, decisions: Decisions, device_type: str) -> RankMesh:
+    """Process groups for a plan; `torch.distributed` must be initialised unless the plan uses one device."""
+    if decisions.num_gpus == 1 and not dist.is_initialized():
+        return serial_mesh()
+    stages = set(_tied(graph, decisions).values())
+    return join_mesh(decisions.mesh, len(decisions.stages), device_type, stages)
+
+
+def _tied(graph: OpGraph, decisions: Decisions) -> dict[str, tuple[int, ...]]:
+    parts = partition(graph, decisions.stages)
+    names = [[n for n in part.outside if graph.values[n].origin == "parameter"] for part in parts]
+    return tied_stages(names)
+
+
+def _make_optimizer(store: ParameterStore, options: OptimizerOptions) -> torch.optim.Optimizer:
+    parameters = store.boundary_parameters() or [torch.nn.Parameter(torch.zeros(()))]
+    if options.kind == "adamw":
+        return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+    if options.kind == "sgd":
+        return torch.optim.SGD(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+    raise InputError(f"unknown optimizer {options.kind!r}: adamw or sgd")
+
+
+def _make_schedule(
+    program: StageProgram, runner: StageRunner, decisions: Decisions, mesh: RankMesh, device: str
+) -> PipelineScheduleSingle:
+    """The engine's schedule over static shapes. With fewer microbatches than stages 1F1B is run as GPipe."""
+    loss = BoundaryTensor("loss", (), "float32", requires_grad=True)
+    sent = program.sent if not program.is_last else (loss,)
+    stage = PipelineStage(
+        runner,
+        mesh.stage,
+        mesh.num_stages,
+        torch.device(device),
+        input_args=_examples(program.received),
+        output_args=_examples(sent),
+        group=mesh.pipeline,
+    )
+    count = decisions.num_microbatches
+    kind = Schedule1F1B if decisions.schedule == "1f1b" and count >= mesh.num_stages else ScheduleGPipe
+    return kind(stage, count, loss_fn=lambda loss, _: loss / count, scale_grads=False)
+
+
+def _examples(tensors: Sequence[BoundaryTensor]) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty(t.shape, dtype=dtype_of(t.dtype), device="meta", requires_grad=t.requires_grad) for t in tensors
+    )

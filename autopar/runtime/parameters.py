@@ -1,0 +1,245 @@
+"""ParameterStore: the parameters of one stage on one rank, as compute and as the optimizer see them.
+
+Each parameter has one *leaf*, a plain local tensor in its storage placement, which the program reads and into which
+autograd accumulates the gradients of all microbatches, and one *boundary* parameter, a DTensor for `torch.optim`,
+clipping and checkpoints. Both share memory: the boundary's local tensor is the leaf or, for zero1, this rank's part
+of it, after whose update the leaf is gathered again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+
+from autopar.errors import RewriteError
+from autopar.ir.graph import Value
+from autopar.ir.placement import REPLICATE
+from autopar.ir.strategy import ParameterStrategy
+from autopar.rewrite.collectives import all_gather_dim, all_reduce_sum, reduce_scatter_dim, slice_dim
+from autopar.runtime.mesh import RankMesh
+from autopar.torch_adapter import strided_shard
+
+Cut = tuple[int, int]
+"""(mesh axis, tensor dim) of one slicing."""
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """One parameter of one rank.
+
+    Attributes:
+        value: its graph value.
+        strategy: by mesh axis.
+        leaf: what the program reads.
+        boundary: what the optimizer updates (a DTensor on a mesh, else the leaf itself).
+        tied: stages that share it, if more than one.
+    """
+
+    value: Value
+    strategy: ParameterStrategy
+    leaf: Tensor
+    boundary: nn.Parameter
+    tied: tuple[int, ...]
+
+    @property
+    def storage_cuts(self) -> tuple[Cut, ...]:
+        return tuple((i, axis.storage.dim) for i, axis in enumerate(self.strategy) if axis.storage.is_shard)
+
+    @property
+    def optimizer_cuts(self) -> tuple[Cut, ...]:
+        """Further slicing of the leaf, outermost axis first."""
+        return _optimizer_cuts(self.strategy)
+
+
+def _optimizer_cuts(strategy: ParameterStrategy) -> tuple[Cut, ...]:
+    return tuple(
+        (i, axis.optimizer.dim)
+        for i, axis in enumerate(strategy)
+        if axis.optimizer.is_shard and not axis.storage.is_shard
+    )
+
+
+class ParameterStore:
+    """All parameters of one stage; see the module docstring."""
+
+    def __init__(
+        self,
+        values: Sequence[Value],
+        strategies: Mapping[str, ParameterStrategy],
+        whole: Mapping[str, Tensor],
+        mesh: RankMesh,
+        tied: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """Slice this rank's part of every parameter.
+
+        Args:
+            values: parameters that the stage reads.
+            strategies: of every parameter of the graph, by value name.
+            whole: full tensors by value name, on the device of the run; equal on all ranks. They are not kept.
+            mesh: this rank's groups.
+            tied: stages that read a parameter, for parameters read by several.
+        """
+        self._mesh = mesh
+        self.items: dict[str, StoredParameter] = {}
+        for value in values:
+            strategy = strategies[value.name]
+            self.items[value.name] = self._store(value, strategy, whole[value.name], tied.get(value.name, ()))
+
+    def _store(
+        self, value: Value, strategy: ParameterStrategy, whole: Tensor, tied: tuple[int, ...]
+    ) -> StoredParameter:
+        local = whole.detach()
+        for i, axis in enumerate(strategy):
+            if axis.storage.is_shard:
+                local = slice_dim(local, self._mesh.axes[i], axis.storage.dim)
+        leaf = local.clone(memory_format=torch.contiguous_format)
+        shard = leaf
+        for i, dim in _optimizer_cuts(strategy):
+            shard = slice_dim(shard, self._mesh.axes[i], dim)
+        boundary = nn.Parameter(self._at_boundary(shard, strategy, whole), requires_grad=value.requires_grad)
+        return StoredParameter(value, strategy, leaf.requires_grad_(value.requires_grad), boundary, tied)
+
+    def _at_boundary(self, shard: Tensor, strategy: ParameterStrategy, whole: Tensor) -> Tensor:
+        mesh = self._mesh.stage_mesh
+        if mesh is None:
+            return shard
+        return DTensor.from_local(
+            shard,
+            mesh,
+            boundary_placements(strategy, tuple(axis.size for axis in self._mesh.axes)),
+            run_check=False,
+            shape=whole.shape,
+            stride=whole.contiguous().stride(),
+        )
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What the program reads, by value name."""
+        return {name: item.leaf for name, item in self.items.items()}
+
+    def boundary_parameters(self) -> list[nn.Parameter]:
+        """Parameters for `torch.optim`, frozen ones left out."""
+        return [item.boundary for item in self.items.values() if item.value.requires_grad]
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients of the last step."""
+        for item in self.items.values():
+            item.leaf.grad = item.boundary.grad = None
+
+    def sync_gradients(self) -> None:
+        """After the last microbatch: finish the pending sums and hand every gradient to its boundary parameter.
+
+        Collectives run in graph order on every rank. A parameter without gradient keeps none.
+        """
+        for item in self.items.values():
+            gradient = item.leaf.grad
+            if gradient is None and (not item.tied or not item.value.requires_grad):
+                continue
+            if gradient is None:
+                gradient = torch.zeros_like(item.leaf)
+            gradient = self._reduced(item, gradient)
+            if item.tied:
+                gradient = gradient.contiguous()
+                dist.all_reduce(gradient, group=self._mesh.tied[item.tied])
+            item.boundary.grad = self._at_boundary_like(item, gradient)
+
+    def _reduced(self, item: StoredParameter, gradient: Tensor) -> Tensor:
+        for i, axis in enumerate(item.strategy):
+            group = self._mesh.axes[i]
+            is_pending = axis.exposed == REPLICATE and not axis.storage.is_shard
+            if axis.optimizer.is_shard and not axis.storage.is_shard:
+                reduce = reduce_scatter_dim if is_pending else slice_dim
+                gradient = reduce(gradient, group, axis.optimizer.dim)
+            elif is_pending:
+                gradient = all_reduce_sum(gradient, group)
+        return gradient
+
+    def _at_boundary_like(self, item: StoredParameter, local: Tensor) -> Tensor:
+        if not isinstance(item.boundary, DTensor):
+            return local
+        spec = item.boundary
+        return DTensor.from_local(
+            local, spec.device_mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride()
+        )
+
+    def after_update(self) -> None:
+        """After the optimizer: gather the parts that zero1 ranks updated. Call once a step on every rank."""
+        with torch.no_grad():
+            for item in self.items.values():
+                if item.optimizer_cuts:
+                    item.leaf.copy_(self._joined(local_of(item.boundary), item.optimizer_cuts))
+
+    def _joined(self, part: Tensor, cuts: Iterable[Cut]) -> Tensor:
+        for i, dim in reversed(tuple(cuts)):
+            part = all_gather_dim(part, self._mesh.axes[i], dim)
+        return part
+
+    def whole_parameter(self, name: str) -> Tensor:
+        """The full parameter, gathered over the stage's ranks, which must all call."""
+        item = self.items[name]
+        return self._joined(item.leaf.detach(), item.storage_cuts)
+
+    def whole_gradient(self, name: str) -> Tensor | None:
+        """The full gradient after `sync_gradients`, or None where there is none; all ranks of the stage must call."""
+        item = self.items[name]
+        if item.boundary.grad is None:
+            return None
+        return self._joined(local_of(item.boundary.grad), (*item.storage_cuts, *item.optimizer_cuts))
+
+    def squared_norm(self) -> Tensor:
+        """This rank's share of the squared norm of all gradients: the sum over all ranks of the run is the whole.
+
+        A part that several ranks hold is counted by the first of them, and a tied parameter by its first stage.
+        """
+        total = torch.zeros((), dtype=torch.float64)
+        for item in self.items.values():
+            if item.boundary.grad is not None and self._counts(item):
+                total += local_of(item.boundary.grad).double().square().sum().cpu()
+        return total
+
+    def _counts(self, item: StoredParameter) -> bool:
+        if item.tied and item.tied[0] != self._mesh.stage:
+            return False
+        pairs = zip(self._mesh.axes, item.strategy, strict=True)
+        return all(strategy.optimizer.is_shard or axis.index == 0 for axis, strategy in pairs)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The local part of a DTensor, and any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def boundary_placements(strategy: ParameterStrategy, sizes: Sequence[int]) -> tuple[TorchPlacement, ...]:
+    """Optimizer placements in DTensor's words.
+
+    A zero1 axis slices what inner axes have already sliced in storage; DTensor calls that order a strided shard.
+    """
+    found: list[TorchPlacement] = []
+    for i, axis in enumerate(strategy):
+        if axis.optimizer.kind == "S":
+            inside = [b.storage == axis.optimizer for b in strategy[i + 1 :]]
+            factor = 1
+            for is_inside, size in zip(inside, sizes[i + 1 :], strict=True):
+                factor *= size if is_inside else 1
+            is_late = not axis.storage.is_shard and factor > 1
+            found.append(strided_shard(axis.optimizer.dim, factor) if is_late else Shard(axis.optimizer.dim))
+        elif axis.optimizer.holds_whole_value:
+            found.append(Replicate())
+        else:
+            raise RewriteError(f"a parameter cannot be stored as {axis.optimizer}")
+    return tuple(found)
+
+
+def tied_stages(parameters_by_stage: Sequence[Sequence[str]]) -> dict[str, tuple[int, ...]]:
+    """Stages that read a parameter, for each parameter read by more than one."""
+    readers: dict[str, list[int]] = {}
+    for stage, names in enumerate(parameters_by_stage):
+        for name in names:
+            readers.setdefault(name, []).append(stage)
+    return {name: tuple(stages) for name, stages in readers.items() if len(stages) > 1}
