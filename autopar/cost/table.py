@@ -19,6 +19,7 @@ from autopar.cost.collective import send_cost
 from autopar.cost.hardware import Cluster
 from autopar.cost.layouts import Codes, divisors, sharding_ids, sharding_of
 from autopar.cost.measured import OpLookup, apply_profile
+from autopar.cost.memory import optimizer_states
 from autopar.cost.pricing import NodePrice, Pricer, free_node, lay_out
 from autopar.cost.skeleton import EdgeTemplate, NodeTemplate, make_skeleton
 from autopar.cost.transfers import Transfers, price
@@ -63,6 +64,8 @@ class CostTables:
         self.dims = batch_dims(graph)
         self.skeleton = make_skeleton(graph)
         self._choices = ChoiceMaker(graph, self.pins, self.dims)
+        self.training = training
+        self.optimizer_states = optimizer_states(graph.optimizer)
         self._pricer = Pricer(cluster, graph.optimizer, training)
         self._ops: Mapping[str, Op] = {op.name: op for op in graph.ops}
         self._transfers: dict[int, Transfers] = {}

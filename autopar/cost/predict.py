@@ -1,0 +1,238 @@
+"""Prediction: the figures of one plan, from the same cost table that the search minimised over.
+
+Stage times are sums over the table. The step time is that of the simulated schedule (`ir.timeline`), with each
+transfer at the speed of the link it really crosses. Energy is the sum of dynamic energy over all devices plus
+blocked power of every device used, and host power of every node used, for the whole step. Unused devices cost
+nothing. Uncertainties are those of the device file; they are half widths of the whole model, not of single inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from autopar.cost.collective import send_cost
+from autopar.cost.hardware import Cluster
+from autopar.cost.memory import parameter_bytes
+from autopar.cost.power import dynamic_limit_w
+from autopar.cost.table import CostTables
+from autopar.errors import PlanMismatchError
+from autopar.ir.cost import CostNode, CostTable
+from autopar.ir.pipeline import microbatches_in_flight
+from autopar.ir.plan import Prediction, StageFigures
+from autopar.ir.quantity import Quantity
+from autopar.ir.solution import Decisions
+from autopar.ir.timeline import StageTimes, Timeline, simulate
+
+SHARED = -1
+MEMORY_CAUSES = ("parameters", "gradients", "optimizer", "activations", "workspace")
+
+
+@dataclass
+class StageCost:
+    """Sums of one stage on one device: of one microbatch, or once a step where the name says so.
+
+    Recompute is included in `backward_s` and `microbatch_j`. `state` is by cause.
+    """
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    step_s: float = 0.0
+    microbatch_j: float = 0.0
+    step_j: float = 0.0
+    activation_bytes: float = 0.0
+    boundary_bytes: float = 0.0
+    largest_block_bytes: float = 0.0
+    workspace_bytes: float = 0.0
+    received_bytes: float = 0.0
+    peak_w: float = 0.0
+    state: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEMORY_CAUSES[:3], 0.0))
+
+    def pay(self, forward_s: float, backward_s: float, energy_j: float, redo: bool) -> None:
+        """Adds one entry; with `redo` its forward runs a second time in backward."""
+        total = forward_s + backward_s
+        again = forward_s if redo else 0.0
+        self.forward_s += forward_s
+        self.backward_s += backward_s + again
+        if total > 0:
+            self.microbatch_j += energy_j * (1 + again / total)
+            self.peak_w = max(self.peak_w, energy_j / total)
+
+
+def chosen(table: CostTable, decisions: Decisions) -> tuple[int, ...]:
+    """Index of the decided strategy of every node.
+
+    Raises:
+        PlanMismatchError: if a decision is missing or is none of the node's choices.
+    """
+    parts: Mapping[str, Mapping[str, object]] = {
+        "op": decisions.ops, "hub": decisions.hubs, "param": decisions.parameters,
+    }  # fmt: skip
+    found = []
+    for node in table.nodes:
+        decided = parts[node.kind].get(node.names[0])
+        if decided is None and len(node.choices) == 1:
+            found.append(0)
+        elif decided in node.choices:
+            found.append(node.choices.index(decided))
+        else:
+            raise PlanMismatchError(f"the plan's choice for {node.name!r} is not one this model and mesh allow")
+    return tuple(found)
+
+
+def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> tuple[StageCost, ...]:
+    """Sums of every stage, as defined by the search: shared entries count in every stage, a parameter counts in
+    every stage that reads it, an edge in the stage of its consumer."""
+    choice = chosen(table, decisions)
+    stage_of = [k for k, stage in enumerate(decisions.stages) for _ in range(stage.start, stage.stop)]
+    redo = [stage.recompute == "full" for stage in decisions.stages]
+    stages = [StageCost() for _ in decisions.stages]
+    everywhere = range(len(stages))
+    per_block = [0.0] * table.num_blocks
+    for index, k, block in _occurrences(table, stage_of):
+        _add_node(stages[k], table.nodes[index], choice[index], redo[k] and block != SHARED)
+        if block != SHARED:
+            per_block[block] += float(table.nodes[index].activation_bytes[choice[index]])
+        if table.nodes[index].kind == "param":
+            _add_state(stages[k], tables, table, table.nodes[index], choice[index])
+    for edge in table.edges:
+        at = choice[edge.source], choice[edge.target]
+        prices = (float(edge.forward_s[at]), float(edge.backward_s[at]), float(edge.microbatch_j[at]))
+        for block in edge.blocks:
+            for k in everywhere if block == SHARED else (stage_of[block],):
+                stages[k].pay(*prices, redo[k] and block != SHARED)
+    for crossing in table.crossings:
+        size = float(crossing.bytes_by_choice[choice[crossing.node]])
+        for k, stage in enumerate(decisions.stages):
+            if crossing.producer_block < stage.start <= crossing.last_block:
+                stages[k].received_bytes += size
+    for k, stage in enumerate(decisions.stages):
+        stages[k].largest_block_bytes = max(per_block[stage.start : stage.stop])
+    return tuple(stages)
+
+
+def _occurrences(table: CostTable, stage_of: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(node, stage, block) of everything a stage computes or holds."""
+    readers: dict[tuple[int, int], set[int]] = {}
+    for edge in table.edges:
+        if table.nodes[edge.source].kind == "param":
+            for home, reader in edge.cut_pairs:
+                if reader != home:
+                    readers.setdefault((edge.source, home), set()).add(reader)
+    for index, node in enumerate(table.nodes):
+        for block in node.blocks:
+            if block == SHARED:
+                yield from ((index, k, SHARED) for k in range(max(stage_of) + 1))
+                continue
+            yield index, stage_of[block], block
+            others = {stage_of[b]: b for b in sorted(readers.get((index, block), ()))}
+            yield from ((index, k, b) for k, b in sorted(others.items()) if k != stage_of[block])
+
+
+def _add_node(stage: StageCost, node: CostNode, p: int, redo: bool) -> None:
+    stage.pay(float(node.forward_s[p]), float(node.backward_s[p]), float(node.microbatch_j[p]), redo)
+    stage.step_s += float(node.step_s[p])
+    stage.step_j += float(node.step_j[p])
+    stage.activation_bytes += float(node.activation_bytes[p])
+    stage.boundary_bytes += float(node.boundary_bytes[p])
+    stage.workspace_bytes = max(stage.workspace_bytes, float(node.workspace_bytes[p]))
+
+
+def _add_state(stage: StageCost, tables: CostTables, table: CostTable, node: CostNode, p: int) -> None:
+    """Divides a parameter's bytes by cause."""
+    value = tables.graph.values[node.names[0]]
+    sizes = parameter_bytes(value, node.choices[p], table.mesh.sizes, tables.optimizer_states)
+    if not tables.training:
+        sizes = (sizes[0], 0.0, 0.0)
+    for cause, size in zip(MEMORY_CAUSES[:3], sizes, strict=True):
+        stage.state[cause] += size
+
+
+def memory_by_cause(costs: tuple[StageCost, ...], stage: int, decisions: Decisions) -> dict[str, float]:
+    """Bytes of one stage at its worst moment."""
+    cost = costs[stage]
+    in_flight = microbatches_in_flight(stage, len(costs), decisions.num_microbatches, decisions.schedule)
+    redo = decisions.stages[stage].recompute == "full"
+    kept = in_flight * (cost.boundary_bytes if redo else cost.activation_bytes)
+    return {
+        **cost.state,
+        "activations": kept + (cost.largest_block_bytes if redo else 0.0),
+        "workspace": cost.workspace_bytes,
+    }
+
+
+def transfers_s(tables: CostTables, costs: tuple[StageCost, ...], decisions: Decisions) -> tuple[float, ...]:
+    """Seconds to send from each stage to the next, by where their devices stand."""
+    cluster, n = tables.cluster, decisions.mesh.num_devices
+    found = []
+    for k, cost in enumerate(costs[1:], start=1):
+        pairs = ((k * n - n + i, k * n + i) for i in range(n))
+        same_node = all(a // cluster.gpus_per_node == b // cluster.gpus_per_node for a, b in pairs)
+        found.append(send_cost(cluster, same_node).time_s(cost.received_bytes))
+    return tuple(found)
+
+
+def timeline_of(tables: CostTables, costs: tuple[StageCost, ...], decisions: Decisions) -> Timeline:
+    """The simulated schedule."""
+    times = [StageTimes(c.forward_s, c.backward_s, c.step_s) for c in costs]
+    return simulate(times, transfers_s(tables, costs, decisions), decisions.num_microbatches, decisions.schedule)
+
+
+def predict(tables: CostTables, decisions: Decisions) -> Prediction:
+    """All figures of a plan.
+
+    Raises:
+        PlanMismatchError: if the decisions do not fit the graph and mesh of `tables`.
+    """
+    table = tables.table(decisions.mesh, decisions.num_microbatches)
+    if table is None:
+        raise PlanMismatchError(f"the batch does not divide into {decisions.num_microbatches} microbatches")
+    costs = stage_costs(tables, table, decisions)
+    time_s = timeline_of(tables, costs, decisions).makespan_s
+    return _prediction(tables.cluster, decisions, costs, time_s, table.labels)
+
+
+def _prediction(
+    cluster: Cluster, decisions: Decisions, costs: tuple[StageCost, ...], time_s: float, labels: Mapping[str, int]
+) -> Prediction:
+    spec, n = cluster.spec, decisions.mesh.num_devices
+    used = n * len(costs)
+    nodes = cluster.nodes(used)
+    sends = sum(2 * c.received_bytes * _send_j_per_byte(cluster, n) for c in costs)
+    energy = {
+        "dynamic": n * sum(decisions.num_microbatches * c.microbatch_j + c.step_j for c in costs)
+        + n * decisions.num_microbatches * sends,
+        "blocked": spec.blocked_w * used * time_s,
+        "host": spec.host_w_per_node * nodes * time_s,
+    }
+    energy_j = sum(energy.values())
+    highest = sum(n * min(c.peak_w, dynamic_limit_w(spec)) for c in costs)
+    peak_w = max(highest + spec.blocked_w * used + spec.host_w_per_node * nodes, energy_j / time_s)
+    memory = [memory_by_cause(costs, k, decisions) for k in range(len(costs))]
+    peaks = tuple(_quantity(sum(m.values()), "B", spec.memory_uncertainty) for m in memory)
+    wide, energy_wide = spec.time_uncertainty, spec.energy_uncertainty
+    return Prediction(
+        step_time_s=_quantity(time_s, "s", wide),
+        energy_j=_quantity(energy_j, "J", energy_wide),
+        average_power_w=_quantity(energy_j / time_s, "W", energy_wide),
+        peak_power_w=_quantity(peak_w, "W", energy_wide),
+        peak_memory_bytes=peaks,
+        stages=tuple(
+            StageFigures(
+                _quantity(c.forward_s, "s", wide), _quantity(c.backward_s, "s", wide), _quantity(c.step_s, "s", wide),
+                peak, causes,
+            )
+            for c, peak, causes in zip(costs, peaks, memory, strict=True)
+        ),
+        energy_by_cause=energy,
+        tdp_energy_j=spec.limit_w * used * time_s,
+        sources=labels,
+    )  # fmt: skip
+
+
+def _send_j_per_byte(cluster: Cluster, num_devices: int) -> float:
+    return send_cost(cluster, same_node=2 * num_devices <= cluster.gpus_per_node).j_per_byte
+
+
+def _quantity(value: float, unit: str, half_width: float) -> Quantity:
+    return Quantity(value, unit, "modelled", value * (1 - half_width), value * (1 + half_width))
