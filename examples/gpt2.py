@@ -8,8 +8,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 
-def build_model(layers: int = 12, hidden: int = 768, heads: int = 12, seq: int = 1024, vocab: int = 50257,
-                dropout: float = 0.0) -> torch.nn.Module:  # fmt: skip
+def build_model(
+    *, layers: int = 12, hidden: int = 768, heads: int = 12, seq: int = 1024, vocab: int = 50257, dropout: float = 0.0
+) -> torch.nn.Module:
     config = GPT2Config(
         n_layer=layers,
         n_embd=hidden,
@@ -26,7 +27,7 @@ def build_model(layers: int = 12, hidden: int = 768, heads: int = 12, seq: int =
     return GPT2LMHeadModel(config)
 
 
-def example_batch(batch: int = 64, seq: int = 1024, vocab: int = 50257) -> dict[str, torch.Tensor]:
+def example_batch(*, batch: int = 64, seq: int = 1024, vocab: int = 50257) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab, (batch, seq), generator=generator)
     return {"input_ids": tokens, "labels": tokens}

@@ -7,8 +7,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def build_model(layers: int = 32, hidden: int = 4096, heads: int = 32, kv_heads: int = 8, ffn: int = 14336,
-                seq: int = 4096, vocab: int = 128256, dtype: str = "bfloat16") -> torch.nn.Module:  # fmt: skip
+def build_model(
+    *,
+    layers: int = 32,
+    hidden: int = 4096,
+    heads: int = 32,
+    kv_heads: int = 8,
+    ffn: int = 14336,
+    seq: int = 4096,
+    vocab: int = 128256,
+    dtype: str = "bfloat16",
+) -> torch.nn.Module:
     config = LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -27,7 +36,7 @@ def build_model(layers: int = 32, hidden: int = 4096, heads: int = 32, kv_heads:
     return LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype))
 
 
-def example_batch(batch: int = 64, seq: int = 4096, vocab: int = 128256) -> dict[str, torch.Tensor]:
+def example_batch(*, batch: int = 64, seq: int = 4096, vocab: int = 128256) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab, (batch, seq), generator=generator)
     return {"input_ids": tokens, "labels": tokens}

@@ -3,6 +3,8 @@
 Source: tied weights as in Vincent et al. 2010 (stacked denoising autoencoders); the sizes are ours.
 """
 
+import itertools
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -13,7 +15,7 @@ class TiedAutoencoder(nn.Module):
 
     def __init__(self, sizes: list[int]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.decoder_biases = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in sizes[:-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -25,11 +27,11 @@ class TiedAutoencoder(nn.Module):
         return x
 
 
-def build_model(inputs: int = 1024, hidden: int = 4096, layers: int = 3, code: int = 512) -> nn.Module:
+def build_model(*, inputs: int = 1024, hidden: int = 4096, layers: int = 3, code: int = 512) -> nn.Module:
     return TiedAutoencoder([inputs, *[hidden] * (layers - 1), code])
 
 
-def example_batch(batch: int = 256, inputs: int = 1024) -> tuple[torch.Tensor]:
+def example_batch(*, batch: int = 256, inputs: int = 1024) -> tuple[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return (torch.rand(batch, inputs, generator=generator),)
 

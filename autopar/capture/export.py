@@ -145,7 +145,17 @@ def capture(
     module = TrainForward(model, source, batch).train()
     args, kwargs = as_arguments(batch)
     exported = _export(source, module, args, kwargs, device)
-    lifted = lift(Wrapped(source.name, source.user_file, PREFIX, exported, module, tuple(key for key, _ in tensor_leaves(args, kwargs)), samples))
+    lifted = lift(
+        Wrapped(
+            source.name,
+            source.user_file,
+            PREFIX,
+            exported,
+            module,
+            tuple(key for key, _ in tensor_leaves(args, kwargs)),
+            samples,
+        )
+    )
     inputs = tuple(leaf for _, leaf in tensor_leaves(args, kwargs))
     graph, constants = lifted.graph, lifted.constants
     if dtype is not None:
@@ -249,4 +259,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
-

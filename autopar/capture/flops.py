@@ -28,9 +28,7 @@ MATRIX_OPS = frozenset(
 GROUPED = frozenset(("_grouped_mm", "grouped_mm_fallback"))
 
 
-def count_flops(
-    target: str, args: Any, kwargs: dict[str, Any], results: tuple[torch.Tensor, ...]
-) -> tuple[int, int]:
+def count_flops(target: str, args: Any, kwargs: dict[str, Any], results: tuple[torch.Tensor, ...]) -> tuple[int, int]:
     """(forward, backward) of one call on meta tensors."""
     name = target.split(".")[1]
     needs_grad = any(result.requires_grad for result in results)

@@ -9,6 +9,8 @@ from autopar.ir.graph import OpGraph
 def graph_hash(graph: OpGraph) -> str:
     """SHA-256 hex of ops, names, shapes, constants and wiring. Source lines and module paths do not count."""
     values = [[name, v.origin, *encode_value(v), v.fqn, v.batch_dim] for name, v in sorted(graph.values.items())]
-    ops = [[op.name, encode_call(op), list(op.inputs), list(op.outputs), list(op.mutates), op.block] for op in graph.ops]
+    ops = [
+        [op.name, encode_call(op), list(op.inputs), list(op.outputs), list(op.mutates), op.block] for op in graph.ops
+    ]
     blocks = [[block.start, block.stop, block.class_id] for block in graph.blocks]
     return digest([values, ops, blocks, graph.loss, graph.batch_size, graph.optimizer])

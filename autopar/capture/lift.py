@@ -190,11 +190,11 @@ def _saved(
     for op in live:
         for key, num_bytes in op.packed.items():
             root = trace.owner.get(key)
-            if key in seen or (root in values and values[root].origin in ("parameter", "buffer", "constant")):
+            if key in seen or (root in values and values[str(root)].origin in ("parameter", "buffer", "constant")):
                 continue
             seen.add(key)
             own = [name for name in (*op.inputs, *op.outputs) if root is not None and trace.roots[name] == root]
-            if root in producer and producer[root].name in shared:
+            if root is not None and root in producer and producer[root].name in shared:
                 saved[producer[root].name].append(root)
             elif own:
                 saved[op.name].append(own[0])
@@ -238,4 +238,3 @@ def _op(op: Traced, user_file: str | None, saved: tuple[str, ...], extra: int, i
 def _source(frames: tuple[tuple[str, int], ...], user_file: str | None) -> str:
     frame = choose_frame(list(frames), user_file)
     return f"{Path(frame[0]).name}:{frame[1]}" if frame else ""
-

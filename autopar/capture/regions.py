@@ -62,7 +62,10 @@ def _find_region(
     region.add(exits[0])
     region |= _feeders(region, ops, values, consumers)
     leaks = any(
-        reader not in region for i in region - {exits[0]} for name in ops[i].outputs for reader in consumers.get(name, ())
+        reader not in region
+        for i in region - {exits[0]}
+        for name in ops[i].outputs
+        for reader in consumers.get(name, ())
     )
     return None if leaks else region
 

@@ -159,7 +159,9 @@ def _import_file(text: str, path: Path) -> ModuleType:
     name = f"_autopar_source_{hashlib.sha256(str(path).encode() + b'|' + code).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path, loader=importlib.machinery.SourceFileLoader(name, str(path)))
+    spec = importlib.util.spec_from_file_location(
+        name, path, loader=importlib.machinery.SourceFileLoader(name, str(path))
+    )
     if spec is None or spec.loader is None:
         raise InputError(f"{text}: not a Python file")
     module = importlib.util.module_from_spec(spec)
@@ -230,7 +232,9 @@ def bind_options(
                 values[name] = convert_option(text, name, value, None)
         missing = [n for n, p in signature.items() if p.kind in _NAMED and p.default is p.empty and n not in values]
         if missing:
-            raise InputError(f"{text}: {function.__name__} needs a value for {', '.join(missing)}: --set {missing[0]}=...")
+            raise InputError(
+                f"{text}: {function.__name__} needs a value for {', '.join(missing)}: --set {missing[0]}=..."
+            )
         bound.append(_Bound(function, values))
     return tuple(bound)
 

@@ -10,8 +10,9 @@ Functionalisation, per call:
   `dropout` that drops nothing, `detach` of a value without gradient;
 - a value with gradient that is read under `torch.no_grad()` is read through an inserted `detach`, so that running
   the ops in sequence with gradients enabled is the whole meaning of the graph;
-- in-place calls become out-of-place, and every later read of the changed tensor reads the new value; a later read
-  through another view of the same storage is an error;
+- in-place calls become out-of-place, and every later read of the changed tensor reads the new value. A write into a
+  view writes the new part back into the whole (`slice_scatter` and the like), and other views that are read later
+  are taken again (`capture.views`); where that is not possible, it is an error;
 - in-place calls on buffers stay, and are listed in `mutates`.
 """
 
@@ -27,6 +28,7 @@ from autopar.capture import saved
 from autopar.capture.flatten import Call, ValueRef, map_refs, refs_in
 from autopar.capture.flops import count_flops
 from autopar.capture.user_code import capture_error, choose_frame
+from autopar.capture.views import write_back
 from autopar.errors import CaptureError
 from autopar.ir.tensor import TensorMeta
 
@@ -97,6 +99,7 @@ class Tracer:
         self.origins = {value.name: value.origin for value in outside}
         self.trace = Trace([], {}, {}, {}, {})
         self.members: dict[int, list[str]] = {}
+        self.views: dict[str, Traced] = {}
         self.detached: dict[str, str] = {}
         self.last_read: dict[str, int] = {}
         self.position = 0
@@ -188,25 +191,58 @@ class Tracer:
         return tuple(found)
 
     def _functional(self, call: Call, written: tuple[str, ...]) -> Any:
-        origins = {self.origins.get(self.trace.current[name], "op") for name in written}
-        if "parameter" in origins:
-            raise self._error("a parameter is changed in place in the forward", call)
+        origins = {self.origins.get(self.trace.roots[self.trace.current[name]], "op") for name in written}
+        for origin in sorted(origins & {"parameter", "buffer"}):
+            raise self._error(f"a {origin} is changed in place in the forward, through a view or with others", call)
         target = torch_adapter.functional_overload(call.target)
         if target is None or len(written) != 1 or call.args[:1] != (ValueRef(written[0]),):
             raise self._error("this in-place operation has no out-of-place form here", call)
         return target
 
     def _redirect(self, call: Call, written: str, new: str) -> None:
-        """Later reads of the changed tensor, under any of its names, read the value `new`."""
+        """Later reads of the changed storage, under any name and through any view, see the value `new` in it."""
         current = self.trace.current
         base = current[written]
         key = torch_adapter.storage_key(self.trace.tensors[base])
-        for name, value in list(current.items()):
-            if value == base:
-                current[name] = new
+        renewed = {base: new}
+        for name in self._written_chain(base, renewed, call):
+            renewed.setdefault(name, name)
+        for name, value in sorted(current.items()):
+            if value in renewed:
+                current[name] = renewed[value]
             elif value in self.members[key] and self.last_read.get(name, -1) > self.position:
-                raise self._error("changed in place, and another view of the same tensor is read later", call)
+                current[name] = self._view_again(value, renewed, call)
         current[call.outputs[0]] = new
+
+    def _written_chain(self, base: str, renewed: dict[str, str], call: Call) -> list[str]:
+        """Write the new value of a view back into what it is a view of, up to the storage's owner."""
+        child, chain = base, []
+        while child in self.views:
+            view = self.views[child]
+            parent = view.args[0].name
+            written = write_back(view, ValueRef(renewed[child]), self.trace.tensors[parent])
+            if written is None:
+                raise self._error(f"changed in place through a view ({view.name}) that cannot be written back", call)
+            renewed[parent] = self._insert(f"{call.name}_into_{parent.replace(':', '_')}", *written, call)
+            chain.append(parent)
+            child = parent
+        return chain
+
+    def _view_again(self, value: str, renewed: dict[str, str], call: Call) -> str:
+        """The same view as `value`, of the changed tensor."""
+        if value not in renewed:
+            view = self.views.get(value)
+            if view is None:
+                raise self._error("changed in place, and another view of the same tensor is read later", call)
+            parent = self._view_again(view.args[0].name, renewed, call)
+            name = f"{value.replace(':', '_')}_after_{call.name}"
+            renewed[value] = self._insert(name, view.target, (ValueRef(parent), *view.args[1:]), view.kwargs, call)
+        return renewed[value]
+
+    def _insert(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> str:
+        """Add an op of ours beside `call`."""
+        self._execute(Traced(name, target, args, dict(kwargs), (name,), call.scope, call.frames), call)
+        return name
 
     def _execute(self, op: Traced, call: Call) -> None:
         """Run on meta tensors, record saved tensors, metas, FLOPs; append to the trace."""
@@ -222,6 +258,10 @@ class Tracer:
         self.trace.ops.append(op)
         for name, tensor in zip(op.outputs, results, strict=True):
             self._add(name, tensor)
+        if len(results) == 1 and op.args and isinstance(op.args[0], ValueRef) and not op.mutates:
+            source = tensors[op.args[0].name]
+            if torch_adapter.storage_key(source) == torch_adapter.storage_key(results[0]):
+                self.views[op.outputs[0]] = op
         _state_dtype(op, results)
 
     def _keep_dtype(self, op: Traced, call: Call) -> str:
@@ -230,10 +270,7 @@ class Tracer:
         wanted = tensors[op.inputs[0]].dtype
         if tensors[output].dtype == wanted:
             return output
-        name = f"{op.name}_cast"
-        cast = Traced(name, torch.ops.aten.to.dtype, (ValueRef(output), wanted), {}, (name,), op.scope, op.frames)
-        self._execute(cast, call)
-        return name
+        return self._insert(f"{op.name}_cast", torch.ops.aten.to.dtype, (ValueRef(output), wanted), {}, call)
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
         key = torch_adapter.storage_key(tensor)

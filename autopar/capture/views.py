@@ -1,0 +1,50 @@
+"""Writing a changed view back into the tensor that it is a view of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from autopar import torch_adapter
+
+if TYPE_CHECKING:
+    from autopar.capture.flatten import ValueRef
+    from autopar.capture.trace import Traced
+
+_aten = torch.ops.aten
+RESHAPES = ("aten.view.default", "aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.dim",
+            "aten.squeeze.default", "aten.flatten.using_ints", "aten.unflatten.int", "aten.contiguous.default",
+            "aten.alias.default", "aten.expand.default", "aten._unsafe_view.default")  # fmt: skip
+
+
+def write_back(view: Traced, new: ValueRef, parent: torch.Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Call (target, args, kwargs) that gives the parent with the view's part replaced by `new`, or None.
+
+    Args:
+        view: the op that took the view; its first argument is the parent.
+        parent: meta tensor of the parent.
+    """
+    name = torch_adapter.target_name(view.target)
+    whole, arguments = view.args[0], view.args[1:]
+    if name == "aten.slice.Tensor":
+        return _aten.slice_scatter.default, (whole, new, *arguments), view.kwargs
+    if name == "aten.select.int":
+        return _aten.select_scatter.default, (whole, new, *arguments), view.kwargs
+    if name == "aten.diagonal.default":
+        return _aten.diagonal_scatter.default, (whole, new, *arguments), view.kwargs
+    if name in ("aten.transpose.int", "aten.t.default"):
+        return view.target, (new, *arguments), {}
+    if name == "aten.permute.default":
+        order = [dim % parent.dim() for dim in arguments[0]]
+        return view.target, (new, tuple(order.index(dim) for dim in range(parent.dim()))), {}
+    if name in RESHAPES and (name != "aten.expand.default" or _same_size(view, parent)):
+        return _aten.reshape.default, (new, tuple(parent.shape)), {}
+    return None
+
+
+def _same_size(view: Traced, parent: torch.Tensor) -> bool:
+    return (
+        all(size in (-1, have) for size, have in zip(view.args[1], parent.shape, strict=False))
+        and len(view.args[1]) == parent.dim()
+    )
