@@ -64,13 +64,18 @@ def _agrees(op: Op, strategy: AxisStrategy, values: Values, dims: Mapping[str, i
 def _creates_batch(
     op: Op, strategy: AxisStrategy, values: Values, dims: Mapping[str, int | None], batch_size: int
 ) -> bool:
-    if any(dims[name] is not None for name in op.inputs) or not all(p.holds_whole_value for p in strategy.inputs):
+    """The op makes a differentiable batch from none: a parameter expanded, or looked up by ids made from sizes."""
+    if any(dims[name] is not None for name in op.inputs):
         return False
-    shape = values[op.outputs[0]].meta.shape
+    for name, placement in zip(op.inputs, strategy.inputs, strict=True):
+        counts_samples = placement.dim == 0 and values[name].meta.shape[0] == batch_size
+        if not (placement.holds_whole_value or (counts_samples and _is_flexible(values, name))):
+            return False
+    result = values[op.outputs[0]]
     known = dims.get(op.outputs[0])
     if known is not None:
         return strategy.outputs[0].dim == known
-    return strategy.outputs[0].dim == 0 and shape[0] == batch_size and values[op.outputs[0]].requires_grad
+    return strategy.outputs[0].dim == 0 and result.meta.shape[0] == batch_size and result.requires_grad
 
 
 def _is_flexible(values: Values, name: str) -> bool:

@@ -29,6 +29,14 @@ def pointwise(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
     return split_each(Labels(inputs, (after,)))
 
 
+def broadcast(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
+    """broadcast_tensors: every operand grows to the common shape."""
+    shape = output_metas(op, values)[0].shape
+    after = dim_labels(len(shape))
+    inputs = tuple(broadcast_labels(meta.shape, shape, after) for meta in input_metas(op, values))
+    return (*split_each(Labels(inputs, (after,) * len(op.outputs))), partial(len(op.inputs), len(op.outputs)))
+
+
 def linear_pointwise(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
     """Pointwise and linear in all tensors together: also works on pending sums."""
     return (*pointwise(op, values), partial(len(op.inputs), 1))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from autopar.ir.graph import Op
-from autopar.ir.placement import Sharding, local_shape
+from autopar.ir.placement import REPLICATE, Sharding, local_shape
 from autopar.ir.strategy import AxisStrategy, Strategy, input_sharding, output_sharding
 from autopar.ir.tensor import TensorMeta
 from autopar.rules.call import Values
@@ -46,8 +46,15 @@ def _by_rule(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
     family = _family(op.target)
     if family is None or (op.mutates and packet(op.target) != "batch_norm"):
         return ()
-    strategies = family(op, values)
+    strategies = (*_of_parameter(op, values), *family(op, values))
     return tuple(s for s in strategies if s.label != "partial" or _keeps_sums(op, values))
+
+
+def _of_parameter(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
+    """A parameter that is only transposed, cast or viewed may stay `Replicate`: its gradient is summed at the end."""
+    if len(op.inputs) != 1 or values[op.inputs[0]].origin != "parameter":
+        return ()
+    return (AxisStrategy("follow", (REPLICATE,), (REPLICATE,) * len(op.outputs), splits_work=False),)
 
 
 def _keeps_sums(op: Op, values: Values) -> bool:

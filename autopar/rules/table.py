@@ -38,6 +38,7 @@ FAMILIES: Mapping[Family, str] = {
         " upsample_bilinear2d upsample_bicubic2d"
     ),
     elementwise.linear_pointwise: "neg contiguous clone alias detach",
+    elementwise.broadcast: "broadcast_tensors",
     elementwise.sum_of_terms: "add sub",
     elementwise.product: "mul div",
     elementwise.pointwise: (
