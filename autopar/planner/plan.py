@@ -27,6 +27,7 @@ from autopar.ir.verify import check
 from autopar.planner.detect import GpuChoice, choose_gpu
 from autopar.rules.strategies import has_rule
 from autopar.search.solve import search
+from autopar.version import __version__
 
 if TYPE_CHECKING:
     from autopar.capture.source import ModelSource
@@ -128,8 +129,9 @@ def _plan_source(
     from autopar.capture.export import capture
 
     _tell(progress, f"capturing {model.name}")
-    graph = capture(model, batch_size=request.batch_size).graph
-    return Planned(plan_graph(graph, reference, request, target, progress), graph)
+    captured = capture(model, batch_size=request.batch_size)
+    plan = plan_graph(captured.graph, reference, request, target, progress)
+    return Planned(replace(plan, notes=(*plan.notes, *captured.notes)), captured.graph)
 
 
 def plan_graph(
@@ -221,10 +223,14 @@ def _notes(graph: OpGraph, request: PlanRequest, choice: GpuChoice, solution: So
     return tuple(notes)
 
 
+def installed_versions() -> dict[str, str]:
+    """Versions of what a plan's content depends on."""
+    others = {name: _version(name) for name in ("torch", "ortools", "numpy")}
+    return {"autopar": __version__, "python": platform.python_version(), **others}
+
+
 def _created() -> dict[str, str]:
-    versions = {name: _version(name) for name in ("autopar", "torch", "ortools", "numpy")}
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"date": now, "python": platform.python_version(), **versions}
+    return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **installed_versions()}
 
 
 def _version(distribution: str) -> str:

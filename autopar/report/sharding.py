@@ -66,7 +66,9 @@ def _split_words(decisions: Decisions, op: Op) -> str:
 
 
 def _short_name(op: Op) -> str:
-    """`attn.c_proj`: the last two parts of the module path, else the op's own name."""
+    """`attn.c_proj`: the last two parts of the module path for an op of a layer, else the op's own name."""
     parts = [part for part in op.module_path.split(".") if part]
     name = op.target.removeprefix("aten.").split(".")[0]
-    return ".".join(parts[-2:]) if name in ("linear", "addmm", "conv2d", "convolution") and parts else name
+    if name in ("linear", "addmm", "conv2d", "convolution", "embedding"):
+        return ".".join(parts[-2:]) if parts else op.name
+    return name

@@ -17,7 +17,7 @@ from autopar.report.sharding import describe_blocks
 from autopar.units import format_bytes, format_joules, format_seconds, format_watts
 
 WIDTH = 80
-NAME_WIDTH = 11
+NAME_WIDTH = 12
 
 
 def plan_report(plan: Plan, graph: OpGraph | None = None, path: str | None = None) -> str:
@@ -60,7 +60,7 @@ def _header(plan: Plan) -> list[str]:
     memory = format_bytes(plan.cluster.memory_bytes)
     gpus = f"up to {plan.cluster.num_gpus} x {plan.cluster.gpu} ({origin}), {plan.cluster.gpus_per_node} per node"
     lines = wrapped("Model", f"{model}, global batch {plan.model.batch_size}")
-    lines += wrapped("Planned for", f" {gpus}, {memory} usable each")
+    lines += wrapped("Planned for", f"{gpus}, {memory} usable each")
     if plan.cluster.origin != "flag" and plan.notes:
         lines += wrapped("", plan.notes[0])
     lines += wrapped("Objective", _objective(plan))

@@ -1,0 +1,264 @@
+"""The Python interface: `plan`, `parallelize` and `@autoparallel`.
+
+A *model* is given as a file (`"model.py"`, `"hf:config.json"`), as a function that builds it, as an `nn.Module` class
+or as an `nn.Module`. For a function or class, `example_batch` (and, if wanted, `loss`) of the module that
+defines it are used; for an `nn.Module`, give `example_batch`.
+
+Under torchrun the plan runs distributed over the processes that torchrun started; in one process the serial model
+runs. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
+
+from autopar.errors import InputError
+from autopar.ir.plan import Plan
+from autopar.ir.serialize import load_plan
+from autopar.ir.solution import Objective, Pins
+from autopar.planner.plan import PlanRequest, plan_model, plan_source
+from autopar.planner.session import Session, TrainingOptions, open_session
+
+if TYPE_CHECKING:
+    from autopar.capture.source import ModelSource
+
+Model: TypeAlias = Any
+"""Source text, builder function, `nn.Module` class or `nn.Module`."""
+T = TypeVar("T")
+
+
+def plan(
+    model: Model,
+    *,
+    gpus: int,
+    gpu: str | None = None,
+    gpus_per_node: int | None = None,
+    memory_bytes: int | None = None,
+    objective: str | Objective = "time",
+    batch_size: int | None = None,
+    options: Mapping[str, str] | None = None,
+    example_batch: Any = None,
+    pins: Pins | None = None,
+    use_all: bool = False,
+    time_limit_s: float | None = None,
+) -> Plan:
+    """Plan a model for up to `gpus` GPUs.
+
+    Args:
+        model: see the module docstring.
+        gpus: ceiling on the number of GPUs.
+        gpu: name of a device (`autopar gpus`); None: what this machine has.
+        options: of a source file, as text, like `--set`.
+        example_batch: for an `nn.Module`: a tensor, tuple or dict.
+
+    Raises:
+        InputError, CaptureError: the model or an argument is wrong.
+        InfeasibleError: no plan fits.
+    """
+    request = PlanRequest(
+        num_gpus=gpus,
+        gpu=gpu,
+        gpus_per_node=gpus_per_node,
+        memory_bytes=memory_bytes,
+        objective=_objective(objective),
+        pins=pins or Pins(),
+        batch_size=batch_size,
+        use_all=use_all,
+        time_limit_s=time_limit_s,
+    )
+    if isinstance(model, str):
+        return plan_model(model, options or {}, request)
+    source = _source(model, example_batch)
+    return plan_source(source, request, name=source.text).plan
+
+
+def parallelize(
+    model: Model,
+    plan: Plan | str | None = None,
+    *,
+    objective: str | Objective = "time",
+    gpu: str | None = None,
+    options: Mapping[str, str] | None = None,
+    example_batch: Any = None,
+    optimizer: str = "adamw",
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.01,
+    max_norm: float | None = None,
+    seed: int = 0,
+) -> Session:
+    """Make a model ready to train: an object with `step(batch) -> loss`, `parameters()` and `optimizer`.
+
+    Args:
+        model: see the module docstring.
+        plan: a plan or its file; None: the best plan for the processes that torchrun started.
+        objective, gpu: for the plan that is made if none is given; `gpu` None: what this machine has.
+        optimizer: `adamw` or `sgd`.
+    """
+    settings = getattr(model, "__autopar__", {})
+    request = _request_here({"objective": _objective(objective), "gpu": gpu} | settings)
+    training = TrainingOptions(optimizer, learning_rate, weight_decay, max_norm, seed)
+    chosen = load_plan(plan) if isinstance(plan, str) else plan
+    return open_session(_source(model, example_batch, options), request, chosen, training)
+
+
+@overload
+def autoparallel(target: T) -> T: ...
+@overload
+def autoparallel(
+    target: None = None,
+    *,
+    gpus: int | None = ...,
+    gpu: str | None = ...,
+    objective: str | Objective = ...,
+    optimizer: str = ...,
+    learning_rate: float = ...,
+    weight_decay: float = ...,
+    max_norm: float | None = ...,
+) -> Callable[[T], T]: ...
+def autoparallel(
+    target: Any = None,
+    *,
+    gpus: int | None = None,
+    gpu: str | None = None,
+    objective: str | Objective = "time",
+    optimizer: str = "adamw",
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.01,
+    max_norm: float | None = None,
+) -> Any:
+    """Mark what is to be parallelised.
+
+    On an `nn.Module` class, or a function without required parameters that builds a model: the object itself, marked
+    for `autopar plan FILE` and `parallelize`.
+
+    On a train-step function `train_step(model, batch) -> loss`: each call does forward, backward and update on the
+    whole global batch and returns the loss as a number. Under torchrun that runs the plan, in one process the
+    serial model. The model gives the initial values; `train_step.session` holds the trained ones.
+
+    Args:
+        gpus: for `autopar plan`: ceiling on the number of GPUs. torchrun's number of processes always wins.
+    """
+    if target is None:
+        return functools.partial(
+            autoparallel,
+            gpus=gpus,
+            gpu=gpu,
+            objective=objective,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            max_norm=max_norm,
+        )
+    settings = {"num_gpus": gpus or 1, "gpu": gpu, "objective": _objective(objective)}
+    if inspect.isclass(target) or not _required_parameters(target):
+        target.__autopar__ = settings
+        return target
+    return TrainStep(target, settings, TrainingOptions(optimizer, learning_rate, weight_decay, max_norm))
+
+
+class TrainStep:
+    """A decorated train step; the first call plans and starts, every call trains on one batch."""
+
+    def __init__(
+        self, function: Callable[[Any, Any], Any], settings: Mapping[str, Any], training: TrainingOptions
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self.__autopar__ = settings
+        self.session: Session | None = None
+        self._function = function
+        self._training = training
+        self._model: Any = None
+
+    def __call__(self, model: Any, batch: Any) -> float:
+        """One step; the loss before the update.
+
+        Raises:
+            InputError: another model than in the first call.
+        """
+        if self.session is None:
+            source = _step_source(self._function, model, batch)
+            self.session, self._model = (
+                open_session(source, _request_here(self.__autopar__), None, self._training),
+                model,
+            )
+        if model is not self._model:
+            raise InputError(
+                f"{self._function.__name__} was started with another model; decorate one function per model"
+            )
+        return self.session.step(batch)
+
+
+def _request_here(settings: Mapping[str, Any]) -> PlanRequest:
+    """The request for a run on this machine: without a named GPU, the one found here, else the CPU."""
+    from autopar.planner.detect import choose_gpu
+
+    gpu = settings["gpu"]
+    if gpu is None and choose_gpu(None).origin != "detected":
+        gpu = "cpu"
+    return PlanRequest(**{"num_gpus": 1, **settings, "gpu": gpu})
+
+
+def _objective(objective: str | Objective) -> Objective:
+    if isinstance(objective, Objective):
+        return objective
+    try:
+        return Objective(objective)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _required_parameters(function: Callable[..., Any]) -> list[str]:
+    return [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+
+
+def _source(model: Model, example_batch: Any = None, options: Mapping[str, str] | None = None) -> ModelSource:
+    """A source for whatever the user gave. Raises InputError."""
+    from autopar.capture.source import ModelSource, bind_options, load_source
+
+    if isinstance(model, str):
+        return load_source(model, options or {})
+    import torch
+
+    if isinstance(model, torch.nn.Module):
+        if example_batch is None:
+            raise InputError("parallelising an nn.Module needs example_batch=: one whole batch of inputs")
+        name = type(model).__name__
+        return ModelSource(name, f"<{name}>", lambda: copy.deepcopy(model), lambda: example_batch)
+    if not callable(model):
+        raise InputError(f"not a model: {type(model).__name__}; give a file, a function, a class or an nn.Module")
+    home = sys.modules[model.__module__]
+    maker = getattr(home, "example_batch", None) if example_batch is None else lambda: example_batch
+    if maker is None:
+        raise InputError(f"{home.__name__} has no example_batch(): define it, or give example_batch=")
+    text = f"<{model.__name__}>"
+    build, make_batch = bind_options(text, dict(options or {}), (model, maker))
+    loss = getattr(home, "loss", None)
+    return ModelSource(model.__name__, text, build, make_batch, loss, getattr(home, "__file__", None))
+
+
+def _step_source(function: Callable[[Any, Any], Any], model: Any, batch: Any) -> ModelSource:
+    """A source whose model is the whole train step: the model and the user's function around it."""
+    import torch
+
+    from autopar.capture.source import ModelSource
+
+    class Step(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = copy.deepcopy(model)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            rebuilt = kwargs if isinstance(batch, Mapping) else args if isinstance(batch, tuple | list) else args[0]
+            return function(self.model, rebuilt)
+
+    name = f"{function.__module__}.{function.__qualname__}"
+    return ModelSource(function.__name__, f"<{name}>", Step, lambda: batch, None, inspect.getsourcefile(function))
