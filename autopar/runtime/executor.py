@@ -149,7 +149,8 @@ class Executor:
         losses: list[Tensor] = []
         if self.program.is_last:
             # The engine wants a target per microbatch; the loss is part of the stage, so nothing is in them.
-            self._schedule.step(target=torch.zeros(self.decisions.num_microbatches), losses=losses)
+            target = torch.zeros(self.decisions.num_microbatches)
+            self._schedule.step(target=target, losses=losses, return_outputs=False)
         else:
             self._schedule.step()
         return [loss.detach() * self.decisions.num_microbatches for loss in losses]

@@ -71,17 +71,20 @@ class StageRunner(nn.Module):
         values.update(zip(segment.outputs, outputs, strict=True))
 
     def _run_checkpointed(self, segment: Segment, values: dict[str, Tensor], microbatch: int) -> None:
-        """Keep only the segment's inputs; backward runs it again at the same position of the streams."""
+        """Keep only the segment's inputs; backward runs it again at the same position of the streams.
+
+        The inputs are bound here, not passed: autograd would object to buffers that change between the two runs.
+        """
+        inputs = [values[name] for name in segment.inputs]
         runs = 0
 
-        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        def run() -> tuple[Tensor, ...]:
             nonlocal runs
             runs += 1
             with self.program.stream.at(microbatch, is_recomputing=runs > 1):
                 return segment.module(*inputs)  # type: ignore[no-any-return]
 
-        inputs = (values[name] for name in segment.inputs)
-        outputs = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+        outputs = checkpoint(run, use_reentrant=False, preserve_rng_state=False)
         values.update(zip(segment.outputs, outputs, strict=True))
 
 
