@@ -1,0 +1,119 @@
+"""What the processes of the distributed tests do: run decisions and report how far they are from the serial step."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from autopar.ir.graph import OpGraph
+from autopar.ir.mesh import StageMesh, stage_mesh
+from autopar.ir.solution import Decisions
+from autopar.rewrite.program import serial_decisions
+from autopar.runtime.compare import compare, relative_error
+from autopar.runtime.executor import Executor, join_plan
+from autopar.runtime.mesh import RankMesh, serial_mesh
+from tests.dist.decisions import cut_evenly, data_parallel, random_decisions, tensor_parallel
+from tests.dist.models import BATCH, captured, global_batch
+
+
+class Bench:
+    """One model at one microbatch size, with its serial step."""
+
+    def __init__(self, name: str, num_microbatches: int) -> None:
+        found = captured(name, BATCH // num_microbatches)
+        self.graph: OpGraph = found.graph
+        outside = [v.name for v in self.graph.values.values() if v.origin in ("parameter", "buffer", "constant")]
+        self.state = {v: found.tensor(v).detach().clone() for v in outside}
+        self.batch = global_batch(name)
+        self.serial = Executor(self.graph, serial_decisions(self.graph, num_microbatches), self.state, serial_mesh())
+        self.serial_loss = self.serial.compute_gradients(self.batch)
+
+    def error_of(self, decisions: Decisions) -> float:
+        """Largest relative error of loss, gradients and updated buffers."""
+        mesh = _meshes(self.graph, decisions)
+        executor = Executor(self.graph, decisions, self.state, mesh)
+        loss = executor.compute_gradients(self.batch)
+        executor.sync_buffers()
+        buffers = [relative_error(executor.buffers[n].double(), self.serial.buffers[n].double())
+                   for n in executor.program.updated_buffers]  # fmt: skip
+        return max(compare(executor, loss, self.serial, self.serial_loss).largest_error, *buffers, 0.0)
+
+
+_MESHES: dict[tuple[object, ...], RankMesh] = {}
+
+
+def _meshes(graph: OpGraph, decisions: Decisions) -> RankMesh:
+    """Process groups are made once for equal meshes and cuts."""
+    key = (graph.name, decisions.mesh, decisions.stages)
+    if key not in _MESHES:
+        _MESHES[key] = join_plan(graph, decisions, "cpu")
+    return _MESHES[key]
+
+
+def random_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """`count` random decisions per model; the same on every rank because the generator is."""
+    results = []
+    for name in arguments["models"]:
+        for num_microbatches in arguments["microbatches"]:
+            bench = Bench(name, num_microbatches)
+            for index in range(arguments["count"]):
+                rng = random.Random(f"{arguments['seed']}/{name}/{num_microbatches}/{index}")
+                mesh, num_stages = _random_shape(rng, len(bench.graph.blocks))
+                decisions = random_decisions(
+                    bench.graph, mesh, rng, num_microbatches=num_microbatches, num_stages=num_stages
+                )
+                started = time.perf_counter()
+                error = bench.error_of(decisions)
+                case = f"{name} M={num_microbatches} #{index} mesh={mesh.sizes} stages={num_stages}"
+                results.append({"case": case, "error": error, "wall_s": time.perf_counter() - started})
+    return results
+
+
+def _random_shape(rng: random.Random, num_blocks: int) -> tuple[StageMesh, int]:
+    """A mesh and a number of stages that use every rank."""
+    world = dist.get_world_size()
+    shapes = [(s, d) for s in range(1, world + 1) if world % s == 0 and s <= num_blocks
+              for d in range(1, world // s + 1) if (world // s) % d == 0]  # fmt: skip
+    stages, outer = rng.choice(shapes)
+    return stage_mesh(outer, world // stages // outer), stages
+
+
+def named_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The plans that everybody knows, for each model."""
+    results = []
+    for name in arguments["models"]:
+        bench = Bench(name, 4)
+        for label, make in named_plans(dist.get_world_size()).items():
+            results.append({"case": f"{name} {label}", "error": bench.error_of(make(bench.graph))})
+    return results
+
+
+def named_plans(world: int) -> dict[str, Callable[[OpGraph], Decisions]]:
+    """Plans on `world` ranks by name, four microbatches each."""
+    flat, whole = stage_mesh(world, 1), stage_mesh(1, 1)
+
+    def pipeline(graph: OpGraph, schedule: str, recompute: str = "none") -> Decisions:
+        stages = min(world, len(graph.blocks))
+        base = data_parallel(graph, stage_mesh(world // stages, 1) if world % stages == 0 else whole, "replicated", 4)
+        return replace(base, schedule=schedule, stages=cut_evenly(graph, stages, recompute))
+
+    plans: dict[str, Callable[[OpGraph], Decisions]] = {
+        label: (lambda graph, label=label: data_parallel(graph, flat, label, 4))
+        for label in ("replicated", "zero1", "zero3")
+    }
+    plans["tensor"] = lambda graph: tensor_parallel(graph, stage_mesh(1, world), 4)
+    plans["gpipe"] = lambda graph: pipeline(graph, "gpipe")
+    plans["1f1b"] = lambda graph: pipeline(graph, "1f1b")
+    plans["1f1b recompute"] = lambda graph: pipeline(graph, "1f1b", "full")
+    return plans
+
+
+def training_case(arguments: dict[str, Any]) -> list[float]:
+    """Losses of a few optimizer steps under zero1 with clipping, serial first and distributed second."""
+    return []
