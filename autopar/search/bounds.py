@@ -1,0 +1,222 @@
+"""Lagrangian bounds for a fixed layout: multipliers on stage times and stage memories, found by a small linear program.
+
+    minimise_p,tau   c(p) + d tau      s.t.   a_r(p) - d_r tau <= b_r   for every row r
+
+For multipliers m >= 0 with sum_r m_r d_r <= d,
+
+    L(m) = min_p [ c(p) + sum_r m_r a_r(p) ] - sum_r m_r b_r   <=   optimum,
+
+and the inner problem is a pairwise network, solved exactly by elimination. The best m are the duals of the master
+
+    min  sum_c z_c c(p_c) + d tau + penalty * slack
+    s.t. sum_c z_c a_r(p_c) - d_r tau - scale_r slack <= b_r ,  sum_c z_c = 1 ,  z, tau, slack >= 0
+
+over the choices p_c met so far (Dantzig-Wolfe, equal to Kelley's cutting planes on L). Memory rows are added when a
+choice breaks them. Each p_c is offered to the caller, who makes feasible plans of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from autopar.ir.cost import Array
+from autopar.search.cuts import Prices
+from autopar.search.evaluate import MEMORY_TOLERANCE, Layout
+from autopar.search.ilp import Row, solve_ilp
+from autopar.search.problem import Problem, Weights
+from autopar.search.reduce import min_marginals, restrict
+from autopar.search.rows import LinearRow, combine, memory_row, objective_weights, state_row, time_rows, value_of
+from autopar.search.solver import Program, solve_program
+
+MAX_ROUNDS = 40
+PENALTY = 1e3
+LARGEST_ILP = 150_000
+"""Pairs; above this HiGHS is not started and the gap is reported instead."""
+
+Offer = Callable[[tuple[int, ...]], float]
+"""Makes plans from a choice; returns the value that a bound must reach for its owner to be discarded."""
+
+
+@dataclass
+class LayoutBound:
+    """A fixed layout under work, or (layout None) a relaxation whose rows are all given.
+
+    Attributes:
+        bound: best lower bound so far, inf if proven infeasible.
+        multipliers: of `rows`, at the best bound.
+        rows: time rows, then memory rows met so far.
+    """
+
+    problem: Problem
+    layout: Layout | None
+    base: Weights
+    tau_cost: float
+    memory_bytes: float
+    rows: list[LinearRow]
+    bound: float = -math.inf
+    multipliers: Array = field(default_factory=lambda: np.zeros(0))
+    points: list[tuple[tuple[int, ...], Array]] = field(default_factory=list)
+
+    def add_memory_rows(self, choice: tuple[int, ...], totals: Array) -> bool:
+        """Add the rows that `choice` breaks; False if it breaks none."""
+        if self.layout is None:
+            return False
+        known = {row.key for row in self.rows}
+        added = False
+        for stage in range(self.layout.num_stages):
+            row = memory_row(self.problem, self.layout, stage, choice, totals, self.memory_bytes)
+            used = value_of(self.problem, row.weights, choice, totals)
+            if used > self.memory_bytes * (1 + MEMORY_TOLERANCE) and row.key not in known:
+                self.rows.append(row)
+                added = True
+        return added
+
+
+def make_layout_bound(problem: Problem, layout: Layout, prices: Prices, memory_bytes: float) -> LayoutBound:
+    tau_cost = prices.step_weight * (problem.table.num_microbatches - 1)
+    rows = time_rows(problem, layout) if tau_cost > 0 and layout.num_stages > 1 else []
+    base = objective_weights(problem, layout, prices)
+    if tau_cost > 0 and layout.num_stages == 1:
+        base = combine([(1.0, base), (tau_cost, time_rows(problem, layout)[0].weights)])
+        tau_cost = 0.0
+    return LayoutBound(problem, layout, base, tau_cost, memory_bytes, rows)
+
+
+def tighten(work: LayoutBound, offer: Offer, tolerance: float) -> None:
+    """Raise `work.bound` until it reaches the offered cutoff, the master's value, or the round limit."""
+    if not _memory_reachable(work):
+        work.bound = math.inf
+        return
+    count = len(work.rows)
+    multipliers = np.array([work.tau_cost / count] * count) if count else np.zeros(0)
+    for _ in range(MAX_ROUNDS):
+        terms = [(1.0, work.base), *zip(multipliers, (row.weights for row in work.rows), strict=True)]
+        weights = combine(terms)
+        run = work.problem.solve(weights)
+        if not math.isfinite(run.value):
+            work.bound = math.inf
+            return
+        limits = sum(m * row.limit for m, row in zip(multipliers, work.rows, strict=True))
+        bound = run.value + weights.constant - float(limits)
+        if bound > work.bound:
+            work.bound, work.multipliers = bound, multipliers
+        if run.choice is None or bound >= offer(run.choice):
+            return
+        totals = work.problem.block_totals(run.choice)
+        work.points.append((run.choice, totals))
+        added = work.add_memory_rows(run.choice, totals)
+        if not work.rows:
+            return
+        master, multipliers = _master(work)
+        if not added and master - work.bound <= tolerance * abs(master):
+            return
+    return
+
+
+def _memory_reachable(work: LayoutBound) -> bool:
+    """Whether every stage (and every given memory row) can be met by itself, workspaces left out."""
+    rows = [row for row in work.rows if row.tau_coefficient == 0]
+    if work.layout is not None and math.isfinite(work.memory_bytes):
+        layout = work.layout
+        rows += [state_row(work.problem, layout, k, work.memory_bytes) for k in range(layout.num_stages)]
+    return all(
+        work.problem.solve(row.weights).value + row.weights.constant <= row.limit * (1 + MEMORY_TOLERANCE)
+        for row in rows
+    )
+
+
+def _master(work: LayoutBound) -> tuple[float, Array]:
+    """Value of the master of the module docstring and its multipliers."""
+    problem, rows = work.problem, work.rows
+    costs = [value_of(problem, work.base, p, totals) for p, totals in work.points]
+    matrix = np.array([[value_of(problem, row.weights, p, t) for p, t in work.points] for row in rows])
+    limits = np.array([row.limit for row in rows])
+    scale = np.maximum(np.abs(matrix).max(axis=1), 1e-300)
+    num_points, num_rows = len(costs), len(rows)
+    penalty = PENALTY * max(max(abs(c) for c in costs), 1e-300)
+    is_memory = np.array([row.tau_coefficient == 0 for row in rows], dtype=np.float64)
+    taus = np.array([row.tau_coefficient for row in rows])
+    time_scale = float(np.max(scale[taus > 0], initial=1e-300))
+    dense = np.zeros((num_rows + 1, num_points + 2))
+    dense[:num_rows, :num_points] = matrix / scale[:, None]
+    dense[:num_rows, num_points] = -taus * time_scale / scale
+    dense[:num_rows, num_points + 1] = -is_memory
+    dense[num_rows, :num_points] = 1.0
+    used = np.nonzero(dense)
+    result = solve_program(
+        Program(
+            cost=np.array([*costs, work.tau_cost * time_scale, penalty]),
+            lower=np.zeros(num_points + 2),
+            upper=np.full(num_points + 2, np.inf),
+            integer=np.zeros(num_points + 2, dtype=bool),
+            rows=used[0],
+            columns=used[1],
+            coefficients=dense[used],
+            row_lower=np.array([-np.inf] * num_rows + [1.0]),
+            row_upper=np.append(limits / scale, 1.0),
+        )
+    )
+    if result.duals is None:
+        return work.bound, _padded(work.multipliers, num_rows)
+    multipliers = np.maximum(-result.duals[:num_rows], 0.0) / scale
+    return result.objective, _tau_feasible(multipliers, taus, work.tau_cost)
+
+
+def _padded(multipliers: Array, count: int) -> Array:
+    return np.append(multipliers, np.zeros(count - len(multipliers)))
+
+
+def _tau_feasible(multipliers: Array, taus: Array, tau_cost: float) -> Array:
+    """Scale the time multipliers down where rounding made their sum exceed tau's cost."""
+    total = float(multipliers @ taus)
+    return np.where(taus > 0, multipliers * (tau_cost / total), multipliers) if total > tau_cost else multipliers
+
+
+def close_gap(work: LayoutBound, offer: Offer, cutoff: float, tolerance: float) -> bool:
+    """Solve what the multipliers leave by HiGHS, after fixing out what cannot beat `cutoff`.
+
+    Returns:
+        True if `work.bound` is now exact (or at least `cutoff`), False if the core was too large.
+    """
+    problem = work.problem
+    for _ in range(MAX_ROUNDS):
+        keep = _survivors(work, cutoff)
+        if keep is None or any(len(k) == 0 for k in keep):
+            work.bound = max(work.bound, cutoff)
+            return True
+        objective = restrict(problem.network(work.base), keep)
+        if sum(t.size for t in objective.pairs.values()) > LARGEST_ILP:
+            return False
+        rows = [Row(restrict(problem.network(r.weights), keep), _limit(r), r.tau_coefficient) for r in work.rows]
+        result, choice = solve_ilp(objective, rows, tau_cost=work.tau_cost, relative_gap=tolerance)
+        if result.status == "infeasible" or choice is None:
+            work.bound = max(work.bound, cutoff)
+            return result.status == "infeasible"
+        work.bound = max(work.bound, min(cutoff, result.bound + work.base.constant))
+        original = tuple(int(k[p]) for k, p in zip(keep, choice, strict=True))
+        cutoff = min(cutoff, offer(original))
+        if work.bound >= cutoff or not work.add_memory_rows(original, problem.block_totals(original)):
+            return True
+    return False
+
+
+def _limit(row: LinearRow) -> float:
+    """Limit for the solver: what the functional's constant leaves, loosened by the memory tolerance."""
+    slack = MEMORY_TOLERANCE * row.limit if row.tau_coefficient == 0 else 0.0
+    return row.limit + slack - row.weights.constant
+
+
+def _survivors(work: LayoutBound, cutoff: float) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]] | None:
+    """Strategies that some assignment below `cutoff` may use; None if none is left."""
+    multipliers = _padded(work.multipliers, len(work.rows))
+    weights = combine([(1.0, work.base), *zip(multipliers, (row.weights for row in work.rows), strict=True)])
+    run = work.problem.run(weights)
+    if run.choice is None or not math.isfinite(cutoff):
+        return [np.arange(size) for size in work.problem.sizes]
+    constant = weights.constant - sum(m * row.limit for m, row in zip(multipliers, work.rows, strict=True))
+    margin = 1e-9 * abs(cutoff)
+    return [np.flatnonzero(cost + constant <= cutoff + margin) for cost in min_marginals(run)]

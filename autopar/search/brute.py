@@ -1,0 +1,156 @@
+"""Brute force: enumerates the whole space on small tables. The oracle of the search; shares no arithmetic with it.
+
+Loops over every mesh, K, M, cut, recompute pattern and combination of strategies, and prices each with plain Python
+written from the definitions (`ir.pipeline` for the step time), not with `evaluate`, `problem` or `cuts`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from autopar.ir.cost import CostTable, TableSource
+from autopar.ir.pipeline import microbatches_in_flight, step_time_s
+from autopar.ir.solution import Decisions, Objective, Pins
+from autopar.search.evaluate import Figures, Layout
+from autopar.search.solve import spell_out
+from autopar.search.space import Skeleton, list_skeletons
+from autopar.search.stages import Plan
+
+
+@dataclass(frozen=True)
+class BruteResult:
+    """Best plan of the space; None and inf if nothing fits. `least_peak_bytes` is over all plans, fitting or not."""
+
+    value: float
+    decisions: Decisions | None
+    time_s: float
+    energy_j: float
+    least_peak_bytes: float
+
+
+def brute_force(
+    tables: TableSource,
+    objective: Objective,
+    *,
+    pins: Pins,
+    use_all: bool = False,
+    max_microbatches: int | None = None,
+) -> BruteResult:
+    """Enumerate; see the module docstring."""
+    schedule = pins.schedule or "1f1b"
+    best, least_peak = BruteResult(math.inf, None, math.inf, math.inf, math.inf), math.inf
+    cases = {
+        (s.sizes, s.num_stages, s.num_microbatches)
+        for s in list_skeletons(tables, pins, use_all=use_all, max_microbatches=max_microbatches)
+    }
+    for sizes, num_stages, num_microbatches in sorted(cases):
+        skeleton = Skeleton(num_stages, sizes, num_microbatches, "none")
+        table = tables.table(skeleton.mesh, num_microbatches)
+        if table is None:
+            continue
+        for layout in layouts(table.num_blocks, num_stages, pins.recompute, schedule):
+            for choice in choices(table):
+                time_s, energy_j, peak = _price(table, tables, layout, choice)
+                if not math.isfinite(time_s):
+                    continue
+                least_peak = min(least_peak, peak)
+                value = objective.value(time_s, energy_j)
+                if peak <= tables.device.memory_bytes * (1 + 1e-9) and value < best.value:
+                    plan = Plan(skeleton, layout, choice, Figures(time_s, energy_j, (), (), (), ()))
+                    best = BruteResult(value, spell_out(table, plan, schedule), time_s, energy_j, math.inf)
+    return BruteResult(best.value, best.decisions, best.time_s, best.energy_j, least_peak)
+
+
+def layouts(num_blocks: int, num_stages: int, recompute: str | None, schedule: str) -> Iterator[Layout]:
+    """Every cut into `num_stages` stages with every recompute pattern allowed."""
+    allowed = {None: (False, True), "none": (False,), "full": (True,)}[recompute]
+    for cuts in itertools.combinations(range(1, num_blocks), num_stages - 1):
+        for pattern in itertools.product(allowed, repeat=num_stages):
+            yield Layout(num_blocks, (0, *cuts), pattern, schedule)
+
+
+def choices(table: CostTable) -> Iterator[tuple[int, ...]]:
+    """Every combination of strategies."""
+    return itertools.product(*(range(len(node.choices)) for node in table.nodes))
+
+
+def _price(table: CostTable, tables: TableSource, layout: Layout, choice: Sequence[int]) -> tuple[float, float, float]:
+    """(T, E, largest stage memory)."""
+    bounds = [*layout.starts, table.num_blocks]
+    times, steps, joules, peaks = [], [], 0.0, []
+    for k in range(len(layout.starts)):
+        blocks = set(range(bounds[k], bounds[k + 1]))
+        seconds, step_s, microbatch_j, step_j = _stage_costs(table, choice, blocks, redo=layout.recompute[k])
+        if k > 0:
+            for crossing in table.crossings:
+                if crossing.producer_block < bounds[k] <= crossing.last_block:
+                    size = crossing.bytes_by_choice[choice[crossing.node]]
+                    seconds += 2 * (table.p2p_latency_s + size * table.p2p_s_per_byte)
+                    microbatch_j += 2 * size * table.p2p_j_per_byte
+        times.append(float(seconds))
+        steps.append(float(step_s))
+        joules += float(table.mesh.num_devices * (table.num_microbatches * microbatch_j + step_j))
+        in_flight = microbatches_in_flight(k, len(layout.starts), table.num_microbatches, layout.schedule)
+        peaks.append(_stage_memory(table, choice, blocks, in_flight, redo=layout.recompute[k]))
+    time_s = step_time_s(times, steps, table.num_microbatches)
+    device, used = tables.device, table.mesh.num_devices * len(layout.starts)
+    watts = device.blocked_w * used + device.host_w_per_node * (-(-used // device.gpus_per_node))
+    return time_s, joules + watts * time_s, max(peaks)
+
+
+def _occurrences(table: CostTable, index: int, blocks: set[int]) -> Iterator[int]:
+    """Blocks (or -1) in which node `index` is paid by a stage of `blocks`; once per foreign parameter read."""
+    node = table.nodes[index]
+    for block in node.blocks:
+        if block == -1 or block in blocks:
+            yield block
+        elif node.kind == "param" and any(
+            edge.source == index and (home, reader) == (block, other)
+            for edge in table.edges
+            for home, reader in edge.cut_pairs
+            for other in blocks
+        ):
+            yield -2
+
+
+def _stage_costs(
+    table: CostTable, choice: Sequence[int], blocks: set[int], *, redo: bool
+) -> tuple[float, float, float, float]:
+    seconds = step_s = microbatch_j = step_j = 0.0
+    for index, node in enumerate(table.nodes):
+        p = choice[index]
+        for block in _occurrences(table, index, blocks):
+            again = node.forward_s[p] if redo and block != -1 else 0.0
+            total = node.forward_s[p] + node.backward_s[p]
+            seconds += total + again
+            microbatch_j += node.microbatch_j[p] * (1 + (again / total if total else 0.0))
+            step_s += node.step_s[p]
+            step_j += node.step_j[p]
+    for edge in table.edges:
+        p, q = choice[edge.source], choice[edge.target]
+        for block in edge.blocks:
+            if block == -1 or block in blocks:
+                if not math.isfinite(edge.forward_s[p, q] + edge.backward_s[p, q]):
+                    return math.inf, 0.0, 0.0, 0.0
+                again = edge.forward_s[p, q] if redo and block != -1 else 0.0
+                total = edge.forward_s[p, q] + edge.backward_s[p, q]
+                seconds += total + again
+                microbatch_j += edge.microbatch_j[p, q] * (1 + (again / total if total else 0.0))
+    return seconds, step_s, microbatch_j, step_j
+
+
+def _stage_memory(table: CostTable, choice: Sequence[int], blocks: set[int], in_flight: int, *, redo: bool) -> float:
+    state = kept = workspace = 0.0
+    per_block = dict.fromkeys(blocks, 0.0)
+    for index, node in enumerate(table.nodes):
+        p = choice[index]
+        for block in _occurrences(table, index, blocks):
+            state += node.state_bytes[p]
+            kept += node.boundary_bytes[p] if redo else node.activation_bytes[p]
+            workspace = max(workspace, node.workspace_bytes[p])
+            if block in per_block:
+                per_block[block] += node.activation_bytes[p]
+    return state + in_flight * kept + (max(per_block.values()) if redo else 0.0) + workspace

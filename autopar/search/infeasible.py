@@ -1,0 +1,111 @@
+"""Infeasible: how much memory the least demanding plan needs, why, and what would help. All figures are computed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from autopar.errors import AutoparError, InfeasibleError, InputError, Remedy
+from autopar.ir.solution import Pins
+from autopar.search.cuts import CutRules
+from autopar.search.leanest import Lean, leanest
+from autopar.search.problem import make_problem
+from autopar.search.space import MODES, Skeleton, mesh_sizes
+from autopar.search.stages import Space
+from autopar.units import format_bytes
+
+MAX_TABLES = 12
+"""Tables looked at for the least demanding plan when a space has more; those of most devices first."""
+GROWTH = (2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class _Found:
+    skeleton: Skeleton
+    lean: Lean
+
+    @property
+    def peak(self) -> float:
+        return self.lean.figures.peak_memory_bytes
+
+
+def memory_error(space: Space, pins: Pins) -> AutoparError:
+    """The error for a space in which nothing fits."""
+    tried = _promising(space)
+    found = _least(space, tried)
+    if found is None:
+        return InputError("the batch does not divide into the microbatches and mesh that are asked for")
+    have = f"{format_bytes(space.device.memory_bytes)} usable per device"
+    return InfeasibleError("memory", _need(found), have, tuple(_remedies(space, pins, found)))
+
+
+def _promising(space: Space) -> list[Skeleton]:
+    """Skeletons most likely to need least: many devices, recompute, many microbatches."""
+    order = {"full": 0, "mixed": 1, "none": 2}
+    ranked = sorted(space.skeletons, key=lambda s: (-s.num_gpus, order[s.mode], -s.num_microbatches, s))
+    tables: list[tuple[tuple[int, ...], int]] = []
+    for skeleton in ranked:
+        key = (skeleton.sizes, skeleton.num_microbatches)
+        if key not in tables and (space.ideal is None or len(tables) < MAX_TABLES):
+            tables.append(key)
+    return [s for s in ranked if (s.sizes, s.num_microbatches) in tables]
+
+
+def _least(space: Space, skeletons: list[Skeleton]) -> _Found | None:
+    best: _Found | None = None
+    for skeleton in skeletons:
+        problem = space.problem(skeleton.sizes, skeleton.num_microbatches)
+        if problem is None:
+            continue
+        rules = CutRules(skeleton.num_stages, space.schedule, MODES[skeleton.mode], math.inf)
+        lean = leanest(problem, space.device, rules)
+        if lean is not None and (best is None or lean.figures.peak_memory_bytes < best.peak):
+            best = _Found(skeleton, lean)
+    return best
+
+
+def _need(found: _Found) -> str:
+    figures = found.lean.figures
+    stage = max(range(len(figures.memory_bytes)), key=lambda k: figures.memory_bytes[k])
+    causes = figures.memory_by_cause[stage]
+    parts = ", ".join(f"{cause} {format_bytes(size)}" for cause, size in sorted(causes.items(), key=lambda c: -c[1]))
+    return f"{format_bytes(found.peak)} on stage {stage} ({parts}) with {found.skeleton.describe()}"
+
+
+def _remedies(space: Space, pins: Pins, found: _Found) -> list[Remedy]:
+    remedies = []
+    if pins.recompute == "none":
+        remedies += _if_fits(space, found.skeleton, "full", "allow recompute (drop the pin recompute=none)")
+    remedies += _more_devices(space, pins, found.skeleton)
+    effect = f"the least demanding plan ({found.skeleton.describe()}) fits"
+    remedies.append(Remedy(f"devices with {format_bytes(found.peak)} of usable memory", effect))
+    return remedies
+
+
+def _if_fits(space: Space, skeleton: Skeleton, mode: str, change: str) -> list[Remedy]:
+    changed = Skeleton(skeleton.num_stages, skeleton.sizes, skeleton.num_microbatches, mode)
+    found = _least(space, [changed])
+    if found is None or found.peak > space.device.memory_bytes:
+        return []
+    return [Remedy(change, f"{format_bytes(found.peak)} with {changed.describe()}")]
+
+
+def _more_devices(space: Space, pins: Pins, skeleton: Skeleton) -> list[Remedy]:
+    """The first multiple of the present number of devices that fits, by growing the stage mesh."""
+    if pins.dp is not None and pins.tp is not None:
+        return []
+    now = space.device.num_gpus
+    for growth in GROWTH:
+        num_devices = max(1, now * growth // skeleton.num_stages)
+        for sizes in sorted(mesh_sizes(num_devices, pins), key=lambda s: (len(s), max(s)))[:3]:
+            table = space.source.table(Skeleton(1, sizes, 1, "none").mesh, skeleton.num_microbatches)
+            problem = make_problem(table) if table is not None else None
+            if problem is None:
+                continue
+            rules = CutRules(skeleton.num_stages, space.schedule, MODES[skeleton.mode], math.inf)
+            lean = leanest(problem, space.device, rules)
+            if lean is not None and lean.figures.fits(space.device.memory_bytes):
+                peak = format_bytes(lean.figures.peak_memory_bytes)
+                mesh = Skeleton(skeleton.num_stages, sizes, skeleton.num_microbatches, skeleton.mode).describe()
+                return [Remedy(f"{now * growth} GPUs instead of {now}", f"{peak} with {mesh}")]
+    return []

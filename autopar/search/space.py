@@ -1,0 +1,178 @@
+"""Space: the skeletons (stage mesh, number of stages, microbatches, recompute mode) that are searched.
+
+A skeleton has K stages of the same mesh: 1-D `(n,)` or 2-D `(d, t)` with d, t >= 2, every factorisation, K n <= the
+number of devices (equal under `use_all`), K <= number of blocks. Pinned `dp`/`tp` make the mesh `(dp, tp)`.
+
+Microbatches M: divisors of the batch, thinned so that each kept one is at least 1.5 times the one before (all
+divisors of a power of two stay), at most `max_microbatches` (default 128). A table of None drops the skeleton.
+
+Recompute mode: `none`, `full` (all stages), or `mixed` (at least one stage of each kind; K >= 2).
+
+`IdealBound` bounds a skeleton from one-device tables alone. It assumes that a shard of 1/n of an op (or a microbatch
+of 1/n of the samples) takes at least 1/n of its time and energy, and that an axis whose size divides no dim of an op
+splits nothing. It is used only where more than `FEW_TABLES` tables would be needed; below that no assumption is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.errors import InputError
+from autopar.ir.cost import Array, TableSource
+from autopar.ir.graph import OpGraph
+from autopar.ir.mesh import StageMesh, stage_mesh
+from autopar.ir.solution import Pins
+
+DEFAULT_MAX_MICROBATCHES = 128
+MICROBATCH_RATIO = 1.5
+FEW_TABLES = 24
+MODES = {"none": (False,), "full": (True,), "mixed": (False, True)}
+
+
+@dataclass(frozen=True, order=True)
+class Skeleton:
+    """One corner of the space; `order` makes ties deterministic."""
+
+    num_stages: int
+    sizes: tuple[int, ...]
+    num_microbatches: int
+    mode: str
+
+    @property
+    def mesh(self) -> StageMesh:
+        return stage_mesh(*self.sizes)
+
+    @property
+    def num_gpus(self) -> int:
+        return self.num_stages * math.prod(self.sizes)
+
+    def describe(self) -> str:
+        mesh = " x ".join(f"{axis.name}={axis.size}" for axis in self.mesh.axes)
+        return f"{mesh}, pp={self.num_stages}, microbatches={self.num_microbatches}, recompute={self.mode}"
+
+
+def microbatch_counts(batch_size: int, max_microbatches: int | None, pinned: int | None) -> tuple[int, ...]:
+    """Values of M; see the module docstring.
+
+    Raises:
+        InputError: if the pinned M does not divide the batch.
+    """
+    if pinned is not None:
+        if pinned < 1 or batch_size % pinned:
+            raise InputError(f"{pinned} microbatches do not divide the batch of {batch_size} samples")
+        return (pinned,)
+    limit = min(batch_size, max_microbatches or DEFAULT_MAX_MICROBATCHES)
+    kept = [1]
+    for candidate in range(2, limit + 1):
+        if batch_size % candidate == 0 and candidate >= MICROBATCH_RATIO * kept[-1]:
+            kept.append(candidate)
+    return tuple(kept)
+
+
+def mesh_sizes(num_devices: int, pins: Pins) -> Iterator[tuple[int, ...]]:
+    """Every mesh of exactly `num_devices` devices that the pins allow."""
+    if pins.dp is not None or pins.tp is not None:
+        for d in range(1, num_devices + 1):
+            if num_devices % d == 0 and pins.dp in (None, d) and pins.tp in (None, num_devices // d):
+                yield d, num_devices // d
+        return
+    yield (num_devices,)
+    for d in range(2, num_devices // 2 + 1):
+        if num_devices % d == 0:
+            yield d, num_devices // d
+
+
+def list_skeletons(
+    source: TableSource, pins: Pins, *, use_all: bool, max_microbatches: int | None
+) -> tuple[Skeleton, ...]:
+    """All skeletons in a fixed order.
+
+    Raises:
+        InputError: if the pins ask for more devices, stages or microbatches than there are.
+    """
+    num_gpus, num_blocks = source.device.num_gpus, len(source.graph.blocks)
+    counts = microbatch_counts(source.graph.batch_size, max_microbatches, pins.num_microbatches)
+    stages = [pins.pp] if pins.pp is not None else range(1, min(num_blocks, num_gpus) + 1)
+    found = []
+    for num_stages in stages:
+        for num_devices in range(1, num_gpus // num_stages + 1):
+            if use_all and num_devices * num_stages != num_gpus:
+                continue
+            for sizes in mesh_sizes(num_devices, pins):
+                for count in counts:
+                    modes = [pins.recompute] if pins.recompute else ["none", "full", "mixed"][: 2 + (num_stages > 1)]
+                    found += [Skeleton(num_stages, sizes, count, mode) for mode in modes]
+    if not found:
+        raise InputError(_empty_space(num_gpus, pins, use_all=use_all))
+    if pins.pp is not None and pins.pp > num_blocks:
+        raise InputError(f"pp={pins.pp}, but the model has only {num_blocks} blocks to put on stages")
+    return tuple(found)
+
+
+def _empty_space(num_gpus: int, pins: Pins, *, use_all: bool) -> str:
+    asked = [f"{n}={getattr(pins, n)}" for n in ("dp", "tp", "pp") if getattr(pins, n) is not None]
+    exactly = "exactly " if use_all else "at most "
+    return f"no mesh with {', '.join(asked) or 'these settings'} uses {exactly}{num_gpus} GPUs"
+
+
+class IdealBound:
+    """Per-block time, energy and state of perfect splits; see the module docstring.
+
+    `blocks(sizes, M)` gives [3, num_blocks + 1]: loaded seconds of one stage device, joules of a step over all
+    devices, state bytes of one device; the last column is shared entries.
+    """
+
+    def __init__(self, source: TableSource) -> None:
+        self._source = source
+        self._dims = _dims_by_op(source.graph)
+        self._base: dict[int, tuple[Array, Array, list[str]] | None] = {}
+
+    def blocks(self, sizes: tuple[int, ...], num_microbatches: int) -> Array | None:
+        """None where even one device has no table."""
+        base = self._one_device(num_microbatches)
+        if base is None:
+            return None
+        values, count, names = base
+        num_devices = math.prod(sizes)
+        split = np.array([self._split(name, sizes) for name in names], dtype=np.float64)
+        rows = np.array([values[0] / split, values[1], values[2] / num_devices])
+        return rows @ count
+
+    def _split(self, name: str, sizes: tuple[int, ...]) -> int:
+        dims = self._dims.get(name)
+        if dims is None:
+            return math.prod(sizes)
+        return math.prod(size for size in sizes if any(dim % size == 0 for dim in dims))
+
+    def _one_device(self, num_microbatches: int) -> tuple[Array, Array, list[str]] | None:
+        if num_microbatches not in self._base:
+            table = self._source.table(stage_mesh(1), num_microbatches)
+            if table is None:
+                self._base[num_microbatches] = None
+                return None
+            count = np.zeros((len(table.nodes), table.num_blocks + 1))
+            for row, node in enumerate(table.nodes):
+                np.add.at(count[row], list(node.blocks), 1.0)
+            values = np.array(
+                [
+                    [np.min(n.forward_s + n.backward_s + n.step_s / num_microbatches) for n in table.nodes],
+                    [np.min(num_microbatches * n.microbatch_j + n.step_j) for n in table.nodes],
+                    [np.min(n.state_bytes) for n in table.nodes],
+                ]
+            )
+            self._base[num_microbatches] = values, count, [n.name for n in table.nodes]
+        return self._base[num_microbatches]
+
+
+def _dims_by_op(graph: OpGraph) -> dict[str, frozenset[int]]:
+    """Sizes of all dims that each op touches."""
+    return {
+        op.name: frozenset(
+            dim for name in (*op.inputs, *op.outputs) for dim in graph.values[name].meta.shape if dim > 1
+        )
+        for op in graph.ops
+    }

@@ -1,0 +1,358 @@
+"""Stages: best-first search over skeletons for one weighted objective alpha T + beta E.
+
+Each skeleton carries a lower bound, and the one with the least is refined next:
+
+    ideal     from one-device tables (only in large spaces, see `space.IdealBound`)
+    coarser   from a table of the same mesh with fewer microbatches (same assumption)
+    table     elimination with spread weights; bottleneck of per-block minima
+    memory    the aggregated memory row with a multiplier
+    layouts   every cut and recompute pattern that can still win, each with its own multipliers, then HiGHS
+
+Every choice met on the way becomes plans by the cut programme (`cuts`), evaluated exactly (`evaluate`). A skeleton is
+closed when its bound reaches incumbent * (1 - tolerance); the least bound of all closed skeletons is the answer's.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from autopar.ir.cost import Array, Device, TableSource
+from autopar.ir.solution import Objective
+from autopar.search.bounds import close_gap, make_layout_bound, tighten
+from autopar.search.cuts import CutRules, Prices, best_cuts
+from autopar.search.evaluate import Figures, Layout, evaluate, fixed_power_w
+from autopar.search.problem import Problem, Weights, make_problem
+from autopar.search.relax import (
+    Relaxation,
+    additive_weights,
+    block_minima,
+    largest_useful_tau,
+    least_bottleneck,
+    least_in_flight,
+    memory_relaxation,
+    spread_weights,
+)
+from autopar.search.space import FEW_TABLES, MODES, IdealBound, Skeleton
+
+LAYOUT_WORK = 20_000_000
+"""Layouts x (strategies + pairs) that one skeleton may enumerate; above it the relaxation's bound stands."""
+IMPROVE_ROUNDS = 3
+
+Progress = Callable[[dict[str, object]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One evaluated plan; `choice` indexes the table's strategies."""
+
+    skeleton: Skeleton
+    layout: Layout
+    choice: tuple[int, ...]
+    figures: Figures
+
+
+@dataclass
+class Space:
+    """What all weighted searches of one call share: tables, problems, plans met, per-block minima.
+
+    Attributes:
+        deadline_s: `time.monotonic` value at which the search stops, or None.
+        plans: best plan per skeleton under `objective`.
+        best: best plan of all under `objective`.
+    """
+
+    source: TableSource
+    objective: Objective
+    schedule: str
+    tolerance: float
+    skeletons: tuple[Skeleton, ...]
+    deadline_s: float | None = None
+    progress: Progress | None = None
+    problems: dict[tuple[tuple[int, ...], int], Problem | None] = field(default_factory=dict)
+    minima: dict[tuple[tuple[int, ...], int, bool], Array] = field(default_factory=dict)
+    plans: dict[Skeleton, Plan] = field(default_factory=dict)
+    best: Plan | None = None
+    ideal: IdealBound | None = None
+
+    def __post_init__(self) -> None:
+        if len({(s.sizes, s.num_microbatches) for s in self.skeletons}) > FEW_TABLES:
+            self.ideal = IdealBound(self.source)
+
+    @property
+    def device(self) -> Device:
+        return self.source.device
+
+    @property
+    def out_of_time(self) -> bool:
+        return self.deadline_s is not None and time.monotonic() > self.deadline_s
+
+    def problem(self, sizes: tuple[int, ...], num_microbatches: int) -> Problem | None:
+        key = (sizes, num_microbatches)
+        if key not in self.problems:
+            table = self.source.table(Skeleton(1, sizes, num_microbatches, "none").mesh, num_microbatches)
+            self.problems[key] = make_problem(table) if table is not None else None
+        return self.problems[key]
+
+    def block_minima(self, skeleton: Skeleton, problem: Problem) -> Array:
+        key = (skeleton.sizes, skeleton.num_microbatches, skeleton.mode == "full")
+        if key not in self.minima:
+            self.minima[key] = block_minima(problem, redo=skeleton.mode == "full")
+        return self.minima[key]
+
+    def value(self, plan: Plan) -> float:
+        return self.objective.value(plan.figures.time_s, plan.figures.energy_j)
+
+    def record(self, plan: Plan) -> None:
+        """Keep the plan if it is the best of its skeleton, and of all."""
+        known = self.plans.get(plan.skeleton)
+        if known is None or self.value(plan) < self.value(known):
+            self.plans[plan.skeleton] = plan
+        if self.best is None or self.value(plan) < self.value(self.best):
+            self.best = plan
+
+
+@dataclass(frozen=True)
+class WeightedResult:
+    """`bound` <= alpha T + beta E of every plan; `value` is the best plan's, inf if none was found."""
+
+    value: float
+    bound: float
+    plan: Plan | None
+    complete: bool
+
+
+@dataclass
+class WeightedSearch:
+    """Minimises alpha T + beta E over the skeletons of a space."""
+
+    space: Space
+    alpha: float
+    beta: float
+    bounds: dict[Skeleton, float] = field(default_factory=dict)
+    value: float = math.inf
+    plan: Plan | None = None
+    offered: set[tuple[Skeleton, tuple[int, ...]]] = field(default_factory=set)
+
+    @property
+    def cutoff(self) -> float:
+        """A bound at least this high closes a skeleton."""
+        return self.value * (1 - self.space.tolerance) if math.isfinite(self.value) else math.inf
+
+    def prices(self, num_gpus: int) -> Prices:
+        return Prices(self.alpha + self.beta * fixed_power_w(self.space.device, num_gpus), self.beta)
+
+    def run(self) -> WeightedResult:
+        """Best-first over all skeletons."""
+        heap = [(self._ideal(s), 0, s) for s in self.space.skeletons]
+        heapq.heapify(heap)
+        complete = True
+        while heap:
+            bound, level, skeleton = heapq.heappop(heap)
+            self.bounds[skeleton] = bound
+            if bound >= self.cutoff:
+                self.bounds |= {s: b for b, _, s in heap}
+                break
+            if self.space.out_of_time:
+                self.bounds |= {s: b for b, _, s in heap}
+                complete = False
+                break
+            refined = max(bound, self._refine(skeleton, level))
+            self._report(skeleton, level, refined)
+            if level == len(self._levels) - 1 or refined >= self.cutoff:
+                self.bounds[skeleton] = refined
+            else:
+                heapq.heappush(heap, (refined, level + 1, skeleton))
+        best_bound = min([*self.bounds.values(), self.value])
+        return WeightedResult(self.value, best_bound, self.plan, complete)
+
+    def _report(self, skeleton: Skeleton, level: int, bound: float) -> None:
+        if self.space.progress is not None:
+            self.space.progress(
+                {"skeleton": skeleton.describe(), "level": self._levels[level], "bound": bound, "incumbent": self.value}
+            )
+
+    _levels = ("coarser", "table", "memory", "layouts")
+
+    def _refine(self, skeleton: Skeleton, level: int) -> float:
+        if level == 0:
+            return self._coarser(skeleton)
+        problem = self.space.problem(skeleton.sizes, skeleton.num_microbatches)
+        if problem is None:
+            return math.inf
+        relax = Relaxation(
+            problem,
+            skeleton.num_stages,
+            skeleton.mode,
+            self.space.schedule,
+            self.prices(skeleton.num_gpus),
+            float(self.space.device.memory_bytes),
+        )
+        return (self._table, self._memory, self._layouts)[level - 1](skeleton, relax)
+
+    def _ideal(self, skeleton: Skeleton) -> float:
+        ideal = self.space.ideal
+        if ideal is None:
+            return -math.inf
+        blocks = ideal.blocks(skeleton.sizes, skeleton.num_microbatches)
+        if blocks is None:
+            return math.inf
+        stages, prices = skeleton.num_stages, self.prices(skeleton.num_gpus)
+        state = float(blocks[2, :-1].sum() + stages * blocks[2, -1])
+        if state > stages * self.space.device.memory_bytes * (1 + 1e-9):
+            return math.inf
+        total = float(blocks[0, :-1].sum() + stages * blocks[0, -1])
+        energy = float(blocks[1, :-1].sum() + stages * blocks[1, -1])
+        bottleneck = least_bottleneck(blocks[0], stages)
+        step = total + (skeleton.num_microbatches - 1) * max(bottleneck, total / stages)
+        return prices.step_weight * step + prices.beta * energy
+
+    def _coarser(self, skeleton: Skeleton) -> float:
+        """Spread bound from the finest table already made for this mesh with a divisor of M microbatches."""
+        if self.space.ideal is None or (skeleton.sizes, skeleton.num_microbatches) in self.space.problems:
+            return -math.inf
+        made = [
+            (count, problem)
+            for (sizes, count), problem in self.space.problems.items()
+            if sizes == skeleton.sizes and problem is not None and skeleton.num_microbatches % count == 0
+        ]
+        if not made:
+            return -math.inf
+        count, problem = max(made, key=lambda entry: entry[0])
+        ratio = count / skeleton.num_microbatches
+        prices = self.prices(skeleton.num_gpus)
+        factor = 1 + (skeleton.num_microbatches - 1) / skeleton.num_stages
+        scaled = Relaxation(
+            problem, skeleton.num_stages, skeleton.mode, self.space.schedule,
+            Prices(prices.step_weight * ratio * factor, prices.beta), 0.0,
+        )  # fmt: skip
+        weights = additive_weights(scaled)
+        return problem.solve(Weights(weights.blocks)).value
+
+    def _offer(self, skeleton: Skeleton, relax: Relaxation, choice: tuple[int, ...]) -> float:
+        """Make the best plan of these shardings; returns the cutoff."""
+        if (skeleton, choice) in self.offered:
+            return self.cutoff
+        self.offered.add((skeleton, choice))
+        rules = CutRules(skeleton.num_stages, self.space.schedule, MODES[skeleton.mode], relax.memory_bytes)
+        found = best_cuts(relax.problem, choice, rules, relax.prices)
+        if found is None:
+            return self.cutoff
+        layout = found[1]
+        original = relax.problem.original(choice)
+        figures = evaluate(relax.problem.table, self.space.device, layout, original)
+        if figures.fits(relax.memory_bytes) and math.isfinite(figures.time_s):
+            mode = "mixed" if len(set(layout.recompute)) > 1 else "full" if layout.recompute[0] else "none"
+            plan = Plan(replace(skeleton, mode=mode), layout, original, figures)
+            self.space.record(plan)
+            value = self.alpha * figures.time_s + self.beta * figures.energy_j
+            if value < self.value:
+                self.value, self.plan = value, plan
+        return self.cutoff
+
+    def _table(self, skeleton: Skeleton, relax: Relaxation) -> float:
+        weights = spread_weights(relax)
+        run = relax.problem.solve(weights)
+        bound = run.value + weights.constant
+        if run.choice is None or bound >= self._offer(skeleton, relax, run.choice):
+            return bound
+        if relax.slope == 0 or relax.num_stages == 1:
+            return bound
+        weights = additive_weights(relax)
+        run = relax.problem.solve(weights)
+        if run.choice is not None:
+            self._offer(skeleton, relax, run.choice)
+        tau = least_bottleneck(self.space.block_minima(skeleton, relax.problem), relax.num_stages)
+        return max(bound, run.value + weights.constant + relax.slope * tau)
+
+    def _additive(self, relax: Relaxation) -> float:
+        weights = additive_weights(relax)
+        return relax.problem.solve(weights).value + weights.constant
+
+    def _tau_cap(self, skeleton: Skeleton, relax: Relaxation) -> tuple[Array, float]:
+        minima = self.space.block_minima(skeleton, relax.problem)
+        return minima, largest_useful_tau(relax, self._additive(relax), self.cutoff)
+
+    def _memory(self, skeleton: Skeleton, relax: Relaxation) -> float:
+        if relax.num_stages == 1:
+            return -math.inf
+        minima, cap = self._tau_cap(skeleton, relax)
+        in_flight = least_in_flight(relax, minima, cap)
+        if in_flight is None:
+            return self.cutoff
+        best = -math.inf
+        families = [(spread_weights(relax), 0.0)]
+        if relax.slope > 0 and relax.num_stages > 1:
+            families.append((additive_weights(relax), relax.slope * least_bottleneck(minima, relax.num_stages)))
+        for base, constant in families:
+            work = memory_relaxation(relax, base, in_flight)
+            tighten(work, lambda p, c=constant: self._offer(skeleton, relax, p) - c, self.space.tolerance / 4)  # type: ignore[misc]
+            best = max(best, work.bound + constant)
+            if best >= self.cutoff:
+                break
+        return best
+
+    def _layouts(self, skeleton: Skeleton, relax: Relaxation) -> float:
+        """Improve the best plan's layout, then enumerate the layouts that can still win."""
+        self._improve(skeleton, relax)
+        minima, cap = self._tau_cap(skeleton, relax)
+        entries = relax.problem.values.shape[1] + relax.problem.edge_values.shape[1]
+        limit = max(8, LAYOUT_WORK // entries)
+        layouts = list(itertools.islice(self._enumerate(skeleton, relax, minima, cap), limit + 1))
+        if len(layouts) > limit:
+            return -math.inf
+        best = math.inf
+        for layout in layouts:
+            if self.space.out_of_time:
+                return -math.inf
+            best = min(best, self._close(skeleton, relax, layout))
+        return best if layouts else self.cutoff
+
+    def _close(self, skeleton: Skeleton, relax: Relaxation, layout: Layout) -> float:
+        """Exact bound of one layout (as far as the tolerance asks)."""
+        work = make_layout_bound(relax.problem, layout, relax.prices, relax.memory_bytes)
+        tighten(work, lambda p: self._offer(skeleton, relax, p), self.space.tolerance / 4)
+        if work.bound < self.cutoff:
+            close_gap(work, lambda p: self._offer(skeleton, relax, p), self.value, self.space.tolerance / 4)
+        return work.bound
+
+    def _improve(self, skeleton: Skeleton, relax: Relaxation) -> None:
+        """Alternate between the best cuts of given shardings and the best shardings of given cuts."""
+        seen: set[Layout] = set()
+        for _ in range(IMPROVE_ROUNDS):
+            plan = self.space.plans.get(skeleton)
+            if plan is None or plan.layout in seen or relax.num_stages == 1:
+                return
+            seen.add(plan.layout)
+            work = make_layout_bound(relax.problem, plan.layout, relax.prices, relax.memory_bytes)
+            tighten(work, lambda p: self._offer(skeleton, relax, p), self.space.tolerance / 4)
+
+    def _enumerate(self, skeleton: Skeleton, relax: Relaxation, minima: Array, cap: float) -> Iterator[Layout]:
+        """Layouts whose stages all stay below `cap` by their per-block minima."""
+        num_blocks, stages = relax.problem.num_blocks, relax.num_stages
+        prefix = np.concatenate([[0.0], np.cumsum(minima[:-1])])
+        limit = cap * (1 + 1e-9) - float(minima[-1])
+        patterns = list(itertools.product(MODES[skeleton.mode], repeat=stages))
+        if skeleton.mode == "mixed":
+            patterns = [r for r in patterns if any(r) and not all(r)]
+
+        def extend(starts: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+            left = stages - len(starts)
+            if left == 0:
+                if prefix[num_blocks] - prefix[starts[-1]] <= limit:
+                    yield starts
+                return
+            for stop in range(starts[-1] + 1, num_blocks - left + 1):
+                if prefix[stop] - prefix[starts[-1]] > limit:
+                    return
+                yield from extend((*starts, stop))
+
+        for starts in extend((0,)):
+            for pattern in patterns:
+                yield Layout(num_blocks, starts, pattern, relax.schedule)
