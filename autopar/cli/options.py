@@ -13,11 +13,23 @@ from autopar.ir.pipeline import SCHEDULES
 from autopar.ir.solution import OBJECTIVES, RECOMPUTE, Objective, Pins
 from autopar.planner.detect import detect_gpus
 from autopar.planner.plan import PlanRequest
-from autopar.units import GB, GIB, MB, MIB, TB, TIB
+from autopar.units import GB, GIB, KB, KIB, MB, MIB, TB, TIB
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-BYTES_BY_SUFFIX = {"": 1, "b": 1, "mb": MB, "mib": MIB, "gb": GB, "gib": GIB, "g": GIB, "tb": TB, "tib": TIB}
+BYTES_BY_SUFFIX = {
+    "": 1,
+    "b": 1,
+    "mb": MB,
+    "mib": MIB,
+    "kb": KB,
+    "kib": KIB,
+    "gb": GB,
+    "gib": GIB,
+    "g": GIB,
+    "tb": TB,
+    "tib": TIB,
+}
 SECONDS_BY_SUFFIX = {"": 1.0, "s": 1.0, "ms": 1e-3, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there.")
