@@ -1,14 +1,14 @@
-"""The one place for torch APIs that are private or undocumented, each with what it is used for and how it is kept safe.
+"""The one place for torch APIs that are private or undocumented, each with what it is used for.
 
 | function            | uses                                       | why nothing public serves                      |
 |---------------------|--------------------------------------------|------------------------------------------------|
-| `storage_key`       | `UntypedStorage._cdata`                    | meta tensors have no `data_ptr`, yet share storages |
+| `storage_key`       | `UntypedStorage._cdata`                    | meta tensors have no `data_ptr` to compare     |
 | `op_overload`       | `torch.ops.<ns>.<name>.<overload>`         | public by use; the name parsing is ours        |
 | `written_arguments` | `OpOverload._schema`                       | no public road to alias annotations            |
 | `is_random`         | `OpOverload.tags`, `torch.Tag`             |                                                |
 | `tree_*`            | `torch.utils._pytree`                      | no public pytree module in torch 2.13          |
-| `is_op_overload`    | `torch._ops`                               | the classes of fx node targets have no public name |
-| `strided_shard`     | `placement_types._StridedShard`            | DTensor's only word for slicing a slice outside in |
+| `is_op_overload`    | `torch._ops`                               | classes of fx node targets                     |
+| `strided_shard`     | `placement_types._StridedShard`            | DTensor's word for slicing a slice outside in  |
 
 `encode_constant` and `decode_constant` turn the torch constants of a call into the strings of `ir.graph.Arg` and back.
 """

@@ -1,4 +1,4 @@
-"""Capture: export a model source on the meta device (to plan) or on a real device (to run) and lift it to an OpGraph."""
+"""Capture: export a model source on the meta device (to plan) or a real one (to run) and lift it to an OpGraph."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 
 from autopar import torch_adapter
 from autopar.capture.lift import Wrapped, lift
+from autopar.capture.model_source import ModelSource, as_arguments, leading_dim
 from autopar.capture.promote import promote
-from autopar.capture.source import ModelSource, as_arguments, leading_dim
 from autopar.capture.user_code import explain
 from autopar.errors import CaptureError, InputError
 from autopar.ir.graph import OpGraph

@@ -2,9 +2,9 @@
 
 | ops                                        | forward                        | backward                              |
 |--------------------------------------------|--------------------------------|---------------------------------------|
-| matmul family, convolutions, grouped matmul| 2 m n k (torch's flop counter) | the forward's, per operand with grad  |
+| matmul family, convolutions, grouped       | 2 m n k (torch's flop counter) | the forward's, per operand with grad  |
 | scaled_dot_product_attention               | 4 B H L S E (E = Ev)           | 2.5 x forward (recomputes the scores) |
-| every other op that makes new storage      | 1 per output element           | 1 per output element, if differentiable |
+| every other op that makes new storage      | 1 per output element           | 1 per output element with gradient    |
 | views                                      | 0                              | 0                                     |
 
 Transcendental functions and reductions are not weighted: such ops are bound by memory traffic anyway.
@@ -21,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from autopar import torch_adapter
 from autopar.capture.saved import ATTENTION, attention_arguments
 
-MATRIX_OPS = frozenset(
-    """linear matmul mm addmm bmm baddbmm addbmm mv addmv dot inner einsum tensordot bilinear chain_matmul addr
-    conv1d conv2d conv3d convolution _convolution conv_transpose1d conv_transpose2d conv_transpose3d""".split()
-)
+MATRIX_OPS = frozenset((
+    "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "inner", "einsum", "tensordot",
+    "bilinear", "chain_matmul", "addr", "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d",
+    "conv_transpose2d", "conv_transpose3d",
+))  # fmt: skip
 GROUPED = frozenset(("_grouped_mm", "grouped_mm_fallback"))
 
 

@@ -12,9 +12,10 @@ from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgu
 
 from autopar import torch_adapter
 from autopar.capture.blocks import assign_blocks
-from autopar.capture.flatten import Flattener, ValueRef
+from autopar.capture.calls import Traced, ValueRef
+from autopar.capture.flatten import Flattener
 from autopar.capture.regions import fold_regions
-from autopar.capture.trace import Outside, Trace, Traced, Tracer
+from autopar.capture.trace import Outside, Trace, Tracer
 from autopar.capture.user_code import choose_frame
 from autopar.errors import CaptureError
 from autopar.ir.graph import Arg, Op, OpGraph, Ref, Value

@@ -24,94 +24,19 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from autopar import torch_adapter
+from autopar.capture.hf_source import load_hf_source
+from autopar.capture.model_source import ModelSource, as_arguments, convert_option
 from autopar.capture.user_code import user_errors
 from autopar.errors import InputError
 
-Loss = Callable[[Any, Any], Any]
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """How to make one model and its batch.
-
-    Attributes:
-        name: short name, e.g. `gpt2`.
-        text: as the user gave it.
-        builder, batch_maker: without arguments, options already bound; may raise anything.
-        loss: `loss(output, batch)` of the file, or None.
-        user_file: absolute path of the user's file, for messages; None for Hugging Face configs.
-        options: the options as given.
-    """
-
-    name: str
-    text: str
-    builder: Callable[[], torch.nn.Module]
-    batch_maker: Callable[[], Any]
-    loss: Loss | None = None
-    user_file: str | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
-
-    def build_model(self) -> torch.nn.Module:
-        """Build on the current default device. Raises InputError if the code fails or builds no module."""
-        with user_errors(f"{self.text}: building the model failed", self.user_file):
-            model = self.builder()
-        if not isinstance(model, torch.nn.Module):
-            raise InputError(f"{self.text}: build_model must return an nn.Module, not {type(model).__name__}")
-        return model
-
-    def raw_batch(self) -> Any:
-        """The batch as the user's code makes it: tensor, tuple or dict. Raises InputError."""
-        with user_errors(f"{self.text}: making the example batch failed", self.user_file):
-            batch = self.batch_maker()
-        if isinstance(batch, list):
-            batch = tuple(batch)
-        if not isinstance(batch, torch.Tensor | tuple | Mapping):
-            raise InputError(
-                f"{self.text}: example_batch must return a tensor, a tuple or a dict, not {type(batch).__name__}"
-            )
-        if not tensor_leaves(batch):
-            raise InputError(f"{self.text}: example_batch holds no tensor")
-        return dict(batch) if isinstance(batch, Mapping) else batch
-
-    def example_batch(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The batch as positional and keyword arguments."""
-        return as_arguments(self.raw_batch())
-
-    @property
-    def batch_size(self) -> int:
-        """Leading dim of the first tensor of the batch."""
-        with torch.device("meta"):
-            return leading_dim(self.raw_batch(), self.text)
-
-
-def tensor_leaves(batch: Any) -> list[torch.Tensor]:
-    """All tensors of a nested batch, in pytree order."""
-    return [leaf for leaf in torch_adapter.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-
-
-def leading_dim(batch: Any, text: str) -> int:
-    """Samples in the batch. Raises InputError if the first tensor has no dim or no sample."""
-    first = tensor_leaves(batch)[0]
-    if first.dim() == 0 or first.shape[0] == 0:
-        raise InputError(f"{text}: the first tensor of example_batch has shape {tuple(first.shape)}: no samples")
-    return int(first.shape[0])
-
-
-def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a tensor, tuple or dict."""
-    if isinstance(batch, torch.Tensor):
-        return (batch,), {}
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return tuple(batch), {}
+__all__ = ["ModelSource", "as_arguments", "bind_options", "load_source"]
 
 
 def load_source(text: str, options: Mapping[str, str] | None = None) -> ModelSource:
@@ -122,8 +47,6 @@ def load_source(text: str, options: Mapping[str, str] | None = None) -> ModelSou
     """
     options = dict(options or {})
     if text.startswith("hf:"):
-        from autopar.capture.hf_source import load_hf_source
-
         return load_hf_source(text, options)
     path = Path(text).expanduser()
     if not path.is_file():
@@ -189,13 +112,14 @@ def _find_builder(text: str, module: ModuleType) -> Callable[..., Any]:
         names = ", ".join(sorted(b.__name__ for b in builders))
         raise InputError(f"{text}: more than one object is decorated with @autoparallel: {names}")
     if builders:
-        return builders[0]
-    builder = getattr(module, "build_model", None)
-    if not callable(builder):
-        raise InputError(
-            f"{text}: no model: define build_model() that returns an nn.Module, or decorate one with @autoparallel"
-        )
-    return builder  # type: ignore[no-any-return]
+        found: Callable[..., Any] = builders[0]
+        return found
+    builder: Callable[..., Any] | None = getattr(module, "build_model", None)
+    if callable(builder):
+        return builder
+    raise InputError(
+        f"{text}: no model: define build_model() that returns an nn.Module, or decorate one with @autoparallel"
+    )
 
 
 def _is_builder(found: Any) -> bool:
@@ -240,7 +164,6 @@ def bind_options(
 
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-_TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True)
@@ -250,22 +173,3 @@ class _Bound:
 
     def __call__(self) -> Any:
         return self.function(**self.values)
-
-
-def convert_option(text: str, name: str, value: str, default: object) -> Any:
-    """`value` as the type of `default`; without a typed default, as the Python literal it looks like, else text."""
-    try:
-        if isinstance(default, bool):
-            return _TRUTH[value.lower()]
-        if isinstance(default, int | float):
-            return type(default)(value)
-    except (KeyError, ValueError):
-        raise InputError(f"{text}: option {name}={value}: not a {type(default).__name__}") from None
-    if isinstance(default, str):
-        return value
-    if value.lower() in ("true", "false"):
-        return _TRUTH[value.lower()]
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return value

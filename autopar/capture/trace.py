@@ -18,14 +18,14 @@ Functionalisation, per call:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from autopar import torch_adapter
 from autopar.capture import saved
-from autopar.capture.flatten import Call, ValueRef, map_refs, refs_in
+from autopar.capture.calls import Call, Traced, ValueRef, map_refs, refs_in
 from autopar.capture.flops import count_flops
 from autopar.capture.user_code import capture_error, choose_frame
 from autopar.capture.views import write_back
@@ -45,28 +45,6 @@ class Outside:
     name: str
     origin: str
     tensor: torch.Tensor
-
-
-@dataclass
-class Traced:
-    """A functional call and what was learnt from running it; becomes an `ir.graph.Op`."""
-
-    name: str
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[str, ...]
-    scope: str
-    frames: tuple[tuple[str, int], ...]
-    mutates: tuple[str, ...] = ()
-    flops_forward: int = 0
-    flops_backward: int = 0
-    packed: dict[int, int] = field(default_factory=dict)
-    extra_bytes: int = 0
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return refs_in(self.args, self.kwargs)
 
 
 @dataclass
@@ -251,7 +229,7 @@ class Tracer:
         kwargs = {key: _on_meta(arg) for key, arg in map_refs(lambda ref: tensors[ref.name], op.kwargs).items()}
         try:
             result, op.packed, op.extra_bytes = saved.run_and_record(op.target, args, kwargs)
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise self._error(f"cannot run on meta tensors: {str(error).splitlines()[0]}", call) from None
         results = (result,) if isinstance(result, torch.Tensor) else tuple(result or ())
         op.flops_forward, op.flops_backward = count_flops(torch_adapter.target_name(op.target), args, kwargs, results)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from autopar import torch_adapter
-
-if TYPE_CHECKING:
-    from autopar.capture.flatten import ValueRef
-    from autopar.capture.trace import Traced
+from autopar.capture.calls import Traced, ValueRef
 
 _aten = torch.ops.aten
 RESHAPES = ("aten.view.default", "aten.reshape.default", "aten.unsqueeze.default", "aten.squeeze.dim",
