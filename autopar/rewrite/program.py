@@ -18,10 +18,12 @@ from autopar.rewrite.check import check_segment
 from autopar.rewrite.collectives import AxisGroup
 from autopar.rewrite.gathered import GatherScope
 from autopar.rewrite.layout import Layout, layout_of
+from autopar.rewrite.local_ops import attention_dropout, dropout
 from autopar.rewrite.partition import StagePart, partition
 from autopar.rewrite.segment import Attributes, Segment, SegmentBuilder, describe
 from autopar.rewrite.stream import StreamState
 from autopar.rules.strategies import axis_strategies
+from autopar.torch_adapter import is_op_overload, is_random
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class StageProgram:
     stream: StreamState
     scope: GatherScope
     axes: tuple[AxisGroup, ...]
+
+    @property
+    def draws_random(self) -> bool:
+        """Some op draws from the random streams, or from torch's own."""
+        segments = [s for s in (self.shared, *self.segments) if s is not None]
+        return any(_draws_random(node.target) for s in segments for node in s.module.graph.nodes)
 
     @property
     def is_last(self) -> bool:
@@ -196,6 +204,16 @@ def hub_values(graph: OpGraph) -> tuple[str, ...]:
 def serial_program(graph: OpGraph, *, device: str = "cpu", seed: int = 0) -> StageProgram:
     """The whole graph on one device: the reference that `verify` compares with."""
     return build_stage(graph, serial_decisions(graph), 0, (), device=device, seed=seed)
+
+
+def _draws_random(target: object) -> bool:
+    """Dropout that drops has become a local operation; what is left of ATen's own does nothing."""
+    if target in (dropout, attention_dropout):
+        return True
+    return is_op_overload(target) and is_random(target) and not str(target).startswith(_IDLE_DROPOUT)
+
+
+_IDLE_DROPOUT = ("aten.dropout.", "aten.scaled_dot_product_attention.")
 
 
 def program_text(program: StageProgram, graph: OpGraph, decisions: Decisions) -> str:

@@ -1,0 +1,333 @@
+"""Executing plans: `run_plan` trains for some steps, `verify_plan` compares one step with the serial model.
+
+Under torchrun the processes are there already; else local ones are started. Workers build the model themselves, from
+the plan's source, with seed 0 on every rank, and capture it at the microbatch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autopar.errors import InputError, PlanMismatchError, VerifyError
+from autopar.ir.plan import Plan
+from autopar.ir.quantity import Quantity
+from autopar.ir.serialize import dump_plan, parse_plan
+from autopar.ir.serialize_graph import graph_hash
+
+if TYPE_CHECKING:
+    import torch
+
+    from autopar.capture.export import Captured
+    from autopar.capture.source import ModelSource
+
+SEED = 0
+"""Of the weights, the example batch and the random streams."""
+FLOAT64_TOLERANCE = 1e-10
+EAGER_TOLERANCE = 1e-4
+"""Largest relative error of loss and gradients between the captured graph and the eager model in its own dtype."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """How far the distributed program is from the serial one.
+
+    Attributes:
+        dtype, tolerance: of the comparison; errors are relative.
+        worst_parameter: whose gradient has the largest error.
+        eager_error: the captured graph against the user's eager model in its own dtype; None where that cannot be
+            compared because the model draws random numbers.
+    """
+
+    num_processes: int
+    dtype: str
+    tolerance: float
+    serial_loss: float
+    distributed_loss: float
+    loss_error: float
+    worst_parameter: str
+    worst_gradient_error: float
+    num_parameters: int
+    eager_error: float | None
+
+    def __str__(self) -> str:
+        eager = "not compared (random numbers)" if self.eager_error is None else f"differs by {self.eager_error:.1e}"
+        return "\n".join(
+            [
+                f"verified on {self.num_processes} processes in {self.dtype}, tolerance {self.tolerance:.0e}",
+                f"  loss       serial {self.serial_loss:.12g}, distributed {self.distributed_loss:.12g}, "
+                f"error {self.loss_error:.1e}",
+                f"  gradients  {self.num_parameters} parameters, largest error {self.worst_gradient_error:.1e}"
+                + (f" in {self.worst_parameter}" if self.worst_parameter else ""),
+                f"  capture    against the eager model: {eager}",
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run measured.
+
+    Attributes:
+        losses: of every step, before its update.
+        step_time: median over the steps after the first, with the range seen.
+        energy: of the average step over all devices, with the label of where it comes from; None without a meter.
+    """
+
+    num_processes: int
+    losses: tuple[float, ...]
+    step_time: Quantity
+    energy: Quantity | None
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        first, last = self.losses[0], self.losses[-1]
+        time = self.step_time
+        lines = [
+            f"{len(self.losses)} steps on {self.num_processes} processes: loss {first:.6g} -> {last:.6g}",
+            f"  step time  {time.value:.4g} s ({time.low:.4g} to {time.high:.4g}), {time.label}",
+        ]
+        if self.energy is not None:
+            lines.append(f"  energy     {self.energy.value:.4g} J per step, {self.energy.label}")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def verify_plan(
+    plan: Plan,
+    *,
+    dtype: str = "float64",
+    tolerance: float = FLOAT64_TOLERANCE,
+    progress: Callable[[str], None] | None = None,
+) -> VerifyReport:
+    """Run one step of the plan and of the serial model on the same batch and compare loss and every gradient.
+
+    Raises:
+        VerifyError: they disagree.
+        PlanMismatchError: the plan was made for another model.
+        WorkerError: a process died.
+    """
+    arguments = {"plan": dump_plan(plan), "dtype": dtype, "tolerance": tolerance}
+    report = VerifyReport(**_on_all_ranks("verify_worker", arguments, plan.decisions.num_gpus, progress))
+    disagreements = [
+        f"{what} differs by {error:.3e} (tolerance {limit:.0e})"
+        for what, error, limit in (
+            ("the loss", report.loss_error, tolerance),
+            (f"the gradient of {report.worst_parameter}", report.worst_gradient_error, tolerance),
+            ("the captured graph against the eager model", report.eager_error or 0.0, EAGER_TOLERANCE),
+        )
+        if not error <= limit
+    ]
+    if disagreements:
+        raise VerifyError("the plan does not compute what the serial model computes: " + "; ".join(disagreements))
+    return report
+
+
+def run_plan(plan: Plan, *, steps: int = 10, progress: Callable[[str], None] | None = None) -> RunReport:
+    """Train for some steps on the example batch.
+
+    Raises:
+        PlanMismatchError: the plan was made for another model.
+        WorkerError: a process died.
+    """
+    arguments = {"plan": dump_plan(plan), "steps": steps}
+    found = _on_all_ranks("run_worker", arguments, plan.decisions.num_gpus, progress)
+    energy = found["energy"]
+    return RunReport(
+        num_processes=found["num_processes"],
+        losses=tuple(found["losses"]),
+        step_time=Quantity(**found["step_time"]),
+        energy=None if energy is None else Quantity(**energy),
+        notes=tuple(found["notes"]),
+    )
+
+
+def _on_all_ranks(
+    worker: str, arguments: Mapping[str, Any], num_processes: int, progress: Callable[[str], None] | None
+) -> dict[str, Any]:
+    """Result of rank 0 of a worker function of this module."""
+    from autopar.runtime.launch import Job, launch_local
+    from autopar.runtime.processes import is_torchrun, join_torchrun
+
+    if is_torchrun():
+        join_torchrun()
+        found: dict[str, Any] = globals()[worker](arguments)
+        return found
+    if progress is not None:
+        progress(f"starting {num_processes} local processes")
+    job = Job(f"autopar.planner.execute:{worker}", arguments, num_processes)
+    results: list[dict[str, Any]] = launch_local(job, on_line=progress)
+    return results[0]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan's model in this process.
+
+    Attributes:
+        captured: at the microbatch size, in the model's own dtype.
+        batch: whole global batch in graph order.
+        state: parameters, buffers and constants by value name, equal on all ranks.
+    """
+
+    plan: Plan
+    source: ModelSource
+    captured: Captured
+    batch: tuple[torch.Tensor, ...]
+    state: Mapping[str, torch.Tensor]
+
+
+def prepare(plan: Plan, device: str) -> Prepared:
+    """Build, capture and check the plan's model.
+
+    Raises:
+        PlanMismatchError: the model is not the one that the plan was made for.
+        InputError: the batch does not divide into the plan's microbatches.
+    """
+    import torch
+
+    from autopar.capture.export import capture
+    from autopar.capture.source import load_source
+
+    batch_size, count = plan.model.batch_size, plan.decisions.num_microbatches
+    if batch_size % count:
+        raise InputError(f"a batch of {batch_size} does not divide into {count} microbatches")
+    source = load_source(plan.model.source, plan.model.options)
+    torch.manual_seed(SEED)
+    captured = capture(source, batch_size=batch_size // count, device=device)
+    _check_same_model(plan, captured, source)
+    torch.manual_seed(SEED + 1)
+    batch = global_batch(source, batch_size, device)
+    values = [v for origin in ("parameter", "buffer", "constant") for v in captured.graph.outside(origin)]
+    state = {value.name: captured.tensor(value.name).detach().clone() for value in values}
+    return Prepared(plan, source, captured, batch, state)
+
+
+def _check_same_model(plan: Plan, captured: Captured, source: ModelSource) -> None:
+    """Rank 0 compares the whole graph at the global batch size; every rank compares the names of the ops."""
+    import torch.distributed as dist
+
+    from autopar.capture.export import capture
+
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        found = graph_hash(capture(source, batch_size=plan.model.batch_size).graph)
+        if found != plan.model.graph_hash:
+            raise PlanMismatchError(
+                f"the plan was made for another model or batch: {plan.model.source} had graph "
+                f"{plan.model.graph_hash[:12]}, now it is {found[:12]}; make the plan again"
+            )
+    names, planned = {op.name for op in captured.graph.ops}, set(plan.decisions.ops)
+    if names != planned:
+        shown = ", ".join(sorted(names ^ planned)[:5])
+        raise PlanMismatchError(f"the model has other ops at the microbatch size than in the plan: {shown}")
+
+
+def global_batch(source: ModelSource, batch_size: int, device: str) -> tuple[torch.Tensor, ...]:
+    """The example batch with `batch_size` samples: cut, or repeated from its start, as needed."""
+    import torch
+
+    from autopar.capture.export import has_samples, tensor_leaves
+    from autopar.capture.model_source import as_arguments, leading_dim
+
+    raw = source.raw_batch()
+    samples = leading_dim(raw, source.text)
+    chosen = torch.arange(batch_size) % samples
+    leaves = [leaf.detach() for _, leaf in tensor_leaves(*as_arguments(raw))]
+    return tuple((leaf[chosen] if has_samples(leaf, samples) else leaf).to(device) for leaf in leaves)
+
+
+def verify_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """One rank of `verify_plan`; the fields of the report."""
+    from autopar.capture.promote import promote
+    from autopar.rewrite.program import serial_decisions
+    from autopar.runtime.compare import compare
+    from autopar.runtime.executor import Executor, RunOptions, join_plan
+    from autopar.runtime.mesh import serial_mesh
+    from autopar.runtime.processes import device_name, device_type
+    from autopar.torch_adapter import dtype_of
+
+    plan = parse_plan(arguments["plan"])
+    device = device_name()
+    ready = prepare(plan, device)
+    eager = _eager_error(ready, device)
+    graph = promote(ready.captured.graph, arguments["dtype"])
+    dtype = dtype_of(arguments["dtype"])
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in ready.state.items()}
+    batch = [t.to(dtype) if t.is_floating_point() else t for t in ready.batch]
+    options = RunOptions(device, SEED)
+    serial = Executor(graph, serial_decisions(graph, plan.decisions.num_microbatches), state, serial_mesh(), options)
+    serial_loss = serial.compute_gradients(batch)
+    mesh = join_plan(graph, plan.decisions, device_type())
+    distributed = Executor(graph, plan.decisions, state, mesh, options)
+    loss = distributed.compute_gradients(batch)
+    found = compare(distributed, loss, serial, serial_loss)
+    name, error = found.worst
+    return {
+        "num_processes": plan.decisions.num_gpus,
+        "dtype": arguments["dtype"],
+        "tolerance": arguments["tolerance"],
+        "serial_loss": found.serial_loss,
+        "distributed_loss": found.distributed_loss,
+        "loss_error": found.loss_error,
+        "worst_parameter": graph.values[name].fqn if name else "",
+        "worst_gradient_error": error,
+        "num_parameters": len(found.gradient_errors),
+        "eager_error": eager,
+    }
+
+
+def _eager_error(ready: Prepared, device: str) -> float | None:
+    """Largest relative error of loss and gradients of the captured graph against the eager module, one microbatch."""
+    import torch
+
+    from autopar import torch_adapter
+    from autopar.capture.model_source import as_arguments
+    from autopar.rewrite.program import serial_decisions
+    from autopar.runtime.compare import SMALLEST_SHARE, relative_error
+    from autopar.runtime.executor import Executor, RunOptions
+    from autopar.runtime.mesh import serial_mesh
+
+    graph, module = ready.captured.graph, ready.captured.module
+    decisions = serial_decisions(graph)
+    serial = Executor(graph, decisions, ready.state, serial_mesh(), RunOptions(device, SEED))
+    if serial.program.draws_random:
+        return None
+    loss = serial.compute_gradients(ready.captured.inputs)
+    leaves = iter(ready.captured.inputs)
+    batch = torch_adapter.tree_map(
+        lambda leaf: next(leaves) if isinstance(leaf, torch.Tensor) else leaf, ready.source.raw_batch()
+    )
+    args, kwargs = as_arguments(batch)
+    module.zero_grad()
+    eager_loss = module(*args, **kwargs)
+    eager_loss.backward()
+    gradients = {name: ready.captured.tensor(name).grad for name in serial.store.items}
+    floor = SMALLEST_SHARE * max((float(g.abs().max()) for g in gradients.values() if g is not None), default=0.0)
+    errors = [relative_error(serial.store.whole_gradient(n), g, floor) for n, g in gradients.items()]
+    return max([relative_error(torch.tensor(loss), eager_loss.detach().double().cpu()), *errors])
+
+
+def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """One rank of `run_plan`; the fields of the report."""
+    from autopar.runtime.executor import Executor, RunOptions, join_plan
+    from autopar.runtime.measure import measure_steps
+    from autopar.runtime.processes import device_name, device_type
+
+    plan = parse_plan(arguments["plan"])
+    device = device_name()
+    ready = prepare(plan, device)
+    graph = ready.captured.graph
+    mesh = join_plan(graph, plan.decisions, device_type())
+    executor = Executor(graph, plan.decisions, ready.state, mesh, RunOptions(device, SEED))
+    measured = measure_steps(executor, ready.batch, int(arguments["steps"]))
+    return {
+        "num_processes": plan.decisions.num_gpus,
+        "losses": list(measured.losses),
+        "step_time": _fields(measured.step_time),
+        "energy": None if measured.energy is None else _fields(measured.energy),
+        "notes": [*measured.notes, "every step trains on the example batch"],
+    }
+
+
+def _fields(quantity: Quantity) -> dict[str, Any]:
+    return {name: getattr(quantity, name) for name in ("value", "unit", "label", "low", "high")}
