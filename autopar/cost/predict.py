@@ -82,7 +82,8 @@ def chosen(table: CostTable, decisions: Decisions) -> tuple[int, ...]:
 
 def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> tuple[StageCost, ...]:
     """Sums of every stage, as defined by the search: shared entries count in every stage, a parameter counts in
-    every stage that reads it, an edge in the stage of its consumer."""
+    every stage that reads it, an edge in the stage of its consumer.
+    """
     choice = chosen(table, decisions)
     stage_of = [k for k, stage in enumerate(decisions.stages) for _ in range(stage.start, stage.stop)]
     redo = [stage.recompute == "full" for stage in decisions.stages]
