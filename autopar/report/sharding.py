@@ -2,73 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping
 
 from autopar.ir.graph import Block, Op, OpGraph
 from autopar.ir.solution import Decisions
+from autopar.ir.strategy import AxisStrategy
+from autopar.rules.batch import batch_dims
 
 WIDTH = 80
-MAX_ROWS_PER_CLASS = 12
+BatchDims = Mapping[str, "int | None"]
 
 
 def describe_blocks(decisions: Decisions, graph: OpGraph) -> list[str]:
-    """One paragraph per block class: the ops that do most of its work and what each axis splits."""
+    """One paragraph per run of alike blocks: the ops that do most of its work, by what each axis divides."""
     if all(axis.size == 1 for axis in decisions.mesh.axes):
         return []
+    dims = batch_dims(graph)
     lines = ["How the heavy ops are split (what each mesh axis divides)"]
-    for blocks in _classes(graph):
-        lines += _describe_class(decisions, graph, blocks)
+    for blocks, described in _runs(decisions, graph, dims):
+        last = f" .. {blocks[-1].name}" if len(blocks) > 1 else ""
+        count = f" ({len(blocks)} blocks)" if len(blocks) > 1 else ""
+        lines += [f"  {blocks[0].name}{last}{count}"[:WIDTH], *described]
     return [*lines, ""]
 
 
-def _classes(graph: OpGraph) -> list[list[Block]]:
-    by_class: dict[str, list[Block]] = {}
+def _runs(decisions: Decisions, graph: OpGraph, dims: BatchDims) -> Iterator[tuple[list[Block], list[str]]]:
+    """Neighbouring blocks with one description, and that description. Blocks without heavy ops are left out."""
+    run: list[Block] = []
+    described: list[str] = []
     for block in graph.blocks:
-        by_class.setdefault(block.class_id, []).append(block)
-    return list(by_class.values())
+        lines = _describe(decisions, graph, block, dims)
+        if run and lines != described:
+            yield run, described
+            run = []
+        if lines:
+            run.append(block)
+        described = lines
+    if run:
+        yield run, described
 
 
-def _describe_class(decisions: Decisions, graph: OpGraph, blocks: list[Block]) -> Iterator[str]:
-    first = blocks[0]
-    ops = _heavy_ops(graph, first)
-    if not ops:
-        return
-    count = f"{len(blocks)} x " if len(blocks) > 1 else ""
-    last = f" .. {blocks[-1].name}" if len(blocks) > 1 else ""
-    yield f"  {count}{first.name}{last}"[:WIDTH]
-    for words, names in _grouped(decisions, ops).items():
-        shown = ", ".join(names)
-        shown = shown if len(shown) <= 40 else shown[:37] + "..."
-        yield f"    {shown:<40} {words}"[:WIDTH].rstrip()
+def _describe(decisions: Decisions, graph: OpGraph, block: Block, dims: BatchDims) -> list[str]:
+    names_by_words: dict[str, list[str]] = {}
+    for op in _heavy_ops(graph, block):
+        names_by_words.setdefault(_split_words(decisions, op, dims), []).append(_short_name(op, block))
+    lines = []
+    for words, names in names_by_words.items():
+        text = f"{words}: {', '.join(dict.fromkeys(names))}"
+        lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
+    return lines
 
 
 def _heavy_ops(graph: OpGraph, block: Block) -> list[Op]:
-    """Ops of the block with at least 1 % of its FLOPs, at most MAX_ROWS_PER_CLASS of them, in order."""
+    """Ops of the block with at least 1 % of its FLOPs, in order."""
     ops = [op for op in graph.ops[block.start : block.stop] if not op.is_shared]
     total = sum(op.flops_forward for op in ops)
-    heavy = [op for op in ops if op.flops_forward and op.flops_forward >= 0.01 * total]
-    kept = {op.name for op in sorted(heavy, key=lambda op: (-op.flops_forward, op.name))[:MAX_ROWS_PER_CLASS]}
-    return [op for op in heavy if op.name in kept]
+    return [op for op in ops if op.flops_forward and op.flops_forward >= 0.01 * total]
 
 
-def _grouped(decisions: Decisions, ops: list[Op]) -> dict[str, list[str]]:
-    """Short names of ops, by how they are split."""
-    names_by_words: dict[str, list[str]] = {}
-    for op in ops:
-        names_by_words.setdefault(_split_words(decisions, op), []).append(_short_name(op))
-    return {words: list(dict.fromkeys(names)) for words, names in names_by_words.items()}
+def _split_words(decisions: Decisions, op: Op, dims: BatchDims) -> str:
+    pairs = zip(decisions.mesh.axes, decisions.ops[op.name], strict=True)
+    return ", ".join(f"{axis.name} {_axis_word(choice, op, dims)}" for axis, choice in pairs if axis.size > 1)
 
 
-def _split_words(decisions: Decisions, op: Op) -> str:
-    strategy = decisions.ops[op.name]
-    pairs = zip(decisions.mesh.axes, strategy, strict=True)
-    return ", ".join(f"{axis.name} {choice.label}" for axis, choice in pairs if axis.size > 1)
+def _axis_word(choice: AxisStrategy, op: Op, dims: BatchDims) -> str:
+    """The label, but `batch` where it is the samples that are split."""
+    for name, placement in zip((*op.outputs, *op.inputs), (*choice.outputs, *choice.inputs), strict=True):
+        if placement.is_shard and dims.get(name) == placement.dim:
+            return "batch"
+    return choice.label
 
 
-def _short_name(op: Op) -> str:
-    """`attn.c_proj`: the last two parts of the module path for an op of a layer, else the op's own name."""
-    parts = [part for part in op.module_path.split(".") if part]
-    name = op.target.removeprefix("aten.").split(".")[0]
-    if name in ("linear", "addmm", "conv2d", "convolution", "embedding"):
-        return ".".join(parts[-2:]) if parts else op.name
-    return name
+def _short_name(op: Op, block: Block) -> str:
+    """Module path inside the block for an op of a layer, else the op's own name."""
+    name = op.target.removeprefix("aten.").removeprefix("autopar.").split(".")[0]
+    if name not in ("linear", "addmm", "conv2d", "convolution", "embedding"):
+        return name
+    inside = op.module_path.removeprefix(block.name).strip(".")
+    return inside or op.module_path.rpartition(".")[2] or op.name

@@ -140,14 +140,14 @@ def _memory_causes(plan: Plan, stage: int) -> list[str]:
 def _closing(plan: Plan) -> list[str]:
     lines = []
     if plan.rule_free_ops:
-        words = ", ".join(f"{count} x {target}" for target, count in plan.rule_free_ops.items())
-        lines += wrapped("No rule", f"replicated, for want of a sharding rule: {words}")
+        words = ", ".join(f"{count} {target}" for target, count in plan.rule_free_ops.items())
+        lines += wrapped("No rule", f"these ops have no sharding rule and are replicated: {words}")
     solver = plan.solver
     lines += wrapped("Search", f"{solver.status}, gap {solver.gap:.2%}: objective {solver.objective:.6g},")
     lines += wrapped("", f"bound {solver.bound:.6g}; {solver.name}, {solver.wall_s:.1f} s")
     total = sum(plan.predicted.sources.values())
     if total:
-        shares = ", ".join(f"{count / total:.0%} {label}" for label, count in sorted(plan.predicted.sources.items()))
+        shares = ", ".join(f"{n / total:.0%} {label}" for label, n in sorted(plan.predicted.sources.items()) if n)
         lines += wrapped("Prices", shares)
     shown_first = plan.cluster.origin != "flag"
     lines += list(_notes(plan.notes[1:] if shown_first else plan.notes))

@@ -1,0 +1,116 @@
+"""Commands that succeed: what they print, what they write, and that equal inputs give equal bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from autopar.cli.options import parse_bytes, parse_pins, parse_seconds
+from autopar.errors import InputError
+from autopar.ir.serialize import load_plan, plan_digest
+from autopar.ir.solution import Pins
+from tests.cli.helpers import Cli
+
+PLAN = ("plan", "model.py", "--gpus", "2", "--gpu", "h100-sxm-80gb")
+
+
+def test_plan_writes_the_file_it_reports(cli: Cli) -> None:
+    outcome = cli(*PLAN, "--out", "mine.json")
+    assert outcome.code == 0
+    plan = load_plan("mine.json")
+    assert "mine.json" in outcome.out
+    assert f"{plan.decisions.num_gpus} of 2 GPUs" in outcome.out
+
+
+def test_plan_json_is_the_file(cli: Cli) -> None:
+    outcome = cli(*PLAN, "--json")
+    assert outcome.json == json.loads(Path("plan.json").read_text())
+    assert outcome.err == ""
+
+
+def test_the_machine_readable_contract(cli: Cli) -> None:
+    content = cli(*PLAN, "--json").json
+    for name, unit in (("step_time_s", "s"), ("energy_j", "J"), ("average_power_w", "W"), ("peak_power_w", "W")):
+        quantity = content["predicted"][name]
+        assert quantity.keys() == {"value", "unit", "label", "low", "high"}
+        assert quantity["unit"] == unit
+        assert quantity["low"] <= quantity["value"] <= quantity["high"]
+    assert len(content["predicted"]["peak_memory_bytes"]) == len(content["decisions"]["stages"])
+    assert {"status", "objective", "bound", "gap", "wall_s"} <= content["solver"].keys()
+    assert content["solver"]["bound"] <= content["solver"]["objective"]
+
+
+@pytest.mark.parametrize("objective", ["time", "energy", "edp", "weighted"])
+def test_same_inputs_give_the_same_plan(objective: str, cli: Cli) -> None:
+    for name in ("a.json", "b.json"):
+        assert cli(*PLAN, "--objective", objective, "--out", name).code == 0
+    assert plan_digest(load_plan("a.json")) == plan_digest(load_plan("b.json"))
+
+
+def test_pins_are_obeyed(cli: Cli) -> None:
+    assert cli(*PLAN, "--pin", "pp=2,m=4,schedule=gpipe,recompute=full").code == 0
+    decisions = load_plan("plan.json").decisions
+    assert (len(decisions.stages), decisions.num_microbatches, decisions.schedule) == (2, 4, "gpipe")
+    assert {stage.recompute for stage in decisions.stages} == {"full"}
+
+
+def test_use_all_uses_all(cli: Cli) -> None:
+    assert cli(*PLAN, "--use-all").code == 0
+    assert load_plan("plan.json").decisions.num_gpus == 2
+
+
+def test_without_a_gpu_the_default_is_stated_first(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autopar.planner.detect.detect_gpus", lambda: ())
+    outcome = cli("plan", "model.py", "--gpus", "2")
+    assert "the default" in "\n".join(outcome.out.splitlines()[:4])
+    assert load_plan("plan.json").cluster.origin == "default"
+
+
+def test_a_detected_gpu_is_planned_for(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autopar.planner.detect.detect_gpus", lambda: ("NVIDIA L4", "NVIDIA L4"))
+    assert cli("plan", "model.py", "--gpus", "2").code == 0
+    cluster = load_plan("plan.json").cluster
+    assert (cluster.gpu, cluster.origin) == ("l4", "detected")
+
+
+def test_gpus_lists_every_device_and_the_default(cli: Cli) -> None:
+    content = cli("gpus", "--json").json
+    names = [gpu["name"] for gpu in content["gpus"]]
+    assert names == sorted(names)
+    assert content["default"] in names
+    assert all(line in cli("gpus").out for line in names)
+
+
+def test_explain_says_where_it_goes_and_why_not(cli: Cli) -> None:
+    cli(*PLAN)
+    assert "Time" in cli("explain", "plan.json").out
+    content = cli("explain", "plan.json", "--why-not", "pp=2", "--json").json
+    assert content["rival"]["time_ratio"] >= 1 - 1e-9
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").out.startswith("autopar, version ")
+
+
+def test_pins_in_words() -> None:
+    assert parse_pins("") == Pins()
+    assert parse_pins("tp=2, dp=4,mbs=2,zero=3", 16) == Pins(dp=4, tp=2, num_microbatches=8, zero=3)
+    assert parse_pins("tp=2") == Pins(dp=1, tp=2)
+
+
+@pytest.mark.parametrize("text", ["m=2,m=3", "m=2,mbs=1", "mbs=3", "dp", "zero=2", "schedule=x", "dp=0"])
+def test_bad_pins(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_pins(text, 16)
+
+
+@pytest.mark.parametrize(("text", "size"), [("46GiB", 46 * 2**30), ("80 GB", 80 * 10**9), ("1.5kb", 1500), ("7", 7)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("500ms", 0.5), ("2min", 120), ("1", 1)])
+def test_times(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == pytest.approx(seconds)

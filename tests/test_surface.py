@@ -1,0 +1,80 @@
+"""What others depend on: public names, options, error classes, and that importing autopar costs nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import autopar
+from autopar import errors
+from autopar.cli.app import autopar as command_group
+from autopar.version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+
+NAMES = [
+    "AutoparError",
+    "InfeasibleError",
+    "Plan",
+    "__version__",
+    "autoparallel",
+    "load_plan",
+    "parallelize",
+    "plan",
+    "save_plan",
+]
+
+PLANNING = {"--batch", "--energy-weight", "--gap", "--gpu", "--gpus", "--gpus-per-node", "--memory", "--objective"}
+PLANNING |= {"--pin", "--profile", "--time-limit", "--time-weight", "--use-all"}
+OPTIONS = {
+    "plan": PLANNING | {"--json", "--out", "--set"},
+    "run": {"--json", "--steps"},
+    "verify": {"--json"},
+    "explain": {"--json", "--why-not"},
+    "gpus": {"--json"},
+    "profile": {"--device", "--json", "--out", "--set"},
+}
+
+
+def test_public_names_are_these_and_sorted() -> None:
+    assert autopar.__all__ == NAMES == sorted(NAMES)
+    assert all(getattr(autopar, name) is not None for name in NAMES)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nonsense"):
+        autopar.nonsense  # noqa: B018 - the access is what is tested
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_options_of_each_command(command: str) -> None:
+    parameters = command_group.commands[command].params
+    found = {name for p in parameters if isinstance(p, click.Option) for name in p.opts}
+    assert found == OPTIONS[command]
+
+
+def test_commands_are_these() -> None:
+    assert set(command_group.commands) == set(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["autopar", "autopar.api", "autopar.cli", "autopar.planner.plan", "autopar.report.explain", "autopar.cost.table"],
+)
+def test_import_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_every_error_stands_in_the_tree_of_its_module() -> None:
+    classes = {name for name, c in vars(errors).items() if isinstance(c, type) and issubclass(c, Exception)}
+    assert errors.__doc__ is not None
+    assert {name for name in classes if f"{name} " not in errors.__doc__} == set()
+
+
+def test_version_and_changelog_agree() -> None:
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
