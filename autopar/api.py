@@ -10,22 +10,19 @@ runs. Importing this module imports no torch.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 from autopar.errors import InputError
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import load_plan
 from autopar.ir.solution import Objective, Pins
+from autopar.planner.detect import choose_gpu
 from autopar.planner.plan import PlanRequest, plan_model, plan_source
 from autopar.planner.session import Session, TrainingOptions, open_session
-
-if TYPE_CHECKING:
-    from autopar.capture.source import ModelSource
+from autopar.planner.sources import source_of, step_source
 
 Model: TypeAlias = Any
 """Source text, builder function, `nn.Module` class or `nn.Module`."""
@@ -73,7 +70,7 @@ def plan(
     )
     if isinstance(model, str):
         return plan_model(model, options or {}, request)
-    source = _source(model, example_batch)
+    source = source_of(model, example_batch)
     return plan_source(source, request, name=source.text).plan
 
 
@@ -103,7 +100,7 @@ def parallelize(
     request = _request_here({"objective": _objective(objective), "gpu": gpu} | settings)
     training = TrainingOptions(optimizer, learning_rate, weight_decay, max_norm, seed)
     chosen = load_plan(plan) if isinstance(plan, str) else plan
-    return open_session(_source(model, example_batch, options), request, chosen, training)
+    return open_session(source_of(model, example_batch, options), request, chosen, training)
 
 
 @overload
@@ -181,7 +178,7 @@ class TrainStep:
             InputError: another model than in the first call.
         """
         if self.session is None:
-            source = _step_source(self._function, model, batch)
+            source = step_source(self._function, model, batch)
             self.session, self._model = (
                 open_session(source, _request_here(self.__autopar__), None, self._training),
                 model,
@@ -195,8 +192,6 @@ class TrainStep:
 
 def _request_here(settings: Mapping[str, Any]) -> PlanRequest:
     """The request for a run on this machine: without a named GPU, the one found here, else the CPU."""
-    from autopar.planner.detect import choose_gpu
-
     gpu = settings["gpu"]
     if gpu is None and choose_gpu(None).origin != "detected":
         gpu = "cpu"
@@ -218,47 +213,3 @@ def _required_parameters(function: Callable[..., Any]) -> list[str]:
         for p in inspect.signature(function).parameters.values()
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-
-
-def _source(model: Model, example_batch: Any = None, options: Mapping[str, str] | None = None) -> ModelSource:
-    """A source for whatever the user gave. Raises InputError."""
-    from autopar.capture.source import ModelSource, bind_options, load_source
-
-    if isinstance(model, str):
-        return load_source(model, options or {})
-    import torch
-
-    if isinstance(model, torch.nn.Module):
-        if example_batch is None:
-            raise InputError("parallelising an nn.Module needs example_batch=: one whole batch of inputs")
-        name = type(model).__name__
-        return ModelSource(name, f"<{name}>", lambda: copy.deepcopy(model), lambda: example_batch)
-    if not callable(model):
-        raise InputError(f"not a model: {type(model).__name__}; give a file, a function, a class or an nn.Module")
-    home = sys.modules[model.__module__]
-    maker = getattr(home, "example_batch", None) if example_batch is None else lambda: example_batch
-    if maker is None:
-        raise InputError(f"{home.__name__} has no example_batch(): define it, or give example_batch=")
-    text = f"<{model.__name__}>"
-    build, make_batch = bind_options(text, dict(options or {}), (model, maker))
-    loss = getattr(home, "loss", None)
-    return ModelSource(model.__name__, text, build, make_batch, loss, getattr(home, "__file__", None))
-
-
-def _step_source(function: Callable[[Any, Any], Any], model: Any, batch: Any) -> ModelSource:
-    """A source whose model is the whole train step: the model and the user's function around it."""
-    import torch
-
-    from autopar.capture.source import ModelSource
-
-    class Step(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = copy.deepcopy(model)
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            rebuilt = kwargs if isinstance(batch, Mapping) else args if isinstance(batch, tuple | list) else args[0]
-            return function(self.model, rebuilt)
-
-    name = f"{function.__module__}.{function.__qualname__}"
-    return ModelSource(function.__name__, f"<{name}>", Step, lambda: batch, None, inspect.getsourcefile(function))

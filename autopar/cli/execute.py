@@ -1,41 +1,82 @@
-"""`autopar run` and `autopar verify`: execute a plan; compare it with the serial model."""
+"""`autopar run` and `autopar verify`: execute a plan; compare it with the serial model.
+
+Under torchrun every process runs the command and the first one speaks.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from typing import Any
+
 import click
 
-from autopar.cli.console import print_json, progress_line
+from autopar.cli.console import print_json
 from autopar.cli.options import json_option
 from autopar.errors import InputError
-from autopar.ir.serialize import load_plan
+from autopar.ir.plan import Plan
+from autopar.ir.serialize import load_plan, quantity_json
+from autopar.planner.execute import RunReport, run_plan, verify_plan
+from autopar.units import format_joules, format_seconds
 
 
 @click.command()
 @click.argument("plan_file")
 @click.option("--steps", default=10, show_default=True, metavar="N", help="Optimizer steps.")
 @json_option
-def run(plan_file: str, steps: int, as_json: bool) -> int:
+def run(plan_file: str, steps: int, as_json: bool) -> None:
     """Execute PLAN_FILE: starts local processes, or joins those of torchrun."""
     if steps < 1:
         raise InputError(f"--steps must be at least 1, got {steps}")
     plan = load_plan(plan_file)
-    from autopar.planner.execute import run_plan
-
-    with progress_line(as_json) as progress:
-        result = run_plan(plan, steps=steps, progress=progress)
-    print_json(result) if as_json else click.echo(str(result))
-    return 0
+    with _speaker(as_json) as say:
+        report = run_plan(plan, steps=steps, progress=say)
+    _answer(_run_json(plan, report) if as_json else _run_text(plan, report), as_json)
 
 
 @click.command()
 @click.argument("plan_file")
 @json_option
-def verify(plan_file: str, as_json: bool) -> int:
+def verify(plan_file: str, as_json: bool) -> None:
     """Run PLAN_FILE beside the serial model: loss and every gradient must agree."""
     plan = load_plan(plan_file)
-    from autopar.planner.execute import verify_plan
+    with _speaker(as_json) as say:
+        report = verify_plan(plan, progress=say)
+    _answer(asdict(report) if as_json else str(report), as_json)
 
-    with progress_line(as_json) as progress:
-        result = verify_plan(plan, progress=progress)
-    print_json(result) if as_json else click.echo(str(result))
-    return 0
+
+@contextmanager
+def _speaker(as_json: bool) -> Iterator[Callable[[str], None] | None]:
+    """Where the lines of the workers go: to stderr, so that stdout holds the result alone."""
+    with redirect_stdout(sys.stderr):
+        yield None if as_json else lambda line: click.echo(line, err=True)
+
+
+def _answer(content: Any, as_json: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print_json(content) if as_json else click.echo(content)
+
+
+def _run_json(plan: Plan, report: RunReport) -> dict[str, Any]:
+    return {
+        "num_processes": report.num_processes,
+        "losses": list(report.losses),
+        "step_time_s": quantity_json(report.step_time),
+        "energy_j": None if report.energy is None else quantity_json(report.energy),
+        "predicted": {
+            "gpu": plan.cluster.gpu,
+            "step_time_s": quantity_json(plan.predicted.step_time_s),
+            "energy_j": quantity_json(plan.predicted.energy_j),
+        },
+        "notes": list(report.notes),
+    }
+
+
+def _run_text(plan: Plan, report: RunReport) -> str:
+    predicted = plan.predicted
+    time, energy = format_seconds(predicted.step_time_s.value), format_joules(predicted.energy_j.value)
+    return f"{report}\n  predicted  {time} and {energy} per step on {plan.cluster.gpu} ({predicted.energy_j.label})"

@@ -30,7 +30,7 @@ from autopar.search.solve import search
 from autopar.version import __version__
 
 if TYPE_CHECKING:
-    from autopar.capture.source import ModelSource
+    from autopar.capture.model_source import ModelSource
 
 Progress: TypeAlias = Callable[[str], None]
 """Told in one short phrase what is being done."""

@@ -11,12 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autopar.errors import InputError, PlanMismatchError
-from autopar.ir.graph import OpGraph
-from autopar.ir.mesh import StageMesh
 from autopar.ir.plan import ModelReference, Plan
 from autopar.ir.serialize import dump_plan, parse_plan
 from autopar.ir.serialize_graph import graph_hash
-from autopar.ir.solution import Decisions, StageChoice
 from autopar.planner.cache import cached_plan
 from autopar.planner.plan import PlanRequest, choose_target
 
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from autopar.capture.export import Captured
-    from autopar.capture.source import ModelSource
+    from autopar.capture.model_source import ModelSource
     from autopar.runtime.executor import Executor
 
 
@@ -81,22 +78,9 @@ class Session:
 
     def _tensors(self, batch: Any) -> list[torch.Tensor]:
         from autopar.capture.export import tensor_leaves
-        from autopar.capture.source import as_arguments
+        from autopar.capture.model_source import as_arguments
 
         return [tensor for _, tensor in tensor_leaves(*as_arguments(batch))]
-
-
-def serial_decisions(graph: OpGraph, num_microbatches: int = 1) -> Decisions:
-    """The whole graph on one device without a mesh."""
-    return Decisions(
-        mesh=StageMesh(()),
-        num_microbatches=num_microbatches,
-        schedule="1f1b",
-        stages=(StageChoice(0, len(graph.blocks), "none"),),
-        ops={op.name: () for op in graph.ops},
-        hubs={name: () for name, readers in graph.consumers().items() if len(readers) > 1},
-        parameters={value.name: () for value in graph.parameters},
-    )
 
 
 def open_session(
@@ -168,6 +152,7 @@ def _start(
 ) -> Session:
     """Build the executor: of the plan if this is one of several processes, else of the serial model."""
     from autopar.capture.export import capture
+    from autopar.rewrite.program import serial_decisions
     from autopar.runtime.executor import Executor, OptimizerOptions, RunOptions, join_plan
     from autopar.runtime.mesh import serial_mesh
     from autopar.runtime.processes import device_name, device_type, is_torchrun
