@@ -186,18 +186,18 @@ def prepare(plan: Plan, device: str) -> Prepared:
     """
     import torch
 
-    from autopar.capture.export import capture
     from autopar.capture.source import load_source
+    from autopar.planner.materialise import capture_for_run, sized_batch
 
     batch_size, count = plan.model.batch_size, plan.decisions.num_microbatches
     if batch_size % count:
         raise InputError(f"a batch of {batch_size} does not divide into {count} microbatches")
     source = load_source(plan.model.source, plan.model.options)
     torch.manual_seed(SEED)
-    captured = capture(source, batch_size=batch_size // count, device=device)
+    captured = capture_for_run(source, batch_size=batch_size // count, device=device)
     _check_same_model(plan, captured, source)
     torch.manual_seed(SEED + 1)
-    batch = global_batch(source, batch_size, device)
+    batch = sized_batch(source, batch_size, device)
     values = [v for origin in ("parameter", "buffer", "constant") for v in captured.graph.outside(origin)]
     state = {value.name: captured.tensor(value.name).detach().clone() for value in values}
     return Prepared(plan, source, captured, batch, state)
@@ -220,20 +220,6 @@ def _check_same_model(plan: Plan, captured: Captured, source: ModelSource) -> No
     if names != planned:
         shown = ", ".join(sorted(names ^ planned)[:5])
         raise PlanMismatchError(f"the model has other ops at the microbatch size than in the plan: {shown}")
-
-
-def global_batch(source: ModelSource, batch_size: int, device: str) -> tuple[torch.Tensor, ...]:
-    """The example batch with `batch_size` samples: cut, or repeated from its start, as needed."""
-    import torch
-
-    from autopar.capture.export import has_samples, tensor_leaves
-    from autopar.capture.model_source import as_arguments, leading_dim
-
-    raw = source.raw_batch()
-    samples = leading_dim(raw, source.text)
-    chosen = torch.arange(batch_size) % samples
-    leaves = [leaf.detach() for _, leaf in tensor_leaves(*as_arguments(raw))]
-    return tuple((leaf[chosen] if has_samples(leaf, samples) else leaf).to(device) for leaf in leaves)
 
 
 def verify_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""Capturing for execution: the graph as planned, with real tensors.
+
+The graph is exported on the meta device, like the plan's. Exporting on the device of the run would give another one:
+kernels lay their results out differently there, and `contiguous` calls come and go. Weights and batch are then
+made for real beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from autopar.capture.export import Captured, TrainForward, capture, has_samples, quiet, tensor_leaves
+from autopar.capture.model_source import ModelSource, as_arguments, leading_dim
+from autopar.errors import CaptureError
+
+
+def capture_for_run(source: ModelSource, *, batch_size: int, device: str) -> Captured:
+    """The graph for `batch_size` samples with a module and inputs on the device.
+
+    The caller seeds torch for reproducible weights; they are drawn on the CPU whatever the device.
+
+    Raises:
+        CaptureError: the model's code makes a constant whose value is unknown without running it.
+    """
+    captured = capture(source, batch_size=batch_size)
+    for name, constant in captured.constants.items():
+        if constant.is_meta:
+            raise CaptureError(f"{source.text}: the model makes a tensor on the meta device that it reads as {name}")
+    with quiet():
+        model = source.build_model().to(device)
+    return replace(
+        captured,
+        module=TrainForward(model, source, source.raw_batch()).train(),
+        constants={name: constant.to(device) for name, constant in captured.constants.items()},
+        inputs=sized_batch(source, batch_size, device),
+    )
+
+
+def sized_batch(source: ModelSource, batch_size: int, device: str) -> tuple[torch.Tensor, ...]:
+    """The example batch with `batch_size` samples, in graph order: cut, or repeated from its start, as needed."""
+    with quiet():
+        raw = source.raw_batch()
+    samples = leading_dim(raw, source.text)
+    chosen = torch.arange(batch_size) % samples
+    leaves = [leaf.detach() for _, leaf in tensor_leaves(*as_arguments(raw))]
+    return tuple((leaf[chosen] if has_samples(leaf, samples) else leaf).to(device) for leaf in leaves)
