@@ -21,7 +21,7 @@ from autopar.rewrite.collectives import STEP_FUNCTIONS, AxisGroup
 from autopar.rewrite.gathered import GatherScope, gather_parameter
 from autopar.rewrite.layout import Layout
 from autopar.rewrite.local_ops import LOCAL_OPERATIONS, NEEDS_STREAM
-from autopar.rewrite.region import member_args
+from autopar.rewrite.region import member_call
 from autopar.rewrite.stream import StreamState, buffer_for_update
 from autopar.rewrite.torch_args import fill, resolve_target
 from autopar.rules.local import LocalCall
@@ -196,7 +196,7 @@ class SegmentBuilder:
             target = LOCAL_OPERATIONS[call.target]
             kwargs |= self._split_aware_kwargs(call)
         else:
-            target = resolve_target(call.target)
+            target = resolve_target(call.target, self.attributes.device)
         node = self.graph.create_node("call_function", target, args, kwargs, name=_identifier(op.name))
         node.meta["op"] = op.name
         return node
@@ -224,7 +224,7 @@ class SegmentBuilder:
         """The region's own calls on this rank's tokens."""
         nodes: dict[str, fx.Node] = dict(zip(region.inputs, inputs, strict=True))
         for member in region.members:
-            local = member_args(member, call.kwargs)
+            local = member_call(member, call.kwargs)
             nodes |= self._results(member, self._call(member, local, [nodes[name] for name in member.inputs]))
         return nodes
 
