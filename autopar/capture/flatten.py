@@ -119,7 +119,12 @@ class Flattener:
             raise self._error("not a torch operator", node)
 
     def _error(self, problem: str, node: torch.fx.Node) -> CaptureError:
-        frames = list(source_frames(node.meta.get("stack_trace")))
+        """Names the node's line; a higher-order operator has none and takes the first one inside it."""
+        inner = [arg for arg in node.args if isinstance(arg, torch.fx.Node) and arg.op == "get_attr"]
+        graphs = [getattr(node.graph.owning_module, str(arg.target)).graph for arg in inner]
+        nodes = [node, *(n for graph in graphs for n in graph.nodes)]
+        traces = [n.meta["stack_trace"] for n in nodes if n.meta.get("stack_trace")]
+        frames = list(source_frames(traces[0] if traces else None))
         return capture_error(problem, str(node.target), choose_frame(frames, self.user_file))
 
     def _unique(self, name: str) -> str:

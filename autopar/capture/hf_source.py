@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from autopar.capture.model_source import ModelSource, convert_option
+from autopar.capture.user_code import user_errors
 from autopar.errors import InputError
 
 AUTO_CLASSES = {
@@ -117,17 +118,13 @@ def _config(text: str, model_type: str, fields: Mapping[str, Any]) -> Any:
         raise InputError(f"{text}: hf: sources need transformers: pip install transformers") from None
     if "auto_map" in fields:
         raise InputError(f"{text}: the model's code is not part of transformers (auto_map); remote code is never run")
-    known = {name for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in fields}
-    try:
+    with user_errors(f"{text}: not a usable config of type {model_type}", None):
         config = transformers.AutoConfig.for_model(model_type, **fields)
-    except (ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{text}: not a usable config of type {model_type}: {reason}") from None
     if hasattr(config, "use_cache"):
         config.use_cache = False
     if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0
-    if "pad_token_id" not in known and getattr(config, "pad_token_id", 0) is None:
+    if getattr(config, "pad_token_id", 0) is None:
         config.pad_token_id = 0
     return config
 

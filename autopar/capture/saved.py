@@ -4,8 +4,10 @@ Recorded by running the call on meta tensors under `saved_tensors_hooks`. Two op
 because the meta device takes another kernel than the devices that models run on:
 
 - `scaled_dot_product_attention` without dropout has flash semantics: query, key, value, output and a float32
-  log-sum-exp per query row, the output stored by (batch, position, head); a boolean mask is turned into a mask of the query's dtype, which is kept too (torch
-  `convert_boolean_attn_mask`); with dropout the attention weights and their mask are kept as well.
+  log-sum-exp per query row, the output stored by (batch, position, head). A boolean mask is turned into a mask of the
+  query's dtype, which is kept too (torch `convert_boolean_attn_mask`), and so is a mask with a gradient
+  (memory-efficient kernel of CUDA; the CPU takes an unfused road there and keeps the weights instead). With dropout
+  the attention weights and their mask are kept too.
 - `dropout` keeps its mask as one byte per element (torch `native_dropout`).
 """
 
@@ -26,7 +28,7 @@ def run_and_record(target: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any,
     """Result of the call, kept storages (key -> bytes) and bytes kept that no storage of the run stands for."""
     name = torch_adapter.target_name(target)
     if name == ATTENTION:
-        result = _fused_layout(target(*args, **kwargs), attention_arguments(args, kwargs)["attn_mask"])
+        result = _fused_layout(target(*args, **kwargs))
         return result, *_attention(result, args, kwargs)
     if name == DROPOUT:
         result = target(*args, **kwargs)
@@ -49,12 +51,9 @@ def attention_arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _fused_layout(result: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Fused kernels store the output by (batch, position, head), so that merging the heads copies nothing; the
-    unfused road, taken where the mask needs a gradient, stores it as given."""
-    if result.dim() != 4 or (mask is not None and mask.requires_grad):
-        return result
-    return result.transpose(1, 2).contiguous().transpose(1, 2)
+def _fused_layout(result: torch.Tensor) -> torch.Tensor:
+    """Fused kernels store the output by (batch, position, head), so that merging the heads copies nothing."""
+    return result.transpose(1, 2).contiguous().transpose(1, 2) if result.dim() == 4 else result
 
 
 def _attention(result: torch.Tensor, args: Any, kwargs: dict[str, Any]) -> tuple[dict[int, int], int]:

@@ -111,13 +111,17 @@ class Tracer:
         mutates: tuple[str, ...] = ()
         if written and all(self.origins.get(current[name]) == "buffer" for name in written):
             mutates = tuple(dict.fromkeys(current[name] for name in written))
+        elif written and call.target_name == "aten.copy_.default":
+            self._check_written(call, written)
+            target, args, kwargs = self._copied(call, written[0], args)
         elif written:
+            self._check_written(call, written)
             target = self._functional(call, written)
         kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
         op = Traced(call.name, target, args, kwargs, call.outputs, call.scope, call.frames, mutates)
         self._execute(op, call)
         if written and not mutates:
-            self._redirect(call, written[0], self._keep_dtype(op, call))
+            self._redirect(call, written[0], self._keep_dtype(op, written[0], call))
         else:
             current.update((name, name) for name in op.outputs)
 
@@ -169,13 +173,18 @@ class Tracer:
         return tuple(found)
 
     def _functional(self, call: Call, written: tuple[str, ...]) -> Any:
-        origins = {self.origins.get(self.trace.roots[self.trace.current[name]], "op") for name in written}
-        for origin in sorted(origins & {"parameter", "buffer"}):
-            raise self._error(f"a {origin} is changed in place in the forward, through a view or with others", call)
         target = torch_adapter.functional_overload(call.target)
         if target is None or len(written) != 1 or call.args[:1] != (ValueRef(written[0]),):
             raise self._error("this in-place operation has no out-of-place form here", call)
         return target
+
+    def _check_written(self, call: Call, written: tuple[str, ...]) -> None:
+        """Only activations and inputs may change; a part of a buffer would lose its update."""
+        if not call.grad_enabled and any(self.trace.tensors[self.trace.current[n]].requires_grad for n in written):
+            raise self._error("an activation with gradient is changed in place under no_grad", call)
+        origins = {self.origins.get(self.trace.roots[self.trace.current[name]], "op") for name in written}
+        for origin in sorted(origins & {"parameter", "buffer"}):
+            raise self._error(f"a {origin}, or a part of it, is changed in place in the forward", call)
 
     def _redirect(self, call: Call, written: str, new: str) -> None:
         """Later reads of the changed storage, under any name and through any view, see the value `new` in it."""
@@ -242,13 +251,23 @@ class Tracer:
                 self.views[op.outputs[0]] = op
         _state_dtype(op, results)
 
-    def _keep_dtype(self, op: Traced, call: Call) -> str:
+    def _keep_dtype(self, op: Traced, written: str, call: Call) -> str:
         """Name of the op's result in the dtype of what the in-place call changed; a cast is added if they differ."""
         tensors, (output,) = self.trace.tensors, op.outputs
-        wanted = tensors[op.inputs[0]].dtype
+        wanted = tensors[self.trace.current[written]].dtype
         if tensors[output].dtype == wanted:
             return output
         return self._insert(f"{op.name}_cast", torch.ops.aten.to.dtype, (ValueRef(output), wanted), {}, call)
+
+    def _copied(self, call: Call, written: str, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """`copy_(x, y)` as a copy of `y` in the shape of `x` (the functional `copy` has no derivative)."""
+        shape = tuple(self.trace.tensors[self.trace.current[written]].shape)
+        source = args[1]
+        if tuple(self.trace.tensors[source.name].shape) != shape:
+            source = ValueRef(
+                self._insert(f"{call.name}_expand", torch.ops.aten.expand.default, (source, shape), {}, call)
+            )
+        return torch.ops.aten.clone.default, (source,), {}
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
         key = torch_adapter.storage_key(tensor)

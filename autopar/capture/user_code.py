@@ -48,9 +48,12 @@ def error_frame(error: BaseException, user_file: str | None) -> tuple[str, int] 
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first non-empty line of the message."""
+    """Type and first non-empty line of the message, with the next one if it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {text}"
 
 
 @contextmanager
