@@ -53,6 +53,8 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 """Distribution -> packages that may import it. numpy may be imported anywhere."""
 TORCH_FREE_AT_IMPORT = ("planner", "api")
 """These import torch, and torch-bound stages, only inside the functions that need them."""
+TORCH_BOUND_MODULES = ("autopar.planner.materialise",)
+"""Except for these, which are themselves imported only there."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ def package_of(path: str) -> str:
     return "" if parts == ["__init__"] else parts[0]
 
 
+def module_of(path: str) -> str:
+    """`autopar/cost/table.py` -> `autopar.cost.table`."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 def layer_faults(path: str, tree: ast.Module) -> Iterator[str]:
     """Imports that point up or sideways, or to a library that belongs elsewhere."""
     package = package_of(path)
@@ -106,14 +113,16 @@ def layer_faults(path: str, tree: ast.Module) -> Iterator[str]:
             yield where
         if first in THIRD_PARTY and package not in THIRD_PARTY[first]:
             yield where
-        if package in TORCH_FREE_AT_IMPORT and item.is_top_level and _is_torch_bound(item.module):
+        is_torch_free = package in TORCH_FREE_AT_IMPORT and module_of(path) not in TORCH_BOUND_MODULES
+        if is_torch_free and item.is_top_level and _is_torch_bound(item.module):
             yield f"{where} at import time"
 
 
 def _is_torch_bound(module: str) -> bool:
     first, *rest = module.split(".")
     bound = ("capture", "profiler", "rewrite", "runtime", "torch_adapter")
-    return first == "torch" or (first == "autopar" and bool(rest) and rest[0] in bound)
+    is_bound = module in TORCH_BOUND_MODULES or (first == "autopar" and bool(rest) and rest[0] in bound)
+    return first == "torch" or is_bound
 
 
 def size_faults(path: str, text: str, tree: ast.Module) -> Iterator[str]:
@@ -146,7 +155,7 @@ def honesty_faults(path: str, tree: ast.Module) -> Iterator[str]:
 def module_graph(trees: dict[str, ast.Module]) -> nx.DiGraph:
     """Modules and their top-level imports of each other."""
     graph = nx.DiGraph()
-    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in trees}
+    modules = {module_of(path): path for path in trees}
     for module, path in modules.items():
         for item in imports_of(trees[path]):
             if item.is_top_level and item.module in modules and item.module != module:

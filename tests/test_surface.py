@@ -36,7 +36,7 @@ OPTIONS = {
     "verify": {"--json"},
     "explain": {"--json", "--why-not"},
     "gpus": {"--json"},
-    "profile": {"--device", "--json", "--out", "--set"},
+    "profile": {"--batch", "--device", "--json", "--out", "--set"},
 }
 
 

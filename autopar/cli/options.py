@@ -61,7 +61,11 @@ def request_options(command: F) -> F:
             "--time-limit", metavar="TIME", help="Stop the search after this long, e.g. 30s; the best is kept."
         ),
         click.option("--gap", type=float, default=1e-3, show_default=True, help="Relative gap at which to stop."),
-        click.option("--profile", metavar="FILE", help="Measured rows to prefer to the model."),
+        click.option(
+            "--profile",
+            metavar="FILE",
+            help="Measured rows to prefer to the model; 'none': no rows. Default: the store of 'autopar profile'.",
+        ),
     )
     for option in reversed(options):
         command = option(command)

@@ -36,7 +36,7 @@ def cache_key(graph: OpGraph, reference: ModelReference, request: PlanRequest, t
         "graph": graph_hash(graph),
         "reference": asdict(reference),
         "request": asdict(request),
-        "cluster": target.cluster.input_hash,
+        "cluster": target.input_hash,
         "origin": target.choice.origin,
         "versions": installed_versions(),
     }

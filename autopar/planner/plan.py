@@ -6,6 +6,7 @@ needs no torch. Nothing here prices or decides anything itself.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import math
 import platform
@@ -25,6 +26,7 @@ from autopar.ir.serialize_graph import graph_hash
 from autopar.ir.solution import Alternative, Objective, Pins, Solution
 from autopar.ir.verify import check
 from autopar.planner.detect import GpuChoice, choose_gpu
+from autopar.planner.profile import LoadedProfile, load_rows
 from autopar.rules.strategies import has_rule
 from autopar.search.solve import search
 from autopar.version import __version__
@@ -45,6 +47,7 @@ class PlanRequest:
         gpu: name in costmodels/, or None: what this machine has.
         gpus_per_node, memory_bytes: override the device file.
         batch_size: samples in the global batch; None: that of the example batch.
+        profile: file of measured rows; None: the default store if there is one; `none`: no rows.
         use_all: use exactly `num_gpus`.
         time_limit_s: of the search.
         gap_tolerance: relative distance to the bound at which the search may stop.
@@ -71,10 +74,18 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Target:
-    """The cluster that a request means."""
+    """The cluster that a request means, with what was measured on it."""
 
     choice: GpuChoice
     cluster: Cluster
+    profile: LoadedProfile
+
+    @property
+    def input_hash(self) -> str:
+        """SHA-256 of every number that shapes the prices."""
+        if not self.profile.digest:
+            return self.cluster.input_hash
+        return hashlib.sha256((self.cluster.input_hash + self.profile.digest).encode()).hexdigest()
 
 
 def choose_target(request: PlanRequest) -> Target:
@@ -83,7 +94,7 @@ def choose_target(request: PlanRequest) -> Target:
     cluster = load_cluster(
         choice.name, request.num_gpus, gpus_per_node=request.gpus_per_node, memory_bytes=request.memory_bytes
     )
-    return Target(choice, cluster)
+    return Target(choice, cluster, load_rows(request.profile, choice.name))
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ def plan_graph(
     graph: OpGraph, reference: ModelReference, request: PlanRequest, target: Target, progress: Progress | None = None
 ) -> Plan:
     """Plan a captured graph; `reference` says where it came from, its hash and batch size are filled in here."""
-    tables = CostTables(graph, target.cluster, pins=request.pins)
+    tables = CostTables(graph, target.cluster, pins=request.pins, profile=target.profile.store)
     _tell(progress, f"searching plans for {graph.name} on up to {request.num_gpus} GPUs")
     solution = search(
         tables,
@@ -159,7 +170,7 @@ def plan_graph(
         solver=_solver_report(solution),
         rule_free_ops=_rule_free_ops(graph),
         alternatives=tuple(_finite(alternative) for alternative in solution.alternatives),
-        notes=_notes(graph, request, target.choice, solution),
+        notes=_notes(graph, request, target, solution),
         created=_created(),
     )
     check(plan, graph, target.cluster, name="the plan just made")
@@ -172,7 +183,7 @@ def _cluster_reference(request: PlanRequest, target: Target) -> ClusterReference
         num_gpus=request.num_gpus,
         gpus_per_node=target.cluster.gpus_per_node,
         memory_bytes=target.cluster.memory_bytes,
-        input_hash=target.cluster.input_hash,
+        input_hash=target.input_hash,
         origin=target.choice.origin,
     )
 
@@ -209,8 +220,9 @@ def _finite(alternative: Alternative) -> Alternative:
     )
 
 
-def _notes(graph: OpGraph, request: PlanRequest, choice: GpuChoice, solution: Solution) -> tuple[str, ...]:
-    notes = [choice.note] if choice.note else []
+def _notes(graph: OpGraph, request: PlanRequest, target: Target, solution: Solution) -> tuple[str, ...]:
+    choice = target.choice
+    notes = [note for note in (choice.note, target.profile.note) if note]
     if 0 < choice.num_found < request.num_gpus and choice.origin == "detected":
         notes.append(f"this machine has {choice.num_found} GPUs; the plan may use up to {request.num_gpus}")
     used = solution.decisions.num_gpus

@@ -151,7 +151,7 @@ def _start(
     source: ModelSource, plan: Plan | None, training: TrainingOptions, batch_size: int, num_microbatches: int
 ) -> Session:
     """Build the executor: of the plan if this is one of several processes, else of the serial model."""
-    from autopar.capture.export import capture
+    from autopar.planner.materialise import capture_for_run
     from autopar.rewrite.program import serial_decisions
     from autopar.runtime.executor import Executor, OptimizerOptions, RunOptions, join_plan
     from autopar.runtime.mesh import serial_mesh
@@ -159,7 +159,7 @@ def _start(
 
     if batch_size % num_microbatches:
         raise InputError(f"a batch of {batch_size} does not divide into {num_microbatches} microbatches")
-    captured = capture(source, batch_size=batch_size // num_microbatches, device=device_name())
+    captured = capture_for_run(source, batch_size=batch_size // num_microbatches, device=device_name())
     state = _state(captured)
     if plan is None or not is_torchrun():
         decisions, mesh = serial_decisions(captured.graph, num_microbatches), serial_mesh()

@@ -90,6 +90,18 @@ def test_explain_says_where_it_goes_and_why_not(cli: Cli) -> None:
     assert content["rival"]["time_ratio"] >= 1 - 1e-9
 
 
+def test_a_profile_is_preferred_and_said_so(cli: Cli) -> None:
+    measured = cli("profile", "model.py", "--json")
+    assert measured.json["num_rows"] == measured.json["num_measured"] > 0
+    on_cpu = ("plan", "model.py", "--gpus", "1", "--gpu", "cpu")
+    content = cli(*on_cpu, "--json").json
+    assert content["predicted"]["sources"]["measured"] > 0
+    assert any("measured rows" in note for note in content["notes"])
+    without = cli(*on_cpu, "--profile", "none", "--json").json
+    assert without["predicted"]["sources"].get("measured", 0) == 0
+    assert without["cluster"]["input_hash"] != content["cluster"]["input_hash"]
+
+
 def test_version(cli: Cli) -> None:
     assert cli("--version").out.startswith("autopar, version ")
 
