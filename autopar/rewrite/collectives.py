@@ -93,7 +93,7 @@ def reduce_scatter_dim(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
     """This rank's slice, along `dim`, of the sum over ranks."""
     if axis.size == 1:
         return x
-    chunks = torch.stack(x.chunk(axis.size, dim))
+    chunks = torch.stack(x.chunk(axis.size, dim)).contiguous()
     mine = x.new_empty(chunks.shape[1:])
     _reduce_scatter_single(mine.view(-1), chunks.view(-1), group=axis.process_group)
     return mine
@@ -103,8 +103,8 @@ def all_to_all_dims(x: Tensor, axis: AxisGroup, source_dim: int, target_dim: int
     """From slices of `source_dim` to slices of `target_dim`."""
     if axis.size == 1:
         return x
-    sent = torch.stack(x.chunk(axis.size, target_dim))
-    received = torch.empty_like(sent)
+    sent = torch.stack(x.chunk(axis.size, target_dim)).contiguous()
+    received = sent.new_empty(sent.shape)
     dist.all_to_all_single(received.view(-1), sent.view(-1), group=axis.process_group)
     return torch.cat(received.unbind(0), source_dim)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,7 +36,7 @@ def cut_evenly(graph: OpGraph, num_stages: int, recompute: str = "none") -> tupl
     """Blocks dealt to stages in order, as evenly as they go."""
     count = len(graph.blocks)
     bounds = [count * k // num_stages for k in range(num_stages + 1)]
-    return tuple(StageChoice(a, b, recompute) for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple(StageChoice(a, b, recompute) for a, b in itertools.pairwise(bounds))
 
 
 def random_decisions(

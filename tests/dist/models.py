@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autopar.capture.export import Captured, capture
-from autopar.capture.source import ModelSource
+from autopar.capture.export import Captured
+from autopar.capture.model_source import ModelSource
+from autopar.capture.promote import promote
+from autopar.capture.source import load_source
+from autopar.planner.materialise import capture_for_run, sized_batch
 
 BATCH = 8
 
@@ -110,13 +115,46 @@ SOURCES = {
 }
 
 
+EXAMPLES: dict[str, dict[str, int | str]] = {
+    "gpt2": {"layers": 2, "hidden": 32, "heads": 4, "seq": 8, "vocab": 64},
+    "llama": {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "seq": 8, "vocab": 64, "dtype": "float32"},
+    "bert": {"layers": 2, "hidden": 32, "heads": 4, "seq": 8, "vocab": 64},
+    "vit": {"layers": 2, "hidden": 32, "heads": 4, "image": 16, "patch": 4, "classes": 8},
+    "resnet": {"layers": 1, "width": 8, "classes": 8, "image": 32},
+    "alexnet": {"width": 8, "hidden": 32, "classes": 8, "image": 64},
+    "t5": {"layers": 2, "hidden": 32, "heads": 4, "ffn": 64, "vocab": 64, "seq": 8, "target": 8},
+    "mixtral": {
+        "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "experts": 4, "seq": 8, "vocab": 64,
+        "dtype": "float32",
+    },
+    "unet": {"width": 8, "levels": 2, "classes": 4, "image": 16},
+    "mlp": {"inputs": 32, "hidden": 64, "layers": 2, "code": 16},
+}  # fmt: skip
+"""Sizes at which the example models run in a test."""
+ROOT = Path(__file__).parents[2]
+
+
+def source(name: str) -> ModelSource:
+    """`toy/NAME` is a model of this file, any other name an example."""
+    if name.startswith("toy/"):
+        return SOURCES[name.removeprefix("toy/")]
+    options = {key: str(value) for key, value in (EXAMPLES[name] | {"batch": BATCH}).items()}
+    return load_source(str(ROOT / "examples" / f"{name}.py"), options)
+
+
 def captured(name: str, batch_size: int) -> Captured:
-    """The model in float64 with weights that depend on its name alone."""
+    """The model with weights that depend on its name alone; its graph is in float64."""
     torch.manual_seed(0)
-    return capture(SOURCES[name], batch_size=batch_size, device="cpu", dtype=torch.float64)
+    found = capture_for_run(source(name), batch_size=batch_size, device="cpu")
+    return replace(found, graph=promote(found.graph, "float64"))
 
 
 def global_batch(name: str) -> list[Tensor]:
-    """Inputs of one whole batch in graph order."""
+    """Inputs of one whole batch in graph order, in float64."""
     torch.manual_seed(1)
-    return [t.double() if t.is_floating_point() else t for t in SOURCES[name].batch_maker()]
+    return [as_double(tensor) for tensor in sized_batch(source(name), BATCH, "cpu")]
+
+
+def as_double(tensor: Tensor) -> Tensor:
+    """Floats become float64, all else stays."""
+    return tensor.double() if tensor.is_floating_point() else tensor

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from autopar.ir.graph import OpGraph
@@ -19,7 +18,7 @@ from autopar.runtime.compare import compare, relative_error
 from autopar.runtime.executor import Executor, join_plan
 from autopar.runtime.mesh import RankMesh, serial_mesh
 from tests.dist.decisions import cut_evenly, data_parallel, random_decisions, tensor_parallel
-from tests.dist.models import BATCH, captured, global_batch
+from tests.dist.models import BATCH, as_double, captured, global_batch
 
 
 class Bench:
@@ -29,7 +28,7 @@ class Bench:
         found = captured(name, BATCH // num_microbatches)
         self.graph: OpGraph = found.graph
         outside = [v.name for v in self.graph.values.values() if v.origin in ("parameter", "buffer", "constant")]
-        self.state = {v: found.tensor(v).detach().clone() for v in outside}
+        self.state = {v: as_double(found.tensor(v).detach().clone()) for v in outside}
         self.batch = global_batch(name)
         self.serial = Executor(self.graph, serial_decisions(self.graph, num_microbatches), self.state, serial_mesh())
         self.serial_loss = self.serial.compute_gradients(self.batch)
