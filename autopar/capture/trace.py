@@ -180,11 +180,11 @@ class Tracer:
 
     def _check_written(self, call: Call, written: tuple[str, ...]) -> None:
         """Only activations and inputs may change; a part of a buffer would lose its update."""
-        if not call.grad_enabled and any(self.trace.tensors[self.trace.current[n]].requires_grad for n in written):
-            raise self._error("an activation with gradient is changed in place under no_grad", call)
         origins = {self.origins.get(self.trace.roots[self.trace.current[name]], "op") for name in written}
         for origin in sorted(origins & {"parameter", "buffer"}):
             raise self._error(f"a {origin}, or a part of it, is changed in place in the forward", call)
+        if not call.grad_enabled and any(self.trace.tensors[self.trace.current[n]].requires_grad for n in written):
+            raise self._error("an activation with gradient is changed in place under no_grad", call)
 
     def _redirect(self, call: Call, written: str, new: str) -> None:
         """Later reads of the changed storage, under any name and through any view, see the value `new` in it."""
