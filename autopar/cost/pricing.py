@@ -15,7 +15,6 @@ from autopar.cost.layouts import Codes, Mask, divisors
 from autopar.cost.memory import BUCKET_BYTES, optimizer_states, update_passes
 from autopar.cost.power import byte_energy_j, kernel_energy_j, within_limit_s
 from autopar.cost.roofline import kernel_time_s, memory_rate
-from autopar.cost.skeleton import saved_bytes
 from autopar.ir.cost import Array
 from autopar.ir.graph import Op, Value
 from autopar.ir.mesh import StageMesh
@@ -82,9 +81,10 @@ def lay_out(op: Op, choices: OpChoices, values: Mapping[str, Value], sizes: tupl
 
 
 class Pricer:
-    """Prices nodes on one cluster."""
+    """Prices nodes on one cluster. `kept_shared`: see `skeleton.Skeleton`."""
 
-    def __init__(self, cluster: Cluster, optimizer: str, training: bool) -> None:
+    def __init__(self, cluster: Cluster, optimizer: str, training: bool, kept_shared: frozenset[str]) -> None:
+        self.kept_shared = kept_shared
         self.cluster = cluster
         self.spec = cluster.spec
         self.training = training
@@ -152,16 +152,19 @@ class Pricer:
         return within_limit_s(self.spec, time_s, energy_j), energy_j
 
     def _saved(self, op: Op, layout: OpLayout, values: Mapping[str, Value], num_microbatches: int) -> Array:
-        """Bytes kept for backward. Shared results and parameters are counted where they are made, not here."""
+        """Bytes kept for backward: the storage behind each saved value, which a view keeps alive as a whole.
+
+        Every rank holds whole batch inputs. Shared results and parameters are counted where they are made.
+        """
         total = op.saved_extra_bytes / num_microbatches / layout.work_parts
         parts = dict(zip(op.inputs, layout.input_parts, strict=True))
         parts |= dict(zip(op.outputs, layout.output_parts, strict=True))
         for name in op.saved:
-            value = values[name]
-            if value.origin == "op" and name in parts:
-                total = total + saved_bytes(value, values) / parts[name]
-            elif value.origin == "input":
-                total = total + value.meta.num_bytes
+            root = values[values[name].root]
+            if root.origin == "input":
+                total = total + root.meta.num_bytes
+            elif root.origin == "op" and root.name not in self.kept_shared and name in parts:
+                total = total + root.meta.num_bytes / parts[name]
         return total
 
     def parameter(

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from autopar.ir.graph import Op, OpGraph, Value
+from autopar.ir.graph import Op, OpGraph
 
 SHARED = -1
 Key: TypeAlias = tuple[object, ...]
@@ -218,8 +218,3 @@ def _op_keys(graph: OpGraph) -> Mapping[str, Key]:
         counts[op.block] = position + 1
         keys[op.name] = (graph.blocks[op.block].class_id, position)
     return keys
-
-
-def saved_bytes(value: Value, values: Mapping[str, Value]) -> int:
-    """Bytes of storage behind a value: an expanded view has less than its shape says."""
-    return min(value.meta.num_bytes, values[value.root].meta.num_bytes)

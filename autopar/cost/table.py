@@ -66,7 +66,7 @@ class CostTables:
         self._choices = ChoiceMaker(graph, self.pins, self.dims)
         self.training = training
         self.optimizer_states = optimizer_states(graph.optimizer)
-        self._pricer = Pricer(cluster, graph.optimizer, training)
+        self._pricer = Pricer(cluster, graph.optimizer, training, self.skeleton.kept_shared)
         self._ops: Mapping[str, Op] = {op.name: op for op in graph.ops}
         self._transfers: dict[int, Transfers] = {}
         self._values: dict[int, dict[str, Value] | None] = {}
