@@ -26,6 +26,8 @@ from autopar.planner.plan import PlanRequest, plan_model
 from autopar.runtime.launch import Job, launch_local
 
 ROOT = Path(__file__).resolve().parent.parent
+CHOSEN_BATCH = 256
+"""Large enough that splitting these small models pays, so that the planner's own choice is not to replicate."""
 TEXT = {"layers": "4", "hidden": "64", "heads": "4", "vocab": "128", "seq": "16", "batch": "8"}
 IMAGES = {"batch": "8", "classes": "8"}
 MODELS: dict[str, dict[str, str]] = {
@@ -62,7 +64,10 @@ PINS_BY_PROCESSES: dict[int, dict[str, Pins]] = {
 
 def make(name: str, pins: Pins, processes: int) -> Plan:
     """The fastest plan of an example on exactly so many processes of this kind of machine."""
-    request = PlanRequest(num_gpus=processes, gpu="h100-sxm-80gb", objective=Objective("time"), pins=pins, use_all=True)
+    batch = CHOSEN_BATCH if pins == Pins() else None
+    request = PlanRequest(
+        batch_size=batch, num_gpus=processes, gpu="h100-sxm-80gb", objective=Objective("time"), pins=pins, use_all=True
+    )
     source = os.path.relpath(ROOT / "examples" / f"{name}.py")
     return plan_model(source, MODELS[name], request)
 
