@@ -200,8 +200,9 @@ def _solver_report(solution: Solution) -> SolverReport:
 
 
 def _rule_free_ops(graph: OpGraph) -> dict[str, int]:
-    """How many ops of each target have no sharding rule."""
-    counts = Counter(op.target for op in graph.ops if not has_rule(op.target))
+    """How many ops of each target do differentiable work but have no sharding rule."""
+    works = (op for op in graph.ops if any(graph.values[name].requires_grad for name in op.outputs))
+    counts = Counter(op.target for op in works if not has_rule(op.target))
     return dict(sorted(counts.items()))
 
 
