@@ -168,7 +168,7 @@ class Executor:
         if limit is None:
             return
         squared = self.store.squared_norm().to(self.options.device)
-        if dist.is_initialized():
+        if not self.mesh.is_alone:
             dist.all_reduce(squared)
         factor = float(limit / (squared.sqrt() + 1e-6))
         if factor < 1:

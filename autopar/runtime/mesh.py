@@ -39,6 +39,11 @@ class RankMesh:
     pipeline: dist.ProcessGroup | None
     tied: Mapping[tuple[int, ...], dist.ProcessGroup]
 
+    @property
+    def is_alone(self) -> bool:
+        """The run has one process (there may be others in the world that run the same thing for themselves)."""
+        return self.pipeline is None and not self.axes
+
 
 def serial_mesh() -> RankMesh:
     """One process that talks to nobody."""

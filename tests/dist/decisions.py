@@ -104,7 +104,7 @@ def _choose_ops(graph: OpGraph, mesh: StageMesh, choose: Choose, tries: int) -> 
     return chosen
 
 
-def _admissible(
+def _admissible(  # noqa: PLR0917 - the state of one draw
     op: Op, strategy: Strategy, graph: OpGraph, mesh: StageMesh, hubs: set[str], made: dict[str, Sharding]
 ) -> bool:
     if local_metas(op, strategy, mesh.sizes, graph.values) is None:

@@ -117,7 +117,9 @@ SOURCES = {
 
 EXAMPLES: dict[str, dict[str, int | str]] = {
     "gpt2": {"layers": 2, "hidden": 32, "heads": 4, "seq": 8, "vocab": 64},
-    "llama": {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "seq": 8, "vocab": 64, "dtype": "float32"},
+    "llama": {
+        "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "seq": 8, "vocab": 64, "dtype": "float32",
+    },
     "bert": {"layers": 2, "hidden": 32, "heads": 4, "seq": 8, "vocab": 64},
     "vit": {"layers": 2, "hidden": 32, "heads": 4, "image": 16, "patch": 4, "classes": 8},
     "resnet": {"layers": 1, "width": 8, "classes": 8, "image": 32},

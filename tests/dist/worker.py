@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -15,10 +16,12 @@ from autopar.ir.mesh import StageMesh, stage_mesh
 from autopar.ir.solution import Decisions
 from autopar.rewrite.program import serial_decisions
 from autopar.runtime.compare import compare, relative_error
-from autopar.runtime.executor import Executor, join_plan
+from autopar.runtime.executor import Executor, OptimizerOptions, RunOptions, join_plan
 from autopar.runtime.mesh import RankMesh, serial_mesh
 from tests.dist.decisions import cut_evenly, data_parallel, random_decisions, tensor_parallel
 from tests.dist.models import BATCH, as_double, captured, global_batch
+from tests.dist.rule_graph import decisions_with, rule_graph, strategies_on
+from tests.rules_cases import CASES, COLLECTIVE_CASES
 
 
 class Bench:
@@ -35,7 +38,7 @@ class Bench:
 
     def error_of(self, decisions: Decisions) -> float:
         """Largest relative error of loss, gradients and updated buffers."""
-        mesh = _meshes(self.graph, decisions)
+        mesh = _mesh_of("", self.graph, decisions)
         executor = Executor(self.graph, decisions, self.state, mesh)
         loss = executor.compute_gradients(self.batch)
         executor.sync_buffers()
@@ -47,9 +50,9 @@ class Bench:
 _MESHES: dict[tuple[object, ...], RankMesh] = {}
 
 
-def _meshes(graph: OpGraph, decisions: Decisions) -> RankMesh:
-    """Process groups are made once for equal meshes and cuts."""
-    key = (graph.name, decisions.mesh, decisions.stages)
+def _mesh_of(name: str, graph: OpGraph, decisions: Decisions) -> RankMesh:
+    """Process groups are made once for equal meshes and cuts of one name."""
+    key = (name or graph.name, decisions.mesh, decisions.stages)
     if key not in _MESHES:
         _MESHES[key] = join_plan(graph, decisions, "cpu")
     return _MESHES[key]
@@ -95,11 +98,11 @@ def named_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
 
 def named_plans(world: int) -> dict[str, Callable[[OpGraph], Decisions]]:
     """Plans on `world` ranks by name, four microbatches each."""
-    flat, whole = stage_mesh(world, 1), stage_mesh(1, 1)
+    flat = stage_mesh(world, 1)
 
     def pipeline(graph: OpGraph, schedule: str, recompute: str = "none") -> Decisions:
-        stages = min(world, len(graph.blocks))
-        base = data_parallel(graph, stage_mesh(world // stages, 1) if world % stages == 0 else whole, "replicated", 4)
+        stages = max(k for k in range(1, world + 1) if world % k == 0 and k <= len(graph.blocks))
+        base = data_parallel(graph, stage_mesh(world // stages, 1), "replicated", 4)
         return replace(base, schedule=schedule, stages=cut_evenly(graph, stages, recompute))
 
     plans: dict[str, Callable[[OpGraph], Decisions]] = {
@@ -113,6 +116,47 @@ def named_plans(world: int) -> dict[str, Callable[[OpGraph], Decisions]]:
     return plans
 
 
-def training_case(arguments: dict[str, Any]) -> list[float]:
-    """Losses of a few optimizer steps under zero1 with clipping, serial first and distributed second."""
-    return []
+def rule_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every rule case under its strategies on one axis, or under random pairs of them on two."""
+    world = dist.get_world_size()
+    mesh = stage_mesh(world) if world == 2 else stage_mesh(2, world // 2)
+    rng = random.Random(0)
+    results = []
+    for case in (*CASES, *COLLECTIVE_CASES):
+        found = rule_graph(case)
+        if found is None:
+            continue
+        graph, state = found
+        serial = Executor(graph, serial_decisions(graph), state, serial_mesh())
+        serial_loss = serial.compute_gradients([])
+        for strategy in strategies_on(graph, mesh, rng, arguments["count"]):
+            decisions = decisions_with(graph, mesh, strategy)
+            executor = Executor(graph, decisions, state, _mesh_of("rules", graph, decisions))
+            error = compare(executor, executor.compute_gradients([]), serial, serial_loss).largest_error
+            buffers = [relative_error(executor.buffers[n], serial.buffers[n]) for n in executor.program.updated_buffers]
+            label = "/".join(axis.label for axis in strategy)
+            results.append({"case": f"{case} {label}", "error": max(error, *buffers, 0.0)})
+    return results
+
+
+def training_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """A few optimizer steps with clipping: the losses and, with SGD, the parameters, against the serial ones.
+
+    AdamW divides by the size of the gradient, so where that is rounding noise the parameter is noise too.
+    """
+    results = []
+    for name, kind in itertools.product(arguments["models"], ("sgd", "adamw")):
+        options = RunOptions(optimizer=OptimizerOptions(kind, learning_rate=1e-2, max_norm=0.5))
+        bench = Bench(name, 4)
+        serial = Executor(bench.graph, serial_decisions(bench.graph, 4), bench.state, serial_mesh(), options)
+        expected = [serial.step(bench.batch) for _ in range(3)]
+        for label, make in named_plans(dist.get_world_size()).items():
+            decisions = make(bench.graph)
+            executor = Executor(bench.graph, decisions, bench.state, _mesh_of("", bench.graph, decisions), options)
+            losses = [executor.step(bench.batch) for _ in range(3)]
+            errors = [abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)]
+            for parameter in executor.store.items if kind == "sgd" else ():
+                found = executor.store.whole_parameter(parameter)
+                errors.append(relative_error(found, serial.store.whole_parameter(parameter)))
+            results.append({"case": f"{name} {kind} {label}", "error": max(errors)})
+    return results

@@ -1,0 +1,62 @@
+"""Whatever the rules admit computes the serial step: loss, every gradient, every buffer, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autopar.runtime.launch import Job, launch_local
+
+pytestmark = pytest.mark.dist
+TOLERANCE = 1e-10
+TOYS = ("toy/mlp", "toy/transformer", "toy/conv", "toy/dropout")
+EXAMPLES = ("gpt2", "llama", "bert", "vit", "resnet", "alexnet", "t5", "mixtral", "unet", "mlp")
+
+
+def errors_on(num_processes: int, work: str, **arguments: Any) -> dict[str, float]:
+    """Largest error of each case over all ranks."""
+    found = launch_local(Job(f"tests.dist.worker:{work}", arguments, num_processes), timeout_s=500)
+    return {rows[0]["case"]: max(row["error"] for row in rows) for rows in zip(*found, strict=True)}
+
+
+def check(errors: dict[str, float], at_least: int) -> None:
+    assert len(errors) >= at_least
+    assert not {case: error for case, error in errors.items() if not error <= TOLERANCE}
+
+
+def test_every_strategy_of_every_rule_on_two_processes() -> None:
+    check(errors_on(2, "rule_cases", count=99), at_least=300)
+
+
+def test_pairs_of_strategies_on_a_mesh_of_two_by_two() -> None:
+    check(errors_on(4, "rule_cases", count=2), at_least=150)
+
+
+def test_known_plans_of_toy_models_on_two_processes() -> None:
+    check(errors_on(2, "named_cases", models=TOYS), at_least=28)
+
+
+def test_known_plans_of_toy_models_on_four_processes() -> None:
+    check(errors_on(4, "named_cases", models=("toy/transformer", "toy/conv")), at_least=14)
+
+
+def test_random_decisions_for_toy_models_on_two_processes() -> None:
+    check(errors_on(2, "random_cases", models=TOYS, microbatches=[1, 2], count=6, seed=0), at_least=48)
+
+
+def test_random_decisions_for_toy_models_on_four_processes() -> None:
+    check(errors_on(4, "random_cases", models=TOYS, microbatches=[2], count=6, seed=1), at_least=24)
+
+
+def test_random_decisions_for_the_example_models_on_two_processes() -> None:
+    check(errors_on(2, "random_cases", models=EXAMPLES, microbatches=[2], count=2, seed=2), at_least=20)
+
+
+@pytest.mark.slow
+def test_random_decisions_for_the_example_models_on_four_processes() -> None:
+    check(errors_on(4, "random_cases", models=EXAMPLES, microbatches=[4], count=10, seed=3), at_least=100)
+
+
+def test_optimizer_steps_with_clipping_follow_the_serial_ones() -> None:
+    check(errors_on(2, "training_cases", models=("toy/transformer", "toy/conv")), at_least=28)
