@@ -1,7 +1,7 @@
-"""The command group and its entry point: turns every deliberate error into one message and an exit code.
+"""The command group, and `invoke`, which turns every deliberate error into one message and an exit code.
 
-0 done, 1 our fault, 2 the user's input, 3 infeasible, 4 verification failed, 130 interrupted. An error that is not
-deliberate keeps its traceback: it is a bug, and the traceback is what we need to fix it.
+0 done, 1 our fault, 2 the user's input, 3 infeasible, 4 verification failed, 130 interrupted, 143 terminated. An error
+that is not deliberate keeps its traceback: it is a bug, and the traceback is what we need to fix it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import click
 
-from autopar.cli.console import EXIT_INTERRUPTED, error_details, report_error
+from autopar.cli.console import error_details, exit_code, report_error
 from autopar.cli.execute import run, verify
 from autopar.cli.explain import explain
 from autopar.cli.gpus import gpus
@@ -46,11 +46,13 @@ def invoke(arguments: Sequence[str]) -> int:
         return report_error(error.format_message() + hint, "usage", 2, as_json, {})
     except AutoparError as error:
         return report_error(str(error), error.kind, error.exit_code, as_json, error_details(error))
-    except (click.Abort, KeyboardInterrupt):
-        return report_error("interrupted", "interrupted", EXIT_INTERRUPTED, as_json, {})
+    except click.Abort as abort:
+        # click's own name for a KeyboardInterrupt, which stays as its cause.
+        return report_error("interrupted", "interrupted", exit_code(abort.__cause__), as_json, {})
     except BrokenPipeError:
+        # The reader has left: nobody to tell, and Python must not try to flush again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 0
     return result if isinstance(result, int) else 0
 
 
@@ -58,8 +60,3 @@ def _usage_hint(error: click.ClickException) -> str:
     if not isinstance(error, click.UsageError) or error.ctx is None:
         return ""
     return f"\n  see '{error.ctx.command_path} --help'"
-
-
-def main() -> None:
-    """Entry point of the `autopar` script."""
-    sys.exit(invoke(sys.argv[1:]))

@@ -17,6 +17,16 @@ import click
 from autopar.errors import AutoparError, InfeasibleError
 
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, made to unwind the stack as Ctrl-C does: nothing catches a KeyboardInterrupt by mistake."""
+
+
+def exit_code(stop: BaseException | None) -> int:
+    """130 for Ctrl-C, 143 for SIGTERM, as shells report them."""
+    return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
 
 
 def print_json(content: Any) -> None:

@@ -107,9 +107,10 @@ def open_session(
 
 
 def _serial_session(source: ModelSource, request: PlanRequest, plan: Plan | None, training: TrainingOptions) -> Session:
-    count = 1 if plan is None else plan.decisions.num_microbatches
-    batch_size = request.batch_size or (source.batch_size if plan is None else plan.model.batch_size)
-    return _start(source, plan, training, batch_size, count)
+    if plan is None:
+        return _start(source, None, training, request.batch_size or source.batch_size, 1)
+    _check_model(source, plan)
+    return _start(source, plan, training, plan.model.batch_size, plan.decisions.num_microbatches)
 
 
 def _agreed_plan(source: ModelSource, request: PlanRequest, plan: Plan | None, reference: ModelReference) -> Plan:
@@ -135,16 +136,23 @@ def _agreed_plan(source: ModelSource, request: PlanRequest, plan: Plan | None, r
 def _plan_for(source: ModelSource, request: PlanRequest, plan: Plan | None, reference: ModelReference) -> Plan:
     from autopar.capture.export import capture
 
-    batch_size = request.batch_size if plan is None else plan.model.batch_size
-    graph = capture(source, batch_size=batch_size).graph
-    if plan is None:
-        return cached_plan(graph, reference, request, choose_target(request))
-    if graph_hash(graph) != plan.model.graph_hash:
+    if plan is not None:
+        _check_model(source, plan)
+        return plan
+    graph = capture(source, batch_size=request.batch_size).graph
+    return cached_plan(graph, reference, request, choose_target(request))
+
+
+def _check_model(source: ModelSource, plan: Plan) -> None:
+    """Raise PlanMismatchError unless the plan was made for this model and batch."""
+    from autopar.capture.export import capture
+
+    found = graph_hash(capture(source, batch_size=plan.model.batch_size).graph)
+    if found != plan.model.graph_hash:
         raise PlanMismatchError(
             f"the plan was made for another model or batch: {plan.model.source}, graph {plan.model.graph_hash[:12]}; "
-            f"this one is {source.name}, graph {graph_hash(graph)[:12]}; make the plan again"
+            f"this one is {source.name}, graph {found[:12]}; make the plan again"
         )
-    return plan
 
 
 def _start(
