@@ -19,23 +19,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from autopar.ir.cost import Array
 from autopar.search.cuts import Prices
 from autopar.search.evaluate import MEMORY_TOLERANCE, Layout
-from autopar.search.ilp import Row, solve_ilp
 from autopar.search.problem import Problem, Weights
-from autopar.search.reduce import min_marginals, restrict
 from autopar.search.rows import LinearRow, combine, memory_row, objective_weights, state_row, time_rows, value_of
 from autopar.search.solver import Program, solve_program
 
 MAX_ROUNDS = 40
 PENALTY = 1e3
-LARGEST_ILP = 150_000
-"""Pairs; above this HiGHS is not started and the gap is reported instead."""
 
 Offer = Callable[[tuple[int, ...]], float]
 """Makes plans from a choice; returns the value that a bound must reach for its owner to be discarded."""
@@ -47,7 +43,8 @@ class LayoutBound:
 
     Attributes:
         bound: best lower bound so far, inf if proven infeasible.
-        multipliers: of `rows`, at the best bound.
+        multipliers: of the first of `rows`, at the best bound.
+        shares: weight of each of `points` in the last master.
         rows: time rows, then memory rows met so far.
     """
 
@@ -60,6 +57,13 @@ class LayoutBound:
     bound: float = -math.inf
     multipliers: Array = field(default_factory=lambda: np.zeros(0))
     points: list[tuple[tuple[int, ...], Array]] = field(default_factory=list)
+    shares: Array = field(default_factory=lambda: np.zeros(0))
+
+    def combined(self) -> tuple[Weights, float]:
+        """Objective plus multipliers times rows, and the constant to add to its minimum."""
+        pairs = list(zip(self.multipliers, self.rows, strict=False))
+        weights = combine([(1.0, self.base), *((float(m), row.weights) for m, row in pairs)])
+        return weights, weights.constant - sum(float(m) * row.limit for m, row in pairs)
 
     def add_memory_rows(self, choice: tuple[int, ...], totals: Array) -> bool:
         """Add the rows that `choice` breaks; False if it breaks none."""
@@ -68,7 +72,7 @@ class LayoutBound:
         known = {row.key for row in self.rows}
         added = False
         for stage in range(self.layout.num_stages):
-            row = memory_row(self.problem, self.layout, stage, choice, totals, self.memory_bytes)
+            row = memory_row(self.problem, self.layout, stage, choice, totals, memory_bytes=self.memory_bytes)
             used = value_of(self.problem, row.weights, choice, totals)
             if used > self.memory_bytes * (1 + MEMORY_TOLERANCE) and row.key not in known:
                 self.rows.append(row)
@@ -91,19 +95,16 @@ def tighten(work: LayoutBound, offer: Offer, tolerance: float) -> None:
     if not _memory_reachable(work):
         work.bound = math.inf
         return
-    count = len(work.rows)
-    multipliers = np.array([work.tau_cost / count] * count) if count else np.zeros(0)
+    multipliers = _start(work)
     for _ in range(MAX_ROUNDS):
-        terms = [(1.0, work.base), *zip(multipliers, (row.weights for row in work.rows), strict=True)]
-        weights = combine(terms)
+        weights, constant = replace(work, multipliers=multipliers).combined()
         run = work.problem.solve(weights)
         if not math.isfinite(run.value):
             work.bound = math.inf
             return
-        limits = sum(m * row.limit for m, row in zip(multipliers, work.rows, strict=True))
-        bound = run.value + weights.constant - float(limits)
-        if bound > work.bound:
-            work.bound, work.multipliers = bound, multipliers
+        bound = run.value + constant
+        if bound > work.bound or len(work.multipliers) == 0:
+            work.bound, work.multipliers = max(bound, work.bound), multipliers
         if run.choice is None or bound >= offer(run.choice):
             return
         totals = work.problem.block_totals(run.choice)
@@ -115,6 +116,14 @@ def tighten(work: LayoutBound, offer: Offer, tolerance: float) -> None:
         if not added and master - work.bound <= tolerance * abs(master):
             return
     return
+
+
+def _start(work: LayoutBound) -> Array:
+    """Multipliers to begin with: those known, else tau's cost spread over the rows that have tau."""
+    if len(work.multipliers):
+        return padded(work.multipliers, len(work.rows))
+    taus = np.array([row.tau_coefficient for row in work.rows])
+    return taus * (work.tau_cost / taus.sum()) if taus.any() else np.zeros(len(taus))
 
 
 def _memory_reachable(work: LayoutBound) -> bool:
@@ -137,7 +146,7 @@ def _master(work: LayoutBound) -> tuple[float, Array]:
     limits = np.array([row.limit for row in rows])
     scale = np.maximum(np.abs(matrix).max(axis=1), 1e-300)
     num_points, num_rows = len(costs), len(rows)
-    penalty = PENALTY * max(max(abs(c) for c in costs), 1e-300)
+    penalty = PENALTY * max(1e-300, *(abs(c) for c in costs))
     is_memory = np.array([row.tau_coefficient == 0 for row in rows], dtype=np.float64)
     taus = np.array([row.tau_coefficient for row in rows])
     time_scale = float(np.max(scale[taus > 0], initial=1e-300))
@@ -161,12 +170,15 @@ def _master(work: LayoutBound) -> tuple[float, Array]:
         )
     )
     if result.duals is None:
-        return work.bound, _padded(work.multipliers, num_rows)
+        return work.bound, padded(work.multipliers, num_rows)
+    if result.values is not None:
+        work.shares = result.values[:num_points]
     multipliers = np.maximum(-result.duals[:num_rows], 0.0) / scale
     return result.objective, _tau_feasible(multipliers, taus, work.tau_cost)
 
 
-def _padded(multipliers: Array, count: int) -> Array:
+def padded(multipliers: Array, count: int) -> Array:
+    """Zeros for the rows that came later."""
     return np.append(multipliers, np.zeros(count - len(multipliers)))
 
 
@@ -174,49 +186,3 @@ def _tau_feasible(multipliers: Array, taus: Array, tau_cost: float) -> Array:
     """Scale the time multipliers down where rounding made their sum exceed tau's cost."""
     total = float(multipliers @ taus)
     return np.where(taus > 0, multipliers * (tau_cost / total), multipliers) if total > tau_cost else multipliers
-
-
-def close_gap(work: LayoutBound, offer: Offer, cutoff: float, tolerance: float) -> bool:
-    """Solve what the multipliers leave by HiGHS, after fixing out what cannot beat `cutoff`.
-
-    Returns:
-        True if `work.bound` is now exact (or at least `cutoff`), False if the core was too large.
-    """
-    problem = work.problem
-    for _ in range(MAX_ROUNDS):
-        keep = _survivors(work, cutoff)
-        if keep is None or any(len(k) == 0 for k in keep):
-            work.bound = max(work.bound, cutoff)
-            return True
-        objective = restrict(problem.network(work.base), keep)
-        if sum(t.size for t in objective.pairs.values()) > LARGEST_ILP:
-            return False
-        rows = [Row(restrict(problem.network(r.weights), keep), _limit(r), r.tau_coefficient) for r in work.rows]
-        result, choice = solve_ilp(objective, rows, tau_cost=work.tau_cost, relative_gap=tolerance)
-        if result.status == "infeasible" or choice is None:
-            work.bound = max(work.bound, cutoff)
-            return result.status == "infeasible"
-        work.bound = max(work.bound, min(cutoff, result.bound + work.base.constant))
-        original = tuple(int(k[p]) for k, p in zip(keep, choice, strict=True))
-        cutoff = min(cutoff, offer(original))
-        if work.bound >= cutoff or not work.add_memory_rows(original, problem.block_totals(original)):
-            return True
-    return False
-
-
-def _limit(row: LinearRow) -> float:
-    """Limit for the solver: what the functional's constant leaves, loosened by the memory tolerance."""
-    slack = MEMORY_TOLERANCE * row.limit if row.tau_coefficient == 0 else 0.0
-    return row.limit + slack - row.weights.constant
-
-
-def _survivors(work: LayoutBound, cutoff: float) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]] | None:
-    """Strategies that some assignment below `cutoff` may use; None if none is left."""
-    multipliers = _padded(work.multipliers, len(work.rows))
-    weights = combine([(1.0, work.base), *zip(multipliers, (row.weights for row in work.rows), strict=True)])
-    run = work.problem.run(weights)
-    if run.choice is None or not math.isfinite(cutoff):
-        return [np.arange(size) for size in work.problem.sizes]
-    constant = weights.constant - sum(m * row.limit for m, row in zip(multipliers, work.rows, strict=True))
-    margin = 1e-9 * abs(cutoff)
-    return [np.flatnonzero(cost + constant <= cutoff + margin) for cost in min_marginals(run)]

@@ -124,11 +124,12 @@ def _number(objective: Network) -> _Columns:
 
 
 def _spread(network: Network, columns: _Columns, out: Array) -> None:
-    """Write a network's coefficients to their columns."""
+    """Write a network's coefficients to their columns; pairs made by presolve are in no row."""
     for cost, start in zip(network.unary, columns.first, strict=True):
         out[start : start + len(cost)] = np.where(np.isfinite(cost), cost, 0.0)
     for pair, (p, q), start in zip(columns.pairs, columns.finite, columns.first_pair, strict=True):
-        out[start : start + len(p)] = network.pairs[pair][p, q]
+        if pair in network.pairs:
+            out[start : start + len(p)] = network.pairs[pair][p, q]
 
 
 def _choose(objective: Network, columns: _Columns, matrix: _Matrix) -> None:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autopar.ir.cost import Array, Device
-from autopar.search.bounds import LayoutBound, close_gap, tighten
+from autopar.search.bounds import LayoutBound, tighten
+from autopar.search.branch import close_gap
 from autopar.search.cuts import CutRules, chain, interval_figures, memory_by_position
 from autopar.search.evaluate import Figures, Layout, evaluate
 from autopar.search.problem import NUM_WEIGHTS, Problem, Weights
@@ -93,7 +94,7 @@ def leanest(problem: Problem, device: Device, rules: CutRules) -> Lean | None:
         work = _lean_bound(problem, layout)
         tighten(work, best.offer, 1e-3)
         if work.bound < best.peak * (1 - 1e-9) and proven:
-            close_gap(work, best.offer, best.peak, 1e-6)
+            close_gap(work, best.offer, 1e-6)
     return Lean(*best.found, proven) if best.found else None
 
 

@@ -146,7 +146,7 @@ class Problem:
         return run_plan(self.plan, self.network(weights))
 
     def block_totals(self, choice: Sequence[int]) -> Array:
-        """[NUM_CHANNELS, num_blocks + 1]: sums per block of every channel (workspace: the maximum), last column shared."""
+        """[NUM_CHANNELS, num_blocks + 1]: sums per block of every channel (workspace: maximum); last column shared."""
         chosen = self.values[:, self.offsets[:-1] + np.asarray(choice, dtype=np.int64)]
         totals = chosen @ self.node_count
         present = self.node_count > 0

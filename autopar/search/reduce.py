@@ -83,7 +83,13 @@ class Elimination:
     network: Network
 
 
-def make_plan(sizes: tuple[int, ...], pairs: Sequence[tuple[int, int]], cap: int, max_scope: int = 64) -> Plan:
+def make_plan(
+    sizes: tuple[int, ...],
+    pairs: Sequence[tuple[int, int]],
+    cap: int,
+    max_scope: int = 64,
+    candidates: Sequence[bool] | None = None,
+) -> Plan:
     """Min-size elimination order over the structure given by `pairs`.
 
     Args:
@@ -91,6 +97,7 @@ def make_plan(sizes: tuple[int, ...], pairs: Sequence[tuple[int, int]], cap: int
         pairs: sorted node pairs that share a factor.
         cap: largest table made, entries.
         max_scope: most neighbours of an eliminated node.
+        candidates: which nodes may be eliminated; None: all.
     """
     neighbours: list[set[int]] = [set() for _ in sizes]
     for i, j in pairs:
@@ -110,7 +117,7 @@ def make_plan(sizes: tuple[int, ...], pairs: Sequence[tuple[int, int]], cap: int
     steps: list[Step] = []
     while heap:
         size, v = heapq.heappop(heap)
-        if gone[v] or size != _table_size(sizes, neighbours, v):
+        if gone[v] or size != _table_size(sizes, neighbours, v) or (candidates is not None and not candidates[v]):
             continue
         if size > cap or len(neighbours[v]) > max_scope:
             continue
@@ -183,9 +190,10 @@ def run_plan(plan: Plan, network: Network) -> Elimination:
 def back_substitute(plan: Plan, buckets: Sequence[Array], choice: list[int]) -> tuple[int, ...]:
     """Best strategies of the eliminated nodes, given those of the core already set in `choice`."""
     for step, bucket in zip(reversed(plan.steps), reversed(buckets), strict=True):
+        column = bucket
         for u in step.scope:
-            bucket = bucket[:, choice[u]]
-        choice[step.node] = int(np.argmin(bucket))
+            column = column[:, choice[u]]
+        choice[step.node] = int(np.argmin(column))
     return tuple(choice)
 
 

@@ -144,7 +144,7 @@ def state_row(problem: Problem, layout: Layout, stage: int, memory_bytes: float)
 
 
 def memory_row(
-    problem: Problem, layout: Layout, stage: int, choice: Sequence[int], totals: Array, memory_bytes: float
+    problem: Problem, layout: Layout, stage: int, choice: Sequence[int], totals: Array, *, memory_bytes: float
 ) -> LinearRow:
     """The memory row of stage k that is exact at `choice`: its largest block and its largest workspace."""
     weights = state_row(problem, layout, stage, memory_bytes).weights

@@ -22,6 +22,8 @@ from autopar.search.stages import Plan, Progress, Space, WeightedSearch
 SOLVER = "elimination + dynamic programme + HiGHS"
 NUM_ALTERNATIVES = 6
 MAX_EDP_ROUNDS = 24
+EDP_TOLERANCE_SHARE = 3
+"""A vertex of two half-planes with gap g each has a product with gap 2 g."""
 
 
 def search(
@@ -56,8 +58,10 @@ def search(
     _check(pins, gap_tolerance)
     skeletons = list_skeletons(tables, pins, use_all=use_all, max_microbatches=max_microbatches)
     deadline = None if time_limit_s is None else started + time_limit_s
-    space = Space(tables, objective, pins.schedule or "1f1b", gap_tolerance, skeletons, deadline, progress)
-    bound, bounds = _product(space) if objective.kind == "edp" else _linear(space)
+    is_product = objective.kind == "edp"
+    inner = gap_tolerance / EDP_TOLERANCE_SHARE if is_product else gap_tolerance
+    space = Space(tables, objective, pins.schedule or "1f1b", inner, skeletons, deadline, progress)
+    bound, bounds = _product(space, gap_tolerance) if is_product else _linear(space)
     if space.best is None:
         if space.out_of_time:
             raise SolverLimitError(f"no plan found within {time_limit_s} s; allow more time or pin more choices")
@@ -105,7 +109,7 @@ def _linear(space: Space) -> tuple[float, dict[Skeleton, float]]:
     return result.bound, run.bounds
 
 
-def _product(space: Space) -> tuple[float, dict[Skeleton, float]]:
+def _product(space: Space, gap_tolerance: float) -> tuple[float, dict[Skeleton, float]]:
     """Dichotomy on weights; see the module docstring."""
     planes: list[tuple[float, float, float]] = []
     alpha, beta = 1.0, 0.0
@@ -123,7 +127,7 @@ def _product(space: Space) -> tuple[float, dict[Skeleton, float]]:
             continue
         time_s, energy_j = _least_vertex(planes)
         bound = max(bound, time_s * energy_j)
-        if bound >= space.value(space.best) * (1 - space.tolerance) or not result.complete:
+        if bound >= space.value(space.best) * (1 - gap_tolerance) or not result.complete:
             break
         alpha, beta = (energy_j, time_s) if time_s > 0 and energy_j > 0 else (1.0, 1.0)
         scale = alpha + beta

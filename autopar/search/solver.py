@@ -6,8 +6,12 @@ Statuses follow MathOpt: `optimal` (within the asked gap), `feasible` (stopped w
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +23,8 @@ from autopar.ir.cost import Array
 
 LARGEST_COEFFICIENT = 1e4
 SEED = 1
+STDOUT = 1
+"""File descriptor of the process's standard output."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ def solve_program(program: Program, *, relative_gap: float = 1e-9, time_limit_s:
     if time_limit_s is not None:
         parameters.time_limit = datetime.timedelta(seconds=max(time_limit_s, 1e-3))
     parameters.highs.int_options["threads"] = 1
-    result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
+    with _quiet_stdout():
+        result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
     is_linear = not bool(program.integer.any())
     reason = result.termination.reason
     if reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
@@ -73,6 +80,25 @@ def solve_program(program: Program, *, relative_gap: float = 1e-9, time_limit_s:
     if is_linear and result.has_dual_feasible_solution():
         duals = np.array(result.dual_values(list(model.linear_constraints())), dtype=np.float64) / scale
     return ProgramResult(status, values, objective, min(bound, objective), duals)
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Send the process's stdout to nowhere: HiGHS 1.12 prints a debugging line from C++ even when told to be silent."""
+    sys.stdout.flush()
+    try:
+        saved = os.dup(STDOUT)
+    except OSError:
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, STDOUT)
+        yield
+    finally:
+        os.dup2(saved, STDOUT)
+        os.close(nowhere)
+        os.close(saved)
 
 
 def _objective_scale(cost: Array) -> float:

@@ -25,7 +25,8 @@ import numpy as np
 
 from autopar.ir.cost import Array, Device, TableSource
 from autopar.ir.solution import Objective
-from autopar.search.bounds import close_gap, make_layout_bound, tighten
+from autopar.search.bounds import make_layout_bound, tighten
+from autopar.search.branch import close_gap
 from autopar.search.cuts import CutRules, Prices, best_cuts
 from autopar.search.evaluate import Figures, Layout, evaluate, fixed_power_w
 from autopar.search.problem import Problem, Weights, make_problem
@@ -319,7 +320,7 @@ class WeightedSearch:
         work = make_layout_bound(relax.problem, layout, relax.prices, relax.memory_bytes)
         tighten(work, lambda p: self._offer(skeleton, relax, p), self.space.tolerance / 4)
         if work.bound < self.cutoff:
-            close_gap(work, lambda p: self._offer(skeleton, relax, p), self.value, self.space.tolerance / 4)
+            close_gap(work, lambda p: self._offer(skeleton, relax, p), self.space.tolerance / 4)
         return work.bound
 
     def _improve(self, skeleton: Skeleton, relax: Relaxation) -> None:
