@@ -117,7 +117,7 @@ class ChoiceMaker:
                 _codes(grid, [[s.outputs[i] for s in axis] for axis in options], values[name].requires_grad)
                 for i, name in enumerate(op.outputs)
             ),
-            np.asarray([[s.splits_work for s in choice] for choice in grid.choices]),
+            np.asarray([[s.splits_work for s in choice] for choice in grid.choices], dtype=np.bool_),
             tuple(p for p in preferences if p is not None),
         )
 
@@ -157,7 +157,7 @@ class ChoiceMaker:
         """`zero` pinned to 1 or 3: that storage on the data axis wherever it divides."""
         if self.pins.zero not in (1, 3):
             return ()
-        labels = np.asarray([choice[DP].label for choice in grid.choices])
+        labels = np.asarray([choice[DP].label if choice else "" for choice in grid.choices])
         wanted = labels == f"zero{self.pins.zero}"
         return (Preference(~wanted & (labels != "sharded"), wanted),)
 

@@ -85,7 +85,7 @@ class Grid:
             np.asarray([code_of(p) for p in placements], dtype=np.int64)[self.axis_index[:, axis]]
             for axis, placements in enumerate(per_axis)
         ]
-        return np.stack(columns, axis=1)
+        return np.stack(columns, axis=1) if columns else np.zeros((len(self.choices), 0), dtype=np.int64)
 
 
 def make_grid(per_axis: Sequence[Sequence[Any]]) -> Grid:

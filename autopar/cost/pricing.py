@@ -168,7 +168,7 @@ class Pricer:
         return total
 
     def parameter(
-        self, value: Value, choices: ParameterChoices, mesh: StageMesh, traffic: Array
+        self, value: Value, choices: ParameterChoices, mesh: StageMesh, *, traffic: Array, block_bytes: int
     ) -> tuple[Codes, NodePrice]:
         """Positions of the choices that divide evenly, and their prices.
 
@@ -177,6 +177,8 @@ class Pricer:
             choices: all choices.
             mesh: for group sizes.
             traffic: [choice, terms] of gathering the exposed from the stored parameter (see `transfers`).
+            block_bytes: of all parameters of its block. What is gathered stays until the block's forward is over,
+                so a gathered parameter takes room for its whole block, and for its gradient.
         """
         sizes, whole = mesh.sizes, float(value.meta.num_bytes)
         cuts = [divisors(c, value.meta.shape, sizes) for c in (choices.storage, choices.exposed, choices.optimizer)]
@@ -189,11 +191,11 @@ class Pricer:
         price.forward_s, price.state_bytes = gathers, stored
         price.microbatch_j = whole * terms[:, 4]
         moved = choices.regathered[kept]
-        price.workspace_bytes = np.where(moved, exposed, 0.0)
+        price.workspace_bytes = np.where(moved, exposed * block_bytes / max(whole, 1.0), 0.0)
         if self.training and value.requires_grad:
             price.backward_s = again + terms[:, 2] + whole * terms[:, 3]
             price.microbatch_j = price.microbatch_j + np.where(moved, 0.5 * whole * terms[:, 4], 0.0)
-            price.workspace_bytes = np.where(moved, 2 * exposed, 0.0)
+            price.workspace_bytes = price.workspace_bytes + np.where(moved, exposed, 0.0)
             price.state_bytes = 2 * stored + self.states * optimizer
             self._synchronise(price, choices, kept, mesh, stored)
             update = self.update_passes * optimizer

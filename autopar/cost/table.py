@@ -181,8 +181,13 @@ class _TableMaker:
             ends = (sharding_ids(choices.gathered_from), sharding_ids(choices.exposed))
             found.append((index, template, value, choices, self.transfers.each(*ends, value.requires_grad)))
         terms = self.transfers.terms(self.source.cluster, self.mesh)
+        in_block: dict[int, int] = {}
+        for _, template, value, _, _ in found:
+            in_block[template.blocks[0]] = in_block.get(template.blocks[0], 0) + value.meta.num_bytes
         for index, template, value, choices, pairs in found:
-            kept, priced = self.source._pricer.parameter(value, choices, self.mesh, terms[pairs])
+            kept, priced = self.source._pricer.parameter(
+                value, choices, self.mesh, traffic=terms[pairs], block_bytes=in_block[template.blocks[0]]
+            )
             strategies = tuple(choices.grid.choices[i] for i in kept)
             nodes[index] = _Node(template, strategies, (sharding_ids(choices.exposed)[kept],), (), priced)
 

@@ -68,7 +68,9 @@ class Transfers:
             [collective_cost(cluster, kind, mesh.group(axis)) for kind in COLLECTIVES] for axis in range(self.num_axes)
         ]
         latency, slope, energy = (
-            np.asarray([[getattr(cost, name) for cost in row] for row in costs]).reshape(self.num_axes, -1)
+            np.asarray([[getattr(cost, name) for cost in row] for row in costs]).reshape(
+                self.num_axes, len(COLLECTIVES)
+            )
             for name in ("latency_s", "s_per_byte", "j_per_byte")
         )
         pair, phase, axis, kind, sharded = entries.T

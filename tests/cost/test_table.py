@@ -100,6 +100,14 @@ def test_parameter_rows_pay_their_collectives() -> None:
     assert list(node.state_bytes[[row[k] for k in ("replicated", "zero1", "zero3", "sharded")]]) == [512, 384, 256, 256]
 
 
+def test_a_gathered_parameter_takes_room_for_its_block_and_its_gradient() -> None:
+    node = node_of(make(mlp_graph(8, (4, 8)), 2), "param:linear_0_weight")
+    row = labels(node).index("zero3")
+    # weight 128 B and bias 32 B gathered, and the weight's gradient
+    assert node.workspace_bytes[row] == 128 + 32 + 128
+    assert node.workspace_bytes[0] == 0
+
+
 def test_edges_price_redistribution_of_the_local_value() -> None:
     table = make(mlp_graph(8, (4, 8, 4), bias=False), 2)
     at = {node.name: i for i, node in enumerate(table.nodes)}
@@ -223,7 +231,7 @@ def test_faster_hardware_never_raises_any_entry(name: str, sizes: tuple[int, ...
 
 
 @pytest.mark.parametrize("name", sorted(GRAPHS))
-@pytest.mark.parametrize("sizes", [(1,), (2,), (2, 2), (4, 2), (1, 2)])
+@pytest.mark.parametrize("sizes", [(), (1,), (2,), (2, 2), (4, 2), (1, 2)])
 def test_whole_everywhere_is_always_allowed_and_every_array_fits(name: str, sizes: tuple[int, ...]) -> None:
     table = make(GRAPHS[name], *sizes)
     for node in table.nodes:
