@@ -77,10 +77,9 @@ def best_cuts(problem: Problem, choice: Sequence[int], rules: CutRules, prices: 
         for memory in memory_by_position(intervals, rules, num_microbatches)
     ]
     slope = prices.step_weight * (num_microbatches - 1)
-    free = chain(by_position)
-    if not math.isfinite(free[0]):
+    value, path = scan_tau(by_position, intervals.time, slope)
+    if not path:
         return None
-    value, path = _scan_tau(by_position, intervals.time, slope, free)
     starts = tuple(start for start, _ in path)
     return value, Layout(problem.num_blocks, starts, tuple(rules.recompute[r] for _, r in path), rules.schedule)
 
@@ -98,7 +97,12 @@ def memory_by_position(intervals: Intervals, rules: CutRules, num_microbatches: 
 _Path = list[tuple[int, int]]
 
 
-def _scan_tau(by_position: list[Array], time: Array, slope: float, free: tuple[float, _Path]) -> tuple[float, _Path]:
+def scan_tau(by_position: list[Array], time: Array, slope: float) -> tuple[float, _Path]:
+    """Min over tau of f_K[0] + slope * tau, and the path; (inf, []) if nothing fits."""
+    free = chain(by_position)
+    if not free[1]:
+        return free
+
     def bottleneck(path: _Path) -> float:
         stops = [start for start, _ in path[1:]] + [time.shape[2] - 1]
         return max(float(time[r, i, j]) for (i, r), j in zip(path, stops, strict=True))
@@ -163,9 +167,9 @@ def interval_figures(problem: Problem, choice: Sequence[int], recompute: Sequenc
     shared_redo = totals[(REDO, REDO_ENERGY), num_blocks]
     sums[REDO] -= shared_redo[0]
     sums[REDO_ENERGY] -= shared_redo[1]
-    workspace = _running_max(totals[WORKSPACE, :num_blocks], float(totals[WORKSPACE, num_blocks]))
+    workspace = running_max(totals[WORKSPACE, :num_blocks], float(totals[WORKSPACE, num_blocks]))
     block_activations = totals[ACTIVATION, :num_blocks]
-    largest_block = _running_max(block_activations, 0.0)
+    largest_block = running_max(block_activations, 0.0)
     _add_foreign(problem, choice, sums, workspace)
     seconds, joules = send_costs(problem, choice)
     time = np.array([sums[TIME] + (sums[REDO] if r else 0.0) + seconds[:, None] for r in recompute])
@@ -177,7 +181,7 @@ def interval_figures(problem: Problem, choice: Sequence[int], recompute: Sequenc
     return Intervals(time, energy, fixed, kept)
 
 
-def _running_max(per_block: Array, least: float) -> Array:
+def running_max(per_block: Array, least: float) -> Array:
     """[start, stop] maximum over blocks start..stop-1, at least `least`."""
     num_blocks = len(per_block)
     result = np.full((num_blocks, num_blocks + 1), least)

@@ -86,24 +86,8 @@ def _cheapest_sends(relax: Relaxation, time_weight: float) -> float:
     return float(np.sum(np.sort(prices[1:])[: relax.num_stages - 1]))
 
 
-def block_minima(problem: Problem, *, redo: bool) -> Array:
-    """Least loaded seconds of every block by itself; the last entry is for shared entries."""
-    minima = np.zeros(problem.num_blocks + 1)
-    known: dict[bytes, float] = {}
-    for block in range(problem.num_blocks + 1):
-        key = problem.node_count[:, block].tobytes() + problem.edge_count[:, block].tobytes()
-        if key not in known:
-            blocks = np.zeros((problem.num_blocks + 1, NUM_WEIGHTS))
-            blocks[block, TIME] = 1.0
-            if redo and block < problem.num_blocks:
-                blocks[block, REDO] = 1.0
-            known[key] = problem.solve(Weights(blocks)).value
-        minima[block] = known[key]
-    return minima
-
-
 def least_bottleneck(minima: Array, num_stages: int) -> float:
-    """tau*: the smallest possible largest stage; `minima` as from `block_minima`."""
+    """tau*: the smallest possible largest stage; `minima` per block, the shared part last."""
     per_block, shared = minima[:-1], float(minima[-1])
     prefix = np.concatenate([[0.0], np.cumsum(per_block)])
     interval = prefix[None, :] - prefix[:-1, None]

@@ -22,8 +22,8 @@ from autopar.search.stages import Plan, Progress, Space, WeightedSearch
 SOLVER = "elimination + dynamic programme + HiGHS"
 NUM_ALTERNATIVES = 6
 MAX_EDP_ROUNDS = 24
-EDP_TOLERANCE_SHARE = 3
-"""A vertex of two half-planes with gap g each has a product with gap 2 g."""
+LINEAR_SHARE, EDP_SHARE = 0.999, 0.333
+"""Part of the gap that a weighted search may leave: all but rounding; the product of two planes doubles it."""
 
 
 def search(
@@ -59,7 +59,7 @@ def search(
     skeletons = list_skeletons(tables, pins, use_all=use_all, max_microbatches=max_microbatches)
     deadline = None if time_limit_s is None else started + time_limit_s
     is_product = objective.kind == "edp"
-    inner = gap_tolerance / EDP_TOLERANCE_SHARE if is_product else gap_tolerance
+    inner = gap_tolerance * (EDP_SHARE if is_product else LINEAR_SHARE)
     space = Space(tables, objective, pins.schedule or "1f1b", inner, skeletons, deadline, progress)
     bound, bounds = _product(space, gap_tolerance) if is_product else _linear(space)
     if space.best is None:

@@ -18,10 +18,8 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-
-import numpy as np
 
 from autopar.ir.cost import Array, Device, TableSource
 from autopar.ir.solution import Objective
@@ -29,11 +27,11 @@ from autopar.search.bounds import make_layout_bound, tighten
 from autopar.search.branch import close_gap
 from autopar.search.cuts import CutRules, Prices, best_cuts
 from autopar.search.evaluate import Figures, Layout, evaluate, fixed_power_w
+from autopar.search.optimist import MOST_LAYOUTS, Blocks, make_optimist, pay_vectors
 from autopar.search.problem import Problem, Weights, make_problem
 from autopar.search.relax import (
     Relaxation,
     additive_weights,
-    block_minima,
     largest_useful_tau,
     least_bottleneck,
     least_in_flight,
@@ -42,8 +40,9 @@ from autopar.search.relax import (
 )
 from autopar.search.space import FEW_TABLES, MODES, IdealBound, Skeleton
 
-LAYOUT_WORK = 20_000_000
-"""Layouts x (strategies + pairs) that one skeleton may enumerate; above it the relaxation's bound stands."""
+LAYOUT_WORK = 6_000_000
+LAYOUT_OVERHEAD = 20_000
+"""A skeleton closes at most LAYOUT_WORK / (strategies + pairs + LAYOUT_OVERHEAD) layouts; the rest keep their bound."""
 IMPROVE_ROUNDS = 3
 
 Progress = Callable[[dict[str, object]], None]
@@ -77,7 +76,7 @@ class Space:
     deadline_s: float | None = None
     progress: Progress | None = None
     problems: dict[tuple[tuple[int, ...], int], Problem | None] = field(default_factory=dict)
-    minima: dict[tuple[tuple[int, ...], int, bool], Array] = field(default_factory=dict)
+    parts: dict[tuple[tuple[int, ...], int], Blocks] = field(default_factory=dict)
     plans: dict[Skeleton, Plan] = field(default_factory=dict)
     best: Plan | None = None
     ideal: IdealBound | None = None
@@ -101,11 +100,8 @@ class Space:
             self.problems[key] = make_problem(table) if table is not None else None
         return self.problems[key]
 
-    def block_minima(self, skeleton: Skeleton, problem: Problem) -> Array:
-        key = (skeleton.sizes, skeleton.num_microbatches, skeleton.mode == "full")
-        if key not in self.minima:
-            self.minima[key] = block_minima(problem, redo=skeleton.mode == "full")
-        return self.minima[key]
+    def blocks(self, skeleton: Skeleton, problem: Problem) -> Blocks:
+        return self.parts.setdefault((skeleton.sizes, skeleton.num_microbatches), Blocks(problem))
 
     def value(self, plan: Plan) -> float:
         return self.objective.value(plan.figures.time_s, plan.figures.energy_j)
@@ -236,13 +232,15 @@ class WeightedSearch:
         weights = additive_weights(scaled)
         return problem.solve(Weights(weights.blocks)).value
 
+    def _rules(self, skeleton: Skeleton, relax: Relaxation) -> CutRules:
+        return CutRules(skeleton.num_stages, self.space.schedule, MODES[skeleton.mode], relax.memory_bytes)
+
     def _offer(self, skeleton: Skeleton, relax: Relaxation, choice: tuple[int, ...]) -> float:
         """Make the best plan of these shardings; returns the cutoff."""
         if (skeleton, choice) in self.offered:
             return self.cutoff
         self.offered.add((skeleton, choice))
-        rules = CutRules(skeleton.num_stages, self.space.schedule, MODES[skeleton.mode], relax.memory_bytes)
-        found = best_cuts(relax.problem, choice, rules, relax.prices)
+        found = best_cuts(relax.problem, choice, self._rules(skeleton, relax), relax.prices)
         if found is None:
             return self.cutoff
         layout = found[1]
@@ -269,15 +267,20 @@ class WeightedSearch:
         run = relax.problem.solve(weights)
         if run.choice is not None:
             self._offer(skeleton, relax, run.choice)
-        tau = least_bottleneck(self.space.block_minima(skeleton, relax.problem), relax.num_stages)
+        tau = least_bottleneck(self._minima(skeleton, relax), relax.num_stages)
         return max(bound, run.value + weights.constant + relax.slope * tau)
 
     def _additive(self, relax: Relaxation) -> float:
         weights = additive_weights(relax)
         return relax.problem.solve(weights).value + weights.constant
 
+    def _minima(self, skeleton: Skeleton, relax: Relaxation) -> Array:
+        """Least loaded seconds of every block."""
+        vectors = pay_vectors(1.0, 0.0, redo=skeleton.mode == "full")
+        return self.space.blocks(skeleton, relax.problem).minima(*vectors)
+
     def _tau_cap(self, skeleton: Skeleton, relax: Relaxation) -> tuple[Array, float]:
-        minima = self.space.block_minima(skeleton, relax.problem)
+        minima = self._minima(skeleton, relax)
         return minima, largest_useful_tau(relax, self._additive(relax), self.cutoff)
 
     def _memory(self, skeleton: Skeleton, relax: Relaxation) -> float:
@@ -300,20 +303,25 @@ class WeightedSearch:
         return best
 
     def _layouts(self, skeleton: Skeleton, relax: Relaxation) -> float:
-        """Improve the best plan's layout, then enumerate the layouts that can still win."""
+        """Bound all layouts by their blocks, improve the best one, then work on those that can still win."""
+        rules = self._rules(skeleton, relax)
+        optimist = make_optimist(self.space.blocks(skeleton, relax.problem), rules, relax.prices)
+        bound = optimist.bound()
+        if bound >= self.cutoff:
+            return bound
         self._improve(skeleton, relax)
-        minima, cap = self._tau_cap(skeleton, relax)
+        found = itertools.islice(optimist.layouts(self._additive(relax), self.cutoff), MOST_LAYOUTS)
+        layouts = sorted(found, key=lambda entry: (entry[0], entry[1].starts, entry[1].recompute))
+        if len(layouts) == MOST_LAYOUTS:
+            return bound
         entries = relax.problem.values.shape[1] + relax.problem.edge_values.shape[1]
-        limit = max(8, LAYOUT_WORK // entries)
-        layouts = list(itertools.islice(self._enumerate(skeleton, relax, minima, cap), limit + 1))
-        if len(layouts) > limit:
-            return -math.inf
-        best = math.inf
-        for layout in layouts:
-            if self.space.out_of_time:
-                return -math.inf
-            best = min(best, self._close(skeleton, relax, layout))
-        return best if layouts else self.cutoff
+        budget = LAYOUT_WORK // (entries + LAYOUT_OVERHEAD)
+        best = self.cutoff
+        for index, (least, layout) in enumerate(layouts):
+            if least >= self.cutoff or index >= budget or self.space.out_of_time:
+                return min(best, least)
+            best = min(best, max(least, self._close(skeleton, relax, layout)))
+        return best
 
     def _close(self, skeleton: Skeleton, relax: Relaxation, layout: Layout) -> float:
         """Exact bound of one layout (as far as the tolerance asks)."""
@@ -333,27 +341,3 @@ class WeightedSearch:
             seen.add(plan.layout)
             work = make_layout_bound(relax.problem, plan.layout, relax.prices, relax.memory_bytes)
             tighten(work, lambda p: self._offer(skeleton, relax, p), self.space.tolerance / 4)
-
-    def _enumerate(self, skeleton: Skeleton, relax: Relaxation, minima: Array, cap: float) -> Iterator[Layout]:
-        """Layouts whose stages all stay below `cap` by their per-block minima."""
-        num_blocks, stages = relax.problem.num_blocks, relax.num_stages
-        prefix = np.concatenate([[0.0], np.cumsum(minima[:-1])])
-        limit = cap * (1 + 1e-9) - float(minima[-1])
-        patterns = list(itertools.product(MODES[skeleton.mode], repeat=stages))
-        if skeleton.mode == "mixed":
-            patterns = [r for r in patterns if any(r) and not all(r)]
-
-        def extend(starts: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-            left = stages - len(starts)
-            if left == 0:
-                if prefix[num_blocks] - prefix[starts[-1]] <= limit:
-                    yield starts
-                return
-            for stop in range(starts[-1] + 1, num_blocks - left + 1):
-                if prefix[stop] - prefix[starts[-1]] > limit:
-                    return
-                yield from extend((*starts, stop))
-
-        for starts in extend((0,)):
-            for pattern in patterns:
-                yield Layout(num_blocks, starts, pattern, relax.schedule)

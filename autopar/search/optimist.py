@@ -1,0 +1,228 @@
+"""Optimist: bounds of layouts from blocks that each choose their strategies alone.
+
+A block by itself is a small problem: its nodes, the edges it pays and their far ends, free. The minimum of any
+channel weighting over it bounds what the block adds to a stage in every plan. With these minima in place of the
+figures of one choice, the cut programme (`cuts`) gives a bound over all layouts, and a depth-first walk lists the
+layouts that can still win, each with its own bound.
+
+Memory minima are taken at 1 and at K microbatches in flight and joined by a line: the minimum of state + h * kept is
+concave in h, so the line lies below it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.ir.cost import Array, CostTable
+from autopar.ir.pipeline import microbatches_in_flight
+from autopar.search.cuts import CutRules, Prices, running_max, scan_tau
+from autopar.search.evaluate import MEMORY_TOLERANCE, SHARED, Layout
+from autopar.search.problem import (
+    ACTIVATION,
+    BOUNDARY,
+    ENERGY,
+    NUM_WEIGHTS,
+    REDO,
+    REDO_ENERGY,
+    STATE,
+    TIME,
+    WORKSPACE,
+    Problem,
+    Weights,
+    make_problem,
+)
+
+MOST_LAYOUTS = 20_000
+
+
+@dataclass
+class Blocks:
+    """Blocks of a problem one by one; equal blocks share their work. Minima are remembered by weighting."""
+
+    problem: Problem
+    parts: dict[bytes, Problem | None] = field(default_factory=dict)
+    known: dict[bytes, Array] = field(default_factory=dict)
+
+    def minima(self, own: Array, shared: Array) -> Array:
+        """[num_blocks + 1]: least `own` weighting of every block, last least `shared` weighting of shared entries."""
+        key = own.tobytes() + shared.tobytes()
+        if key not in self.known:
+            num_blocks = self.problem.num_blocks
+            found = [self._least(block, own) for block in range(num_blocks)]
+            self.known[key] = np.array([*found, self._least(SHARED, shared)])
+        return self.known[key]
+
+    def _least(self, block: int, vector: Array) -> float:
+        nodes, edges = self.problem.node_count[:, block], self.problem.edge_count[:, block]
+        if not nodes.any() and not edges.any():
+            return 0.0
+        key = nodes.tobytes() + edges.tobytes()
+        if key not in self.parts:
+            self.parts[key] = make_problem(block_table(self.problem.table, block))
+        part = self.parts[key]
+        return part.solve(Weights(np.array([vector, np.zeros(NUM_WEIGHTS)]))).value if part is not None else math.inf
+
+    def workspaces(self) -> Array:
+        """[num_blocks + 1]: least of the largest workspace of every block."""
+        problem = self.problem
+        least = np.minimum.reduceat(problem.values[WORKSPACE], problem.offsets[:-1])
+        result: Array = np.max(np.where(problem.node_count > 0, least[:, None], 0.0), axis=0, initial=0.0)
+        return result
+
+
+def block_table(table: CostTable, block: int) -> CostTable:
+    """One block (or the shared entries) as a table of its own, with the far ends of its edges for free."""
+    edges = [edge for edge in table.edges if block in edge.blocks]
+    inside = {i for i, node in enumerate(table.nodes) if block in node.blocks}
+    used = sorted(inside | {edge.source for edge in edges} | {edge.target for edge in edges})
+    position = {node: k for k, node in enumerate(used)}
+    nodes = tuple(replace(table.nodes[i], blocks=(0,) * table.nodes[i].blocks.count(block)) for i in used)
+    paid = tuple(
+        replace(
+            edge,
+            source=position[edge.source],
+            target=position[edge.target],
+            blocks=(0,) * edge.blocks.count(block),
+            cut_pairs=(),
+        )
+        for edge in edges
+    )
+    return replace(table, num_blocks=1, nodes=nodes, edges=paid, crossings=())
+
+
+@dataclass(frozen=True)
+class Optimist:
+    """Minima of intervals, [recompute, start, stop]; `memory[h - 1]` for the h-th stage from the end."""
+
+    recompute: tuple[bool, ...]
+    time: Array
+    cost: Array
+    fits: tuple[NDArray[np.bool_], ...]
+    slope: float
+    schedule: str
+
+    def costs(self) -> list[Array]:
+        """As `cuts` wants them: inf where the interval cannot fit at that position."""
+        return [np.where(fits, self.cost, np.inf) for fits in self.fits]
+
+    def bound(self) -> float:
+        """Lower bound over all layouts, inf if none fits."""
+        return scan_tau(self.costs(), self.time, self.slope)[0]
+
+    def layouts(self, additive_bound: float, cutoff: float) -> Iterator[tuple[float, Layout]]:
+        """(bound, layout) of every layout whose bound is below `cutoff`; where both are allowed, stages of both kinds.
+
+        `additive_bound` is a bound on the part of the objective that is a sum over stages.
+        """
+        costs = self.costs()
+        num_blocks, num_stages = self.cost.shape[1], len(costs)
+        rest = [np.append(np.full(num_blocks, np.inf), 0.0)]
+        for cost in costs:
+            rest.append(np.append((cost + rest[-1]).min(axis=(0, 2)), np.inf))
+
+        def value(paid: float, slowest: float) -> float:
+            return max(paid, additive_bound) + self.slope * slowest
+
+        def extend(
+            starts: tuple[int, ...], redo: tuple[bool, ...], at: int, paid: float, slowest: float
+        ) -> Iterator[tuple[float, Layout]]:
+            left = num_stages - len(starts)
+            if left == 0:
+                if len(self.recompute) > 1 and len(set(redo)) == 1:
+                    return
+                yield value(paid, slowest), Layout(num_blocks, starts, redo, self.schedule)
+                return
+            for r, again in enumerate(self.recompute):
+                stops = np.flatnonzero(np.isfinite(costs[left - 1][r, at] + rest[left - 1]))
+                for stop in stops:
+                    total = paid + float(costs[left - 1][r, at, stop])
+                    worst = max(slowest, float(self.time[r, at, stop]))
+                    if value(total + float(rest[left - 1][stop]), worst) < cutoff:
+                        yield from extend((*starts, at), (*redo, again), int(stop), total, worst)
+
+        yield from extend((), (), 0, 0.0, 0.0)
+
+
+def make_optimist(blocks: Blocks, rules: CutRules, prices: Prices) -> Optimist:
+    """Interval minima of one skeleton; `rules.recompute` are the values a stage may take."""
+    problem, table = blocks.problem, blocks.problem.table
+    num_blocks = problem.num_blocks
+    times, costs, memories = [], [], []
+    seconds, joules = _least_sends(problem)
+    in_flight = [
+        microbatches_in_flight(rules.num_stages - h, rules.num_stages, table.num_microbatches, rules.schedule)
+        for h in range(1, rules.num_stages + 1)
+    ]
+    for redo in rules.recompute:
+        times.append(_intervals(_pay(blocks, 1.0, 0.0, redo=redo)) + seconds[:, None])
+        cost = _intervals(_pay(blocks, prices.step_weight, prices.beta, redo=redo))
+        costs.append(cost + (prices.step_weight * seconds + prices.beta * joules)[:, None])
+        memories.append(_memory(blocks, in_flight, redo=redo))
+    limit = rules.memory_bytes * (1 + MEMORY_TOLERANCE)
+    empty = np.arange(num_blocks + 1)[None, :] <= np.arange(num_blocks)[:, None]
+    fits = tuple(np.array([m[h] <= limit for m in memories]) & ~empty for h in range(rules.num_stages))
+    slope = prices.step_weight * (table.num_microbatches - 1)
+    return Optimist(rules.recompute, np.array(times), np.array(costs), fits, slope, rules.schedule)
+
+
+def pay_vectors(time_weight: float, energy_weight: float, *, redo: bool) -> tuple[Array, Array]:
+    """Channel weights of a block and of shared entries for time_weight * t' + energy_weight * e."""
+    own, shared = np.zeros(NUM_WEIGHTS), np.zeros(NUM_WEIGHTS)
+    own[TIME] = shared[TIME] = time_weight
+    own[ENERGY] = shared[ENERGY] = energy_weight
+    if redo:
+        own[REDO], own[REDO_ENERGY] = time_weight, energy_weight
+    return own, shared
+
+
+def _pay(blocks: Blocks, time_weight: float, energy_weight: float, *, redo: bool) -> Array:
+    return blocks.minima(*pay_vectors(time_weight, energy_weight, redo=redo))
+
+
+def _memory(blocks: Blocks, in_flight: Sequence[int], *, redo: bool) -> list[Array]:
+    """Least bytes of every interval, per position from the end."""
+    few, many = min(in_flight), max(in_flight)
+    low, high = _kept(blocks, few, redo=redo), _kept(blocks, many, redo=redo)
+    workspaces = blocks.workspaces()
+    fixed = running_max(workspaces[:-1], float(workspaces[-1]))
+    if redo:
+        activations = np.zeros(NUM_WEIGHTS)
+        activations[ACTIVATION] = 1.0
+        fixed = fixed + running_max(blocks.minima(activations, np.zeros(NUM_WEIGHTS))[:-1], 0.0)
+    result = []
+    for count in in_flight:
+        share = (count - few) / (many - few) if many > few else 0.0
+        result.append(_intervals(low + share * (high - low)) + fixed)
+    return result
+
+
+def _kept(blocks: Blocks, in_flight: int, *, redo: bool) -> Array:
+    vector = np.zeros(NUM_WEIGHTS)
+    vector[STATE] = 1.0
+    vector[BOUNDARY if redo else ACTIVATION] = in_flight
+    return blocks.minima(vector, vector)
+
+
+def _intervals(per_block: Array) -> Array:
+    """[start, stop] sums over blocks plus the shared entry."""
+    prefix = np.concatenate([[0.0], np.cumsum(per_block[:-1])])
+    result: Array = prefix[None, :] - prefix[:-1, None] + per_block[-1]
+    return result
+
+
+def _least_sends(problem: Problem) -> tuple[Array, Array]:
+    """Least seconds (one microbatch) and joules (one step) of sends for a stage that starts at each block."""
+    table = problem.table
+    seconds, joules = np.zeros(problem.num_blocks), np.zeros(problem.num_blocks)
+    per_step = table.num_microbatches * table.mesh.num_devices
+    for crossing in table.crossings:
+        size = float(np.min(crossing.bytes_by_choice[problem.kept[crossing.node]]))
+        span = slice(crossing.producer_block + 1, crossing.last_block + 1)
+        seconds[span] += 2 * (table.p2p_latency_s + size * table.p2p_s_per_byte)
+        joules[span] += 2 * size * table.p2p_j_per_byte * per_step
+    return seconds, joules
