@@ -8,6 +8,7 @@
 | `is_random`         | `OpOverload.tags`, `torch.Tag`             |                                                |
 | `tree_*`            | `torch.utils._pytree`                      | no public pytree module in torch 2.13          |
 | `is_op_overload`    | `torch._ops`                               | classes of fx node targets                     |
+| `Faker`             | `FakeTensorMode`                           | documented, but lives in a private module      |
 | `strided_shard`     | `placement_types._StridedShard`            | DTensor's word for slicing a slice outside in  |
 
 `encode_constant` and `decode_constant` turn the torch constants of a call into the strings of `ir.graph.Arg` and back.
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in (torch.strided,)}
@@ -155,3 +157,20 @@ def strided_shard(dim: int, split_factor: int) -> Any:
     from torch.distributed.tensor.placement_types import _StridedShard  # costs a second that capture need not pay
 
     return _StridedShard(dim, split_factor=split_factor)
+
+
+class Faker:
+    """Makes fake CPU tensors: shape, strides, dtype and device without memory, one for each tensor given."""
+
+    def __init__(self) -> None:
+        self._mode = FakeTensorMode()
+        self._made: dict[int, torch.Tensor] = {}
+
+    def fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in self._made:
+            with self._mode:
+                made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, torch.nn.Parameter):
+                made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
+            self._made[id(tensor)] = made
+        return self._made[id(tensor)]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from autopar import torch_adapter
+from autopar.capture.fake import fake_tensors
 from autopar.capture.lift import Wrapped, lift
 from autopar.capture.model_source import ModelSource, as_arguments, leading_dim
 from autopar.capture.promote import promote
@@ -131,7 +132,8 @@ def capture(
 
     Args:
         batch_size: samples; None keeps the example batch. On a real device the first samples of the example are used.
-        device: `meta` plans without memory; a real device gives a module and inputs that can run.
+        device: `meta` plans without memory, traced as on a CPU (`capture.fake`); a real device gives a module and
+            inputs that can run.
         dtype: convert all floating parameters, buffers, inputs and dtype constants to this one, after the export, so
             that the ops are those of the model's own dtypes.
 
@@ -227,20 +229,24 @@ def has_samples(leaf: torch.Tensor, samples: int) -> bool:
 def _export(
     source: ModelSource, module: TrainForward, args: tuple[Any, ...], kwargs: dict[str, Any], device: str
 ) -> torch.export.ExportedProgram:
-    """Export; if that fails, once more with new tensors made on the device by default, as on a real machine."""
-    contexts = (contextlib.nullcontext(), torch.device(device))
+    """Export; on a real device, if that fails, once more with new tensors made there by default."""
+    attempts: list[contextlib.AbstractContextManager[Any]] = [contextlib.nullcontext()]
+    if device not in ("meta", "cpu"):
+        attempts.append(torch.device(device))
     errors: list[Exception] = []
-    for context in contexts:
+    for attempt in attempts:
         try:
-            with quiet(), context:
-                return torch.export.export(module, args, kwargs, strict=False)
+            with quiet(), attempt:
+                if device != "meta":
+                    return torch.export.export(module, args, kwargs, strict=False)
+                with fake_tensors(module, (args, kwargs)) as (fake_args, fake_kwargs):
+                    return torch.export.export(module, fake_args, fake_kwargs, strict=False)
         except InputError:
             raise
         except Exception as error:  # the user's forward may raise anything; the first failure is reported below
             errors.append(error)
     shapes = ", ".join(f"{key}: {tuple(leaf.shape)}" for key, leaf in tensor_leaves(args, kwargs))
-    chosen = errors[-1] if "DeviceMismatch" in type(errors[0]).__name__ else errors[0]
-    text = explain(chosen, f"{source.text}: the model cannot be captured", source.user_file)
+    text = explain(errors[0], f"{source.text}: the model cannot be captured", source.user_file)
     raise CaptureError(f"{text}\n  example batch: {shapes}") from None
 
 

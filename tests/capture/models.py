@@ -18,7 +18,7 @@ TINY: dict[str, dict[str, str]] = {
     "bert": TEXT,
     "vit": {"layers": "4", "hidden": "64", "heads": "4", "image": "32", "patch": "8", **IMAGES},
     "resnet": {"layers": "3", "width": "8", "image": "64", **IMAGES},
-    "t5": {**TEXT, "layers": "5", "ffn": "128", "target": "8"},
+    "t5": {**TEXT, "layers": "4", "ffn": "128", "target": "8"},
     "mixtral": {**TEXT, "layers": "2", "kv_heads": "4", "ffn": "128", "experts": "4", "dtype": "float32"},
     "alexnet": {"width": "8", "hidden": "32", "image": "64", **IMAGES},
     "unet": {"width": "8", "levels": "3", "image": "16", "norm": "batch", **IMAGES},
@@ -36,3 +36,9 @@ def source(name: str, **options: str) -> ModelSource:
 def planned(name: str) -> Captured:
     """The tiny example captured on the meta device."""
     return capture(source(name))
+
+
+@lru_cache
+def runnable(name: str) -> Captured:
+    """The tiny example captured on the CPU in its own dtype."""
+    return capture(source(name), device="cpu")
