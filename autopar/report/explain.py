@@ -121,7 +121,7 @@ def _alternatives(alternatives: Sequence[Alternative], kind: str) -> list[str]:
     for a in ranked:
         time = format_seconds(a.time_s) if a.time_s is not None else "-"
         energy = format_joules(a.energy_j) if a.energy_j is not None else "-"
-        lines.append(f"  {_short(a)[:40]:<40} {time:>10} {energy:>10}  {a.reason}"[:WIDTH].rstrip())
+        lines.append(f"  {_short(a)[:40]:<40} {time:>10} {energy:>10}  {_reason(a)}"[:WIDTH].rstrip())
     fallen = [a for a in alternatives if a.objective is None]
     for a in sorted(fallen, key=lambda a: a.description)[: MAX_ALTERNATIVES - len(ranked) + 3]:
         lines.append(f"  {_short(a)[:40]:<40} {a.reason}"[:WIDTH].rstrip())
@@ -130,3 +130,7 @@ def _alternatives(alternatives: Sequence[Alternative], kind: str) -> list[str]:
 
 def _short(alternative: Alternative) -> str:
     return alternative.description.replace("microbatches=", "m=")
+
+
+def _reason(alternative: Alternative) -> str:
+    return alternative.reason.removesuffix(" than the plan chosen")
