@@ -8,6 +8,7 @@
 | `is_random`         | `OpOverload.tags`, `torch.Tag`             |                                                |
 | `tree_*`            | `torch.utils._pytree`                      | no public pytree module in torch 2.13          |
 | `is_op_overload`    | `torch._ops`                               | classes of fx node targets                     |
+| `custom_gradients*` | `Function.apply`, `Tensor.register_hook`   | replaced while exporting, to see their use     |
 | `Faker`             | `FakeTensorMode`                           | documented, but lives in a private module      |
 | `strided_shard`     | `placement_types._StridedShard`            | DTensor's word for slicing a slice outside in  |
 
@@ -16,7 +17,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -174,3 +176,34 @@ class Faker:
                 made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
             self._made[id(tensor)] = made
         return self._made[id(tensor)]
+
+
+REFUSED_TORCH_FUNCTIONS = ("CheckpointFunction", "BackwardHookFunction")
+
+
+@contextmanager
+def custom_gradients_reported(report: Callable[[str], None]) -> Iterator[None]:
+    """Within the context, call `report` with a name when user code runs an `autograd.Function` or hooks a tensor.
+
+    Export records what such code computes forward but not the gradient that it defines. torch's own functions pass,
+    except re-entrant checkpoints and module backward hooks, which hide gradients in the same way.
+    """
+    apply: Any = torch.autograd.Function.__dict__["apply"]
+    register_hook: Any = torch.Tensor.register_hook
+
+    def reporting_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch.") or cls.__name__ in REFUSED_TORCH_FUNCTIONS:
+            report(f"autograd.Function {cls.__name__}")
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    def reporting_hook(tensor: torch.Tensor, hook: Callable[..., Any]) -> Any:
+        report("Tensor.register_hook")
+        return register_hook(tensor, hook)
+
+    setattr(torch.autograd.Function, "apply", classmethod(reporting_apply))  # noqa: B010
+    setattr(torch.Tensor, "register_hook", reporting_hook)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(torch.autograd.Function, "apply", apply)  # noqa: B010
+        setattr(torch.Tensor, "register_hook", register_hook)  # noqa: B010

@@ -151,17 +151,19 @@ def _waist_runs(ops: list[Op], values: Mapping[str, Value]) -> list[_Run]:
     waists = _waists(indices, ops, values)
     total = sum(ops[i].flops_forward for i in indices)
     runs: list[_Run] = []
+    heavy = {i for i in indices if _is_heavy(ops[i], values)}
+    last_heavy = max(heavy, default=-1)
     current: list[int] = []
+    has_weight = False
     flops = 0
     for i in indices:
         current.append(i)
         flops += ops[i].flops_forward
         target = total * (len(runs) + 1) / MAX_WAIST_BLOCKS
-        has_weight = any(_is_heavy(ops[j], values) for j in current)
-        rest_has_weight = any(_is_heavy(ops[j], values) for j in indices if j > i)
-        if i in waists and flops >= target and has_weight and rest_has_weight and len(runs) < MAX_WAIST_BLOCKS - 1:
+        has_weight = has_weight or i in heavy
+        if i in waists and flops >= target and has_weight and i < last_heavy and len(runs) < MAX_WAIST_BLOCKS - 1:
             runs.append(_Run("", tuple(current)))
-            current = []
+            current, has_weight = [], False
     return [*runs, _Run("", tuple(current))] if current else runs
 
 

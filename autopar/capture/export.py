@@ -6,9 +6,11 @@ import contextlib
 import inspect
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from autopar.capture.fake import fake_tensors
 from autopar.capture.lift import Wrapped, lift
 from autopar.capture.model_source import ModelSource, as_arguments, leading_dim
 from autopar.capture.promote import promote
-from autopar.capture.user_code import explain
+from autopar.capture.user_code import capture_error, choose_frame, explain
 from autopar.errors import CaptureError, InputError
 from autopar.ir.graph import OpGraph
 
@@ -236,7 +238,7 @@ def _export(
     errors: list[Exception] = []
     for attempt in attempts:
         try:
-            with quiet(), attempt:
+            with quiet(), attempt, torch_adapter.custom_gradients_reported(partial(_refuse, source.user_file)):
                 if device != "meta":
                     return torch.export.export(module, args, kwargs, strict=False)
                 with fake_tensors(module, (args, kwargs)) as (fake_args, fake_kwargs):
@@ -248,6 +250,12 @@ def _export(
     shapes = ", ".join(f"{key}: {tuple(leaf.shape)}" for key, leaf in tensor_leaves(args, kwargs))
     text = explain(errors[0], f"{source.text}: the model cannot be captured", source.user_file)
     raise CaptureError(f"{text}\n  example batch: {shapes}") from None
+
+
+def _refuse(user_file: str | None, what: str) -> None:
+    frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_stack()]
+    problem = "the model defines a gradient of its own, which the captured graph would not have"
+    raise capture_error(problem, what, choose_frame(frames, user_file))
 
 
 @contextlib.contextmanager

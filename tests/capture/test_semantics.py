@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from autopar.capture.export import Captured, capture
 from autopar.capture.model_source import ModelSource
@@ -107,8 +108,21 @@ def write_input(model, x):
     return model.layer(x).sum()
 
 
-FORWARDS = (relu_in_place, write_rows, read_an_older_view, write_through_a_transpose, without_gradient, keep_dtype,
-            constants, write_input)  # fmt: skip
+def checkpointed(model, x):
+    return checkpoint(model.layer, x, use_reentrant=False).sum()
+
+
+FORWARDS = (
+    checkpointed,
+    constants,
+    keep_dtype,
+    read_an_older_view,
+    relu_in_place,
+    without_gradient,
+    write_input,
+    write_rows,
+    write_through_a_transpose,
+)
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
@@ -200,6 +214,30 @@ def write_part_of_a_buffer(model, x):
     return (model.layer(x) * model.memory).sum()
 
 
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def own_gradient(model, x):
+    return StraightThrough.apply(model.layer(x)).sum()
+
+
+def hooked(model, x):
+    y = model.layer(x)
+    y.register_hook(lambda gradient: 2 * gradient)
+    return y.sum()
+
+
+def reentrant_checkpoint(model, x):
+    return checkpoint(model.layer, x, use_reentrant=True).sum()
+
+
 def write_under_no_grad(model, x):
     y = model.layer(x)
     with torch.no_grad():
@@ -215,6 +253,9 @@ def write_under_no_grad(model, x):
         (item, 1, "item"),
         (autocast, 2, "autocast"),
         (write_parameter, 2, "a parameter, or a part of it, is changed in place"),
+        (own_gradient, 1, "autograd.Function StraightThrough"),
+        (hooked, 2, "register_hook"),
+        (reentrant_checkpoint, 1, "gradient of its own"),
         (write_under_no_grad, 3, "changed in place under no_grad"),
         (write_part_of_a_buffer, 1, "a buffer, or a part of it, is changed in place"),
     ],
