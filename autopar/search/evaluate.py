@@ -17,12 +17,12 @@ forward_s / (forward_s + backward_s). A parameter that is read in several stages
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.ir.cost import Array, CostEdge, CostNode, CostTable, Device
+from autopar.ir.cost import Array, CostTable, Device
 from autopar.ir.pipeline import microbatches_in_flight, step_time_s
 from autopar.ir.solution import StageChoice
 
@@ -77,44 +77,6 @@ class Figures:
         return self.peak_memory_bytes <= memory_bytes * (1 + MEMORY_TOLERANCE)
 
 
-@dataclass
-class _Stage:
-    """Running sums of one stage; seconds and joules of one microbatch, joules of one device."""
-
-    redo: bool
-    time_s: float = 0.0
-    step_s: float = 0.0
-    energy_j: float = 0.0
-    step_j: float = 0.0
-    state: float = 0.0
-    activations: float = 0.0
-    boundary: float = 0.0
-    workspace: float = 0.0
-
-    def pay(self, forward_s: float, backward_s: float, energy_j: float, redo: bool) -> None:
-        total = forward_s + backward_s
-        self.time_s += total + (forward_s if redo else 0.0)
-        share = forward_s / total if redo and total > 0 else 0.0
-        self.energy_j += energy_j * (1 + share)
-
-    def add_node(self, node: CostNode, p: int, *, shared: bool) -> None:
-        self.pay(
-            float(node.forward_s[p]), float(node.backward_s[p]), float(node.microbatch_j[p]), self.redo and not shared
-        )
-        self.step_s += float(node.step_s[p])
-        self.step_j += float(node.step_j[p])
-        self.state += float(node.state_bytes[p])
-        self.activations += float(node.activation_bytes[p])
-        self.boundary += float(node.boundary_bytes[p])
-        self.workspace = max(self.workspace, float(node.workspace_bytes[p]))
-
-    def add_edge(self, edge: CostEdge, p: int, q: int, *, shared: bool) -> None:
-        self.pay(
-            float(edge.forward_s[p, q]), float(edge.backward_s[p, q]), float(edge.microbatch_j[p, q]),
-            self.redo and not shared,
-        )  # fmt: skip
-
-
 def foreign_reads(table: CostTable) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
     """(param node, home block, other blocks that read the same parameter), where there are any."""
     readers: dict[tuple[int, int], set[int]] = {}
@@ -127,47 +89,95 @@ def foreign_reads(table: CostTable) -> tuple[tuple[int, int, tuple[int, ...]], .
     return tuple((node, home, tuple(sorted(found))) for (node, home), found in sorted(readers.items()))
 
 
-def node_occurrences(table: CostTable, layout: Layout) -> Iterator[tuple[int, int, bool]]:
-    """(node index, stage that pays, shared) for every payment of a node."""
+def _counts(blocks: Sequence[tuple[int, ...]], layout: Layout) -> tuple[Array, Array]:
+    """How often each stage pays each entry for its own blocks, and for shared entries: two [entries, stages]."""
+    rows = np.repeat(np.arange(len(blocks)), [len(b) for b in blocks])
+    flat = np.fromiter((b for entry in blocks for b in entry), dtype=np.int64, count=len(rows))
+    is_own = flat != SHARED
+    own, shared = np.zeros((len(blocks), layout.num_stages)), np.zeros((len(blocks), layout.num_stages))
+    stages = np.array(layout.stage_of(), dtype=np.int64)
+    np.add.at(own, (rows[is_own], stages[flat[is_own]]), 1.0)
+    np.add.at(shared, rows[~is_own], 1.0)
+    return own, shared
+
+
+def _add_foreign(table: CostTable, layout: Layout, own: Array) -> None:
     stage_of = layout.stage_of()
-    for index, node in enumerate(table.nodes):
-        for block in node.blocks:
-            if block == SHARED:
-                yield from ((index, k, True) for k in range(layout.num_stages))
-            else:
-                yield index, stage_of[block], False
     for index, home, readers in foreign_reads(table):
         for k in sorted({stage_of[b] for b in readers} - {stage_of[home]}):
-            yield index, k, False
+            own[index, k] += 1.0
 
 
-def block_activations(table: CostTable, choice: Sequence[int]) -> list[float]:
-    """Activation bytes of every block, one microbatch."""
-    total = [0.0] * table.num_blocks
-    for node, p in zip(table.nodes, choice, strict=True):
-        for block in node.blocks:
-            if block != SHARED:
-                total[block] += float(node.activation_bytes[p])
-    return total
+def _pay(own: Array, shared: Array, redo: Array, costs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    """Seconds and joules of one microbatch per stage; `costs` are forward_s, backward_s, microbatch_j per entry."""
+    forward_s, backward_s, energy_j = costs
+    again = own * redo
+    seconds = (forward_s + backward_s) @ (own + shared) + forward_s @ again
+    joules = energy_j @ (own + shared) + (energy_j * redo_share(forward_s, backward_s)) @ again
+    return seconds, joules
 
 
-def _collect(table: CostTable, layout: Layout, choice: Sequence[int]) -> list[_Stage]:
-    stages = [_Stage(redo) for redo in layout.recompute]
-    stage_of = layout.stage_of()
-    for index, k, shared in node_occurrences(table, layout):
-        stages[k].add_node(table.nodes[index], choice[index], shared=shared)
-    for edge in table.edges:
-        p, q = choice[edge.source], choice[edge.target]
-        for block in edge.blocks:
-            for k in range(layout.num_stages) if block == SHARED else (stage_of[block],):
-                stages[k].add_edge(edge, p, q, shared=block == SHARED)
+@dataclass(frozen=True)
+class _Stages:
+    """Sums per stage; seconds and joules of one microbatch or step, joules and bytes of one device."""
+
+    time_s: Array
+    step_s: Array
+    energy_j: Array
+    step_j: Array
+    state: Array
+    kept: Array
+    largest_block: Array
+    workspace: Array
+
+
+def _collect(table: CostTable, layout: Layout, choice: Sequence[int]) -> _Stages:
+    def chosen(name: str) -> Array:
+        return np.array([getattr(node, name)[p] for node, p in zip(table.nodes, choice, strict=True)])
+
+    def on_edges(name: str) -> Array:
+        return np.array([getattr(e, name)[choice[e.source], choice[e.target]] for e in table.edges], dtype=np.float64)
+
+    redo = np.array(layout.recompute, dtype=np.float64)
+    own, shared = _counts([node.blocks for node in table.nodes], layout)
+    activations = chosen("activation_bytes")
+    largest = _largest_blocks(table, layout, activations)
+    _add_foreign(table, layout, own)
+    seconds, joules = _pay(own, shared, redo, (chosen("forward_s"), chosen("backward_s"), chosen("microbatch_j")))
+    edge_own, edge_shared = _counts([edge.blocks for edge in table.edges], layout)
+    edge_costs = (on_edges("forward_s"), on_edges("backward_s"), on_edges("microbatch_j"))
+    edge_seconds, edge_joules = _pay(edge_own, edge_shared, redo, edge_costs)
+    send_s, send_j = _sends(table, layout, choice)
+    paid = own + shared
+    return _Stages(
+        time_s=seconds + edge_seconds + send_s,
+        step_s=chosen("step_s") @ paid,
+        energy_j=joules + edge_joules + send_j,
+        step_j=chosen("step_j") @ paid,
+        state=chosen("state_bytes") @ paid,
+        kept=np.where(redo > 0, chosen("boundary_bytes") @ paid, activations @ paid),
+        largest_block=np.where(redo > 0, largest, 0.0),
+        workspace=np.max(np.where(paid > 0, chosen("workspace_bytes")[:, None], 0.0), axis=0),
+    )
+
+
+def _largest_blocks(table: CostTable, layout: Layout, activations: Array) -> Array:
+    """Activation bytes of the largest block of every stage, one microbatch."""
+    per_block = np.zeros(table.num_blocks)
+    for node, size in zip(table.nodes, activations, strict=True):
+        np.add.at(per_block, [b for b in node.blocks if b != SHARED], size)
+    return np.array([np.max(per_block[start : layout.stop(k)]) for k, start in enumerate(layout.starts)])
+
+
+def _sends(table: CostTable, layout: Layout, choice: Sequence[int]) -> tuple[Array, Array]:
+    seconds, joules = np.zeros(layout.num_stages), np.zeros(layout.num_stages)
     for crossing in table.crossings:
         size = float(crossing.bytes_by_choice[choice[crossing.node]])
         for k, start in enumerate(layout.starts):
             if crossing.producer_block < start <= crossing.last_block:
-                stages[k].time_s += 2 * (table.p2p_latency_s + size * table.p2p_s_per_byte)
-                stages[k].energy_j += 2 * size * table.p2p_j_per_byte
-    return stages
+                seconds[k] += 2 * (table.p2p_latency_s + size * table.p2p_s_per_byte)
+                joules[k] += 2 * size * table.p2p_j_per_byte
+    return seconds, joules
 
 
 def fixed_power_w(device: Device, num_gpus: int) -> float:
@@ -175,31 +185,24 @@ def fixed_power_w(device: Device, num_gpus: int) -> float:
     return device.blocked_w * num_gpus + device.host_w_per_node * math.ceil(num_gpus / device.gpus_per_node)
 
 
-def _memory(stage: _Stage, in_flight: int, largest_block: float) -> dict[str, float]:
-    kept = in_flight * (stage.boundary if stage.redo else stage.activations)
-    return {
-        "state": stage.state,
-        "activations": kept + (largest_block if stage.redo else 0.0),
-        "workspace": stage.workspace,
-    }
-
-
 def evaluate(table: CostTable, device: Device, layout: Layout, choice: Sequence[int]) -> Figures:
     """Figures of the module docstring for `choice[i]` = index of node i's strategy; inf time for a forbidden pair."""
     stages = _collect(table, layout, choice)
-    times, steps = tuple(s.time_s for s in stages), tuple(s.step_s for s in stages)
-    num_microbatches, num_devices = table.num_microbatches, table.mesh.num_devices
+    num_microbatches, num_devices, num_stages = table.num_microbatches, table.mesh.num_devices, layout.num_stages
+    times, steps = tuple(map(float, stages.time_s)), tuple(map(float, stages.step_s))
     time_s = step_time_s(times, steps, num_microbatches)
-    dynamic_j = num_devices * sum(num_microbatches * s.energy_j + s.step_j for s in stages)
-    fixed_w = fixed_power_w(device, num_devices * layout.num_stages)
-    per_block = block_activations(table, choice)
+    dynamic_j = num_devices * float(np.sum(num_microbatches * stages.energy_j + stages.step_j))
+    fixed_w = fixed_power_w(device, num_devices * num_stages)
     memory = tuple(
-        _memory(
-            stage,
-            microbatches_in_flight(k, layout.num_stages, num_microbatches, layout.schedule),
-            max(per_block[layout.starts[k] : layout.stop(k)]),
-        )
-        for k, stage in enumerate(stages)
+        {
+            "state": float(stages.state[k]),
+            "activations": float(
+                stages.kept[k] * microbatches_in_flight(k, num_stages, num_microbatches, layout.schedule)
+                + stages.largest_block[k]
+            ),
+            "workspace": float(stages.workspace[k]),
+        }
+        for k in range(num_stages)
     )
     totals = tuple(sum(m.values()) for m in memory)
     return Figures(time_s, dynamic_j + fixed_w * time_s, times, steps, totals, memory)

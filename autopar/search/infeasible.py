@@ -31,8 +31,9 @@ class _Found:
 
 def memory_error(space: Space, pins: Pins) -> AutoparError:
     """The error for a space in which nothing fits."""
-    tried = _promising(space)
-    found = _least(space, tried)
+    found = _least(space, _promising(space), exact=space.ideal is None)
+    if found is not None and not found.lean.proven:
+        found = _least(space, [found.skeleton], exact=True) or found
     if found is None:
         return InputError("the batch does not divide into the microbatches and mesh that are asked for")
     have = f"{format_bytes(space.device.memory_bytes)} usable per device"
@@ -51,14 +52,14 @@ def _promising(space: Space) -> list[Skeleton]:
     return [s for s in ranked if (s.sizes, s.num_microbatches) in tables]
 
 
-def _least(space: Space, skeletons: list[Skeleton]) -> _Found | None:
+def _least(space: Space, skeletons: list[Skeleton], *, exact: bool) -> _Found | None:
     best: _Found | None = None
     for skeleton in skeletons:
         problem = space.problem(skeleton.sizes, skeleton.num_microbatches)
         if problem is None:
             continue
         rules = CutRules(skeleton.num_stages, space.schedule, MODES[skeleton.mode], math.inf)
-        lean = leanest(problem, space.device, rules)
+        lean = leanest(problem, space.device, rules, exact=exact)
         if lean is not None and (best is None or lean.figures.peak_memory_bytes < best.peak):
             best = _Found(skeleton, lean)
     return best
@@ -76,7 +77,7 @@ def _remedies(space: Space, pins: Pins, found: _Found) -> list[Remedy]:
     remedies = []
     if pins.recompute == "none":
         remedies += _if_fits(space, found.skeleton, "full", "allow recompute (drop the pin recompute=none)")
-    remedies += _more_devices(space, pins, found.skeleton)
+    remedies += _more_devices(space, pins, found)
     effect = f"the least demanding plan ({found.skeleton.describe()}) fits"
     remedies.append(Remedy(f"devices with {format_bytes(found.peak)} of usable memory", effect))
     return remedies
@@ -84,18 +85,21 @@ def _remedies(space: Space, pins: Pins, found: _Found) -> list[Remedy]:
 
 def _if_fits(space: Space, skeleton: Skeleton, mode: str, change: str) -> list[Remedy]:
     changed = Skeleton(skeleton.num_stages, skeleton.sizes, skeleton.num_microbatches, mode)
-    found = _least(space, [changed])
+    found = _least(space, [changed], exact=False)
     if found is None or found.peak > space.device.memory_bytes:
         return []
     return [Remedy(change, f"{format_bytes(found.peak)} with {changed.describe()}")]
 
 
-def _more_devices(space: Space, pins: Pins, skeleton: Skeleton) -> list[Remedy]:
+def _more_devices(space: Space, pins: Pins, found: _Found) -> list[Remedy]:
     """The first multiple of the present number of devices that fits, by growing the stage mesh."""
+    skeleton = found.skeleton
     if pins.dp is not None and pins.tp is not None:
         return []
     now = space.device.num_gpus
     for growth in GROWTH:
+        if found.peak / growth > space.device.memory_bytes:
+            continue
         num_devices = max(1, now * growth // skeleton.num_stages)
         for sizes in sorted(mesh_sizes(num_devices, pins), key=lambda s: (len(s), max(s)))[:3]:
             table = space.source.table(Skeleton(1, sizes, 1, "none").mesh, skeleton.num_microbatches)
@@ -103,7 +107,7 @@ def _more_devices(space: Space, pins: Pins, skeleton: Skeleton) -> list[Remedy]:
             if problem is None:
                 continue
             rules = CutRules(skeleton.num_stages, space.schedule, MODES[skeleton.mode], math.inf)
-            lean = leanest(problem, space.device, rules)
+            lean = leanest(problem, space.device, rules, exact=False)
             if lean is not None and lean.figures.fits(space.device.memory_bytes):
                 peak = format_bytes(lean.figures.peak_memory_bytes)
                 mesh = Skeleton(skeleton.num_stages, sizes, skeleton.num_microbatches, skeleton.mode).describe()

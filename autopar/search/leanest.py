@@ -49,8 +49,8 @@ class _Best:
         """Keep the leanest cuts of these shardings; returns the least peak so far."""
         intervals = interval_figures(self.problem, choice, self.rules.recompute)
         memory = memory_by_position(intervals, self.rules, self.problem.table.num_microbatches)
-        _, path = chain(memory, largest=True)
-        if path:
+        peak, path = chain(memory, largest=True)
+        if path and peak < self.peak:
             starts, redo = tuple(s for s, _ in path), tuple(self.rules.recompute[r] for _, r in path)
             layout = Layout(self.problem.num_blocks, starts, redo, self.rules.schedule)
             figures = evaluate(self.problem.table, self.device, layout, self.problem.original(choice))
@@ -74,8 +74,8 @@ class LeanBound(LayoutBound):
         return len(self.rows) > before
 
 
-def leanest(problem: Problem, device: Device, rules: CutRules) -> Lean | None:
-    """Smallest peak memory of one skeleton; exact where it has few layouts, else a reachable value.
+def leanest(problem: Problem, device: Device, rules: CutRules, *, exact: bool) -> Lean | None:
+    """Smallest peak memory of one skeleton; if not `exact`, or with many layouts, a reachable value close to it.
 
     `rules.memory_bytes` is ignored.
     """
@@ -87,7 +87,7 @@ def leanest(problem: Problem, device: Device, rules: CutRules) -> Lean | None:
         for cut in itertools.islice(starts, FEW_LAYOUTS + 1)
         for redo in patterns
     ]
-    proven = len(layouts) <= FEW_LAYOUTS
+    proven = exact and len(layouts) <= FEW_LAYOUTS
     if not proven:
         layouts = _even_layouts(problem, rules)
     for layout in layouts:
