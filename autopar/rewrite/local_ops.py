@@ -82,7 +82,8 @@ def _class_split_losses(logits: Tensor, target: Tensor, ignore_index: int, axes:
     first = _index(axes) * local_classes
     largest = logits.detach().amax(1)
     for axis in axes:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=axis.process_group)
+        if axis.size > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=axis.process_group)
     is_mine = (target >= first) & (target < first + local_classes)
     index = torch.where(is_mine, target - first, 0)
     shifted = logits - largest.unsqueeze(1)

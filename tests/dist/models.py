@@ -35,6 +35,22 @@ class Mlp(nn.Module):
         return self.last(x)
 
 
+class Skip(nn.Module):
+    """An early value, and a mask without gradient, that the last layer reads again, past all layers between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = x = torch.tanh(self.layers[0](x))
+        is_positive = early > 0
+        for layer in self.layers[1:]:
+            x = torch.tanh(layer(x))
+        return self.last(torch.where(is_positive, x * early, x))
+
+
 class Transformer(nn.Module):
     """A tied language model with two attention layers and dropout as asked."""
 
@@ -109,6 +125,7 @@ def _source(name: str, build: Callable[[], nn.Module], batch: Callable[[], objec
 
 SOURCES = {
     "mlp": _source("mlp", Mlp, lambda: (torch.randn(BATCH, 8), torch.randn(BATCH, 4)), _square_loss),
+    "skip": _source("skip", Skip, lambda: (torch.randn(BATCH, 8), torch.randn(BATCH, 4)), _square_loss),
     "transformer": _source("transformer", Transformer, _tokens, _token_loss),
     "dropout": _source("dropout", lambda: Transformer(0.3), _tokens, _token_loss),
     "conv": _source("conv", ConvNet, lambda: (torch.randn(BATCH, 2, 8, 8), torch.randint(0, 4, (BATCH,))), _class_loss),

@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh, stage_mesh
@@ -44,7 +46,15 @@ class Bench:
         executor.sync_buffers()
         buffers = [relative_error(executor.buffers[n].double(), self.serial.buffers[n].double())
                    for n in executor.program.updated_buffers]  # fmt: skip
-        return max(compare(executor, loss, self.serial, self.serial_loss).largest_error, *buffers, 0.0)
+        boundary = [
+            relative_error(_whole(item.boundary), self.state[name]) for name, item in executor.store.items.items()
+        ]
+        return max(compare(executor, loss, self.serial, self.serial_loss).largest_error, *buffers, *boundary, 0.0)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """What the DTensor says that the whole parameter is: its placements must describe how it was sliced."""
+    return parameter.full_tensor().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 _MESHES: dict[tuple[object, ...], RankMesh] = {}
