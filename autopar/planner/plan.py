@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, TypeAlias
 from autopar.cost.hardware import Cluster, load_cluster
 from autopar.cost.predict import predict
 from autopar.cost.table import CostTables
-from autopar.errors import InputError
+from autopar.errors import AutoparError, InputError
 from autopar.ir.graph import OpGraph
 from autopar.ir.plan import SCHEMA_VERSION, ClusterReference, ModelReference, Plan, SolverReport
 from autopar.ir.serialize_graph import graph_hash
 from autopar.ir.solution import Alternative, Objective, Pins, Solution
-from autopar.ir.verify import check
+from autopar.ir.verify import verify
 from autopar.planner.detect import GpuChoice, choose_gpu
 from autopar.planner.profile import LoadedProfile, load_rows
 from autopar.rules.strategies import has_rule
@@ -173,7 +173,9 @@ def plan_graph(
         notes=_notes(graph, request, target, solution),
         created=_created(),
     )
-    check(plan, graph, target.cluster, name="the plan just made")
+    issues = verify(plan, graph, target.cluster)
+    if issues:
+        raise AutoparError(f"the plan just made does not hold together, which is a bug of autopar: {issues[0]}")
     return plan
 
 

@@ -80,4 +80,4 @@ def _short_name(op: Op, block: Block) -> str:
     if name not in ("linear", "addmm", "conv2d", "convolution", "embedding"):
         return name
     inside = op.module_path.removeprefix(block.name).strip(".")
-    return inside or op.module_path.rpartition(".")[2] or op.name
+    return inside or op.module_path or op.name
