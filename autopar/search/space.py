@@ -11,6 +11,8 @@ Recompute mode: `none`, `full` (all stages), or `mixed` (at least one stage of e
 `IdealBound` bounds a skeleton from one-device tables alone. It assumes that a shard of 1/n of an op (or a microbatch
 of 1/n of the samples) takes at least 1/n of its time and energy, and that an axis whose size divides no dim of an op
 splits nothing. It is used only where more than `FEW_TABLES` tables would be needed; below that no assumption is made.
+Every table that is made is held against it, and where one contradicts it the search starts again with the bounds
+scaled down by the ratio seen (`stages`).
 """
 
 from __future__ import annotations
@@ -130,17 +132,27 @@ class IdealBound:
         self._source = source
         self._dims = _dims_by_op(source.graph)
         self._base: dict[int, tuple[Array, Array, list[str]] | None] = {}
+        self._splits: dict[tuple[int, ...], Array] = {}
+        self._blocks: dict[tuple[tuple[int, ...], int], Array | None] = {}
 
     def blocks(self, sizes: tuple[int, ...], num_microbatches: int) -> Array | None:
         """None where even one device has no table."""
+        key = (sizes, num_microbatches)
+        if key not in self._blocks:
+            self._blocks[key] = self._make(sizes, num_microbatches)
+        return self._blocks[key]
+
+    def _make(self, sizes: tuple[int, ...], num_microbatches: int) -> Array | None:
         base = self._one_device(num_microbatches)
         if base is None:
             return None
         values, count, names = base
         num_devices = math.prod(sizes)
-        split = np.array([self._split(name, sizes) for name in names], dtype=np.float64)
-        rows = np.array([values[0] / split, values[1], values[2] / num_devices])
-        return rows @ count
+        if sizes not in self._splits:
+            self._splits[sizes] = np.array([self._split(name, sizes) for name in names], dtype=np.float64)
+        rows = np.array([values[0] / self._splits[sizes], values[1], values[2] / num_devices])
+        result: Array = rows @ count
+        return result
 
     def _split(self, name: str, sizes: tuple[int, ...]) -> int:
         dims = self._dims.get(name)

@@ -26,7 +26,7 @@ from autopar.ir.solution import Objective
 from autopar.search.bounds import make_layout_bound, tighten
 from autopar.search.branch import close_gap
 from autopar.search.cuts import CutRules, Prices, best_cuts
-from autopar.search.evaluate import Figures, Layout, evaluate, fixed_power_w
+from autopar.search.evaluate import MEMORY_TOLERANCE, Figures, Layout, evaluate, fixed_power_w
 from autopar.search.optimist import MOST_LAYOUTS, Blocks, make_optimist, pay_vectors
 from autopar.search.problem import Problem, Weights, make_problem
 from autopar.search.relax import (
@@ -44,6 +44,7 @@ LAYOUT_WORK = 6_000_000
 LAYOUT_OVERHEAD = 20_000
 """A skeleton closes at most LAYOUT_WORK / (strategies + pairs + LAYOUT_OVERHEAD) layouts; the rest keep their bound."""
 IMPROVE_ROUNDS = 3
+ROUNDING = 1e-9
 
 Progress = Callable[[dict[str, object]], None]
 
@@ -66,6 +67,7 @@ class Space:
         deadline_s: `time.monotonic` value at which the search stops, or None.
         plans: best plan per skeleton under `objective`.
         best: best plan of all under `objective`.
+        ideal_scale, coarser_scale: <= 1; what a table contradicted the two assumed bounds by.
     """
 
     source: TableSource
@@ -80,6 +82,8 @@ class Space:
     plans: dict[Skeleton, Plan] = field(default_factory=dict)
     best: Plan | None = None
     ideal: IdealBound | None = None
+    ideal_scale: float = 1.0
+    coarser_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if len({(s.sizes, s.num_microbatches) for s in self.skeletons}) > FEW_TABLES:
@@ -136,6 +140,7 @@ class WeightedSearch:
     value: float = math.inf
     plan: Plan | None = None
     offered: set[tuple[Skeleton, tuple[int, ...]]] = field(default_factory=set)
+    assumed: dict[Skeleton, float] = field(default_factory=dict)
 
     @property
     def cutoff(self) -> float:
@@ -147,21 +152,21 @@ class WeightedSearch:
 
     def run(self) -> WeightedResult:
         """Best-first over all skeletons."""
-        heap = [(self._ideal(s), 0, s) for s in self.space.skeletons]
+        scales = (self.space.ideal_scale, self.space.coarser_scale)
+        heap = [(max(self._ideal(s)), 0, s) for s in self.space.skeletons]
         heapq.heapify(heap)
         complete = True
         while heap:
             bound, level, skeleton = heapq.heappop(heap)
             self.bounds[skeleton] = bound
-            if bound >= self.cutoff:
+            if bound >= self.cutoff or self.space.out_of_time:
+                complete = bound >= self.cutoff
                 self.bounds |= {s: b for b, _, s in heap}
-                break
-            if self.space.out_of_time:
-                self.bounds |= {s: b for b, _, s in heap}
-                complete = False
                 break
             refined = max(bound, self._refine(skeleton, level))
             self._report(skeleton, level, refined)
+            if scales != (self.space.ideal_scale, self.space.coarser_scale):
+                return self.run()
             if level == len(self._levels) - 1 or refined >= self.cutoff:
                 self.bounds[skeleton] = refined
             else:
@@ -179,7 +184,8 @@ class WeightedSearch:
 
     def _refine(self, skeleton: Skeleton, level: int) -> float:
         if level == 0:
-            return self._coarser(skeleton)
+            self.assumed[skeleton] = self._coarser(skeleton)
+            return self.assumed[skeleton]
         problem = self.space.problem(skeleton.sizes, skeleton.num_microbatches)
         if problem is None:
             return math.inf
@@ -193,44 +199,62 @@ class WeightedSearch:
         )
         return (self._table, self._memory, self._layouts)[level - 1](skeleton, relax)
 
-    def _ideal(self, skeleton: Skeleton) -> float:
-        ideal = self.space.ideal
+    def _ideal(self, skeleton: Skeleton) -> tuple[float, float]:
+        """Spread and bottleneck bounds of perfect splits (see `relax` for both)."""
+        ideal, scale = self.space.ideal, self.space.ideal_scale
         if ideal is None:
-            return -math.inf
+            return -math.inf, -math.inf
         blocks = ideal.blocks(skeleton.sizes, skeleton.num_microbatches)
         if blocks is None:
-            return math.inf
+            return math.inf, math.inf
         stages, prices = skeleton.num_stages, self.prices(skeleton.num_gpus)
-        state = float(blocks[2, :-1].sum() + stages * blocks[2, -1])
-        if state > stages * self.space.device.memory_bytes * (1 + 1e-9):
-            return math.inf
-        total = float(blocks[0, :-1].sum() + stages * blocks[0, -1])
-        energy = float(blocks[1, :-1].sum() + stages * blocks[1, -1])
+        time_s, energy_j, state = blocks[:, :-1].sum(axis=1) + stages * blocks[:, -1]
+        if state > stages * self.space.device.memory_bytes * (1 + MEMORY_TOLERANCE):
+            return math.inf, math.inf
         bottleneck = least_bottleneck(blocks[0], stages)
-        step = total + (skeleton.num_microbatches - 1) * max(bottleneck, total / stages)
-        return prices.step_weight * step + prices.beta * energy
+        waits = skeleton.num_microbatches - 1
+        return (
+            scale * float(prices.step_weight * time_s * (1 + waits / stages) + prices.beta * energy_j),
+            scale * float(prices.step_weight * (time_s + waits * bottleneck) + prices.beta * energy_j),
+        )
 
     def _coarser(self, skeleton: Skeleton) -> float:
         """Spread bound from the finest table already made for this mesh with a divisor of M microbatches."""
-        if self.space.ideal is None or (skeleton.sizes, skeleton.num_microbatches) in self.space.problems:
+        if self.space.ideal is None:
             return -math.inf
         made = [
             (count, problem)
             for (sizes, count), problem in self.space.problems.items()
-            if sizes == skeleton.sizes and problem is not None and skeleton.num_microbatches % count == 0
+            if sizes == skeleton.sizes
+            and problem is not None
+            and count < skeleton.num_microbatches
+            and skeleton.num_microbatches % count == 0
         ]
         if not made:
             return -math.inf
         count, problem = max(made, key=lambda entry: entry[0])
-        ratio = count / skeleton.num_microbatches
         prices = self.prices(skeleton.num_gpus)
-        factor = 1 + (skeleton.num_microbatches - 1) / skeleton.num_stages
+        factor = (1 + (skeleton.num_microbatches - 1) / skeleton.num_stages) * count / skeleton.num_microbatches
         scaled = Relaxation(
-            problem, skeleton.num_stages, skeleton.mode, self.space.schedule,
-            Prices(prices.step_weight * ratio * factor, prices.beta), 0.0,
-        )  # fmt: skip
+            problem,
+            skeleton.num_stages,
+            skeleton.mode,
+            self.space.schedule,
+            Prices(prices.step_weight * factor, prices.beta),
+            self.space.device.memory_bytes,
+        )
         weights = additive_weights(scaled)
-        return problem.solve(Weights(weights.blocks)).value
+        return self.space.coarser_scale * problem.solve(Weights(weights.blocks)).value
+
+    def _check_assumptions(self, skeleton: Skeleton, spread: float) -> None:
+        """Scale the assumed bounds down where a table of this skeleton lies below them."""
+        if self.space.ideal is None or not math.isfinite(spread):
+            return
+        ideal, coarser = self._ideal(skeleton)[0], self.assumed.pop(skeleton, -math.inf)
+        if spread < ideal * (1 - ROUNDING):
+            self.space.ideal_scale *= max(spread, 0.0) / ideal
+        if spread < coarser * (1 - ROUNDING):
+            self.space.coarser_scale *= max(spread, 0.0) / coarser
 
     def _rules(self, skeleton: Skeleton, relax: Relaxation) -> CutRules:
         return CutRules(skeleton.num_stages, self.space.schedule, MODES[skeleton.mode], relax.memory_bytes)
@@ -259,6 +283,7 @@ class WeightedSearch:
         weights = spread_weights(relax)
         run = relax.problem.solve(weights)
         bound = run.value + weights.constant
+        self._check_assumptions(skeleton, bound)
         if run.choice is None or bound >= self._offer(skeleton, relax, run.choice):
             return bound
         if relax.slope == 0 or relax.num_stages == 1:
