@@ -301,11 +301,12 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     plan = parse_plan(arguments["plan"])
     device = device_name()
-    ready = prepare(plan, device)
-    graph = ready.captured.graph
+    ready = prepare(plan, "cpu")
+    graph, batch = ready.captured.graph, ready.batch
     mesh = join_plan(graph, plan.decisions, device_type())
     executor = Executor(graph, plan.decisions, ready.state, mesh, RunOptions(device, SEED))
-    measured = measure_steps(executor, ready.batch, int(arguments["steps"]))
+    del ready  # the whole model; the executor has its own parts
+    measured = measure_steps(executor, batch, int(arguments["steps"]))
     return {
         "num_processes": plan.decisions.num_gpus,
         "losses": list(measured.losses),

@@ -81,10 +81,11 @@ class Executor:
             graph, decisions, mesh.stage, mesh.coordinate, axes=mesh.axes, device=device, seed=self.options.seed
         )
         values = [graph.values[name] for name in self.program.parameters]
-        on_device = {name: tensor.to(device) for name, tensor in state.items()}
-        self.store = ParameterStore(values, decisions.parameters, on_device, mesh, _tied(graph, decisions))
+        self.store = ParameterStore(
+            values, decisions.parameters, state, mesh=mesh, tied=_tied(graph, decisions), device=device
+        )
         kept = (*self.program.buffers, *self.program.constants)
-        self.buffers = {name: on_device[name].clone() for name in kept}
+        self.buffers = {name: state[name].detach().clone().to(device) for name in kept}
         self.runner = StageRunner(self.program, self.buffers | self.store.leaves)
         self.optimizer = _make_optimizer(self.store, self.options.optimizer)
         self._schedule = _make_schedule(self.program, self.runner, decisions, mesh, device) if mesh.pipeline else None

@@ -4,7 +4,8 @@ The parent (which needs no torch) writes the job to a directory, starts `python 
 waits. If a worker fails or is killed the others are ended and `WorkerError` names the first to fail; however the
 parent leaves, no worker stays behind (each also watches its parent and ends when that is gone).
 
-Files in the directory: `job.json`; by rank `result_R.json`, `error_R.json`, `output_R.txt`; `port` of the rendezvous.
+Files in the directory: `job.json`; by rank `result_R.json`, `error_R.json`, `output_R.txt` and `log_R.txt`
+(what it printed); `port` of the rendezvous.
 """
 
 from __future__ import annotations
@@ -84,13 +85,14 @@ def _start(rank: int, num_processes: int, directory: Path) -> subprocess.Popen[b
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
         "PYTHONPATH": os.pathsep.join([p for p in sys.path if p and os.path.isdir(p)]),
     }
-    with (directory / f"output_{rank}.txt").open("wb") as output:
+    environment.pop("MASTER_ADDR", None)  # of a launcher above this one, which must not be joined
+    with (directory / f"output_{rank}.txt").open("wb") as output, (directory / f"log_{rank}.txt").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "autopar.runtime.worker", str(directory)],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.STDOUT,
+            stderr=log,
             start_new_session=True,
         )
 
@@ -157,7 +159,7 @@ def _read_error(directory: Path, rank: int) -> dict[str, Any] | None:
 
 
 def _tail(directory: Path, rank: int, num_lines: int = 20) -> str:
-    lines = (directory / f"output_{rank}.txt").read_text(errors="replace").splitlines()
+    lines = (directory / f"log_{rank}.txt").read_text(errors="replace").splitlines()
     return "\n".join(f"  {line}" for line in lines[-num_lines:])
 
 

@@ -21,7 +21,7 @@ from autopar.errors import RewriteError
 from autopar.ir.graph import Value
 from autopar.ir.placement import REPLICATE
 from autopar.ir.strategy import ParameterStrategy
-from autopar.rewrite.collectives import all_gather_dim, all_reduce_sum, reduce_scatter_dim, slice_dim
+from autopar.rewrite.collectives import all_gather_dim, reduce_scatter_dim, slice_copy, slice_dim
 from autopar.runtime.mesh import RankMesh
 from autopar.torch_adapter import strided_shard
 
@@ -73,19 +73,23 @@ class ParameterStore:
         values: Sequence[Value],
         strategies: Mapping[str, ParameterStrategy],
         whole: Mapping[str, Tensor],
+        *,
         mesh: RankMesh,
         tied: Mapping[str, tuple[int, ...]],
+        device: str,
     ) -> None:
         """Slice this rank's part of every parameter.
 
         Args:
             values: parameters that the stage reads.
             strategies: of every parameter of the graph, by value name.
-            whole: full tensors by value name, on the device of the run; equal on all ranks. They are not kept.
+            whole: full tensors by value name, on any device; equal on all ranks. They are not kept.
             mesh: this rank's groups.
             tied: stages that read a parameter, for parameters read by several.
+            device: of the run; only this rank's parts are moved there.
         """
         self._mesh = mesh
+        self._device = device
         self.items: dict[str, StoredParameter] = {}
         for value in values:
             strategy = strategies[value.name]
@@ -98,7 +102,7 @@ class ParameterStore:
         for i, axis in enumerate(strategy):
             if axis.storage.is_shard:
                 local = slice_dim(local, self._mesh.axes[i], axis.storage.dim)
-        leaf = local.clone(memory_format=torch.contiguous_format)
+        leaf = local.clone(memory_format=torch.contiguous_format).to(self._device)
         shard = leaf
         for i, dim in _optimizer_cuts(strategy):
             shard = slice_dim(shard, self._mesh.axes[i], dim)
@@ -135,6 +139,7 @@ class ParameterStore:
     def sync_gradients(self) -> None:
         """After the last microbatch: finish the pending sums and hand every gradient to its boundary parameter.
 
+        The leaf's own gradient is given up, so that a gradient that is split ends with its part alone in memory.
         Collectives run in graph order on every rank. A parameter without gradient keeps none.
         """
         for item in self.items.values():
@@ -143,9 +148,9 @@ class ParameterStore:
                 continue
             if gradient is None:
                 gradient = torch.zeros_like(item.leaf)
-            gradient = self._reduced(item, gradient)
+            item.leaf.grad = None
+            gradient = self._reduced(item, gradient.contiguous())
             if item.tied:
-                gradient = gradient.contiguous()
                 dist.all_reduce(gradient, group=self._mesh.tied[item.tied])
             item.boundary.grad = self._at_boundary_like(item, gradient)
 
@@ -154,10 +159,10 @@ class ParameterStore:
             group = self._mesh.axes[i]
             is_pending = axis.exposed == REPLICATE and not axis.storage.is_shard
             if axis.optimizer.is_shard and not axis.storage.is_shard:
-                reduce = reduce_scatter_dim if is_pending else slice_dim
+                reduce = reduce_scatter_dim if is_pending else slice_copy
                 gradient = reduce(gradient, group, axis.optimizer.dim)
-            elif is_pending:
-                gradient = all_reduce_sum(gradient, group)
+            elif is_pending and group.size > 1:
+                dist.all_reduce(gradient, group=group.process_group)
         return gradient
 
     def _at_boundary_like(self, item: StoredParameter, local: Tensor) -> Tensor:

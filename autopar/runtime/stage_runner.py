@@ -67,7 +67,7 @@ class StageRunner(nn.Module):
                 self._run(segment, values)
 
     def _run(self, segment: Segment, values: dict[str, Tensor]) -> None:
-        outputs = segment.module(*(values[name] for name in segment.inputs))
+        outputs = segment.module.forward(*(values[name] for name in segment.inputs))
         values.update(zip(segment.outputs, outputs, strict=True))
 
     def _run_checkpointed(self, segment: Segment, values: dict[str, Tensor], microbatch: int) -> None:
@@ -82,7 +82,7 @@ class StageRunner(nn.Module):
             nonlocal runs
             runs += 1
             with self.program.stream.at(microbatch, is_recomputing=runs > 1):
-                return segment.module(*inputs)  # type: ignore[no-any-return]
+                return segment.module.forward(*inputs)  # type: ignore[no-any-return]
 
         outputs = checkpoint(run, use_reentrant=False, preserve_rng_state=False)
         values.update(zip(segment.outputs, outputs, strict=True))
