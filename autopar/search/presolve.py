@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 
 from autopar.ir.cost import Array
 from autopar.search.ilp import Row, solve_ilp
-from autopar.search.reduce import Network, Plan, back_substitute, core_network, make_plan, restrict, run_plan
+from autopar.search.reduce import (
+    Elimination,
+    Network,
+    Plan,
+    back_substitute,
+    core_network,
+    make_plan,
+    restrict,
+    run_plan,
+)
 from autopar.search.solver import ProgramResult
 
 ELIMINATION_CAP = 2_500
@@ -87,14 +96,13 @@ class _Reduction:
     """One elimination: how to go back from the core's strategies to all."""
 
     keep: list[Index]
-    plan: Plan
-    buckets: tuple[Array, ...]
+    run: Elimination
 
     def restore(self, core: Sequence[int]) -> tuple[int, ...]:
-        choice = [0] * len(self.plan.sizes)
-        for node, strategy in zip(self.plan.core, core, strict=True):
+        choice = [0] * len(self.run.plan.sizes)
+        for node, strategy in zip(self.run.plan.core, core, strict=True):
             choice[node] = strategy
-        full = back_substitute(self.plan, self.buckets, choice)
+        full = back_substitute(self.run, choice)
         return tuple(int(k[p]) for k, p in zip(self.keep, full, strict=True))
 
 
@@ -113,7 +121,7 @@ def solve_reduced(
         sizes = tuple(len(c) for c in objective.unary)
         plan = make_plan(sizes, sorted(objective.pairs), ELIMINATION_CAP, max_scope=2, candidates=free)
         run = run_plan(plan, objective)
-        reductions.append(_Reduction(keep, plan, run.buckets))
+        reductions.append(_Reduction(keep, run))
         constant += run.value
         if not plan.core:
             status = "infeasible" if run.choice is None or any(_constant_excess(r, plan) for r in left) else "optimal"

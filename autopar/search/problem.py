@@ -31,8 +31,8 @@ TIME, REDO, ENERGY, REDO_ENERGY, STATE, ACTIVATION, BOUNDARY, LEAST_KEPT, WORKSP
 NUM_CHANNELS = 9
 NUM_WEIGHTS = 8
 NUM_EDGE_CHANNELS = 4
-TABLE_CAP = 4_000_000
-"""Largest table that elimination may make, entries (32 MB)."""
+TABLE_CAP = 12_000_000
+"""Largest table that elimination may make, entries (96 MB, held only while it is minimised)."""
 
 Index = NDArray[np.int64]
 
@@ -225,7 +225,7 @@ def solve_core(run: Elimination) -> tuple[float, tuple[int, ...] | None]:
     choice = [0] * len(run.plan.sizes)
     for node, strategy in zip(run.plan.core, core_choice, strict=True):
         choice[node] = strategy
-    return run.value + result.bound, back_substitute(run.plan, run.buckets, choice)
+    return run.value + result.bound, back_substitute(run, choice)
 
 
 def _key(weights: Weights) -> bytes:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,14 +70,12 @@ class Elimination:
     Attributes:
         value: optimum (inf if none); with a core, the core's part is missing and `choice` is None.
         choice: an optimal strategy per node, or None.
-        buckets: per step the table over (node, scope) before minimisation.
-        messages: per step the table after it.
+        messages: per step the table over its scope, after minimisation.
         plan, network: what was run.
     """
 
     value: float
     choice: tuple[int, ...] | None
-    buckets: tuple[Array, ...]
     messages: tuple[Array, ...]
     plan: Plan
     network: Network
@@ -169,31 +167,31 @@ def _bucket(plan: Plan, network: Network, index: int, messages: Sequence[Array])
 
 def run_plan(plan: Plan, network: Network) -> Elimination:
     """Eliminate in the plan's order. Ties go to the lowest index, so the result is deterministic."""
-    buckets: list[Array] = []
     messages: list[Array] = []
     constant = 0.0
     for index, step in enumerate(plan.steps):
-        bucket = _bucket(plan, network, index, messages)
-        message = bucket.min(axis=0)
-        buckets.append(bucket)
+        message = _bucket(plan, network, index, messages).min(axis=0)
         messages.append(message)
         if not step.scope:
             constant += float(message)
-    if plan.core:
-        return Elimination(constant, None, tuple(buckets), tuple(messages), plan, network)
-    choice = None
-    if math.isfinite(constant):
-        choice = back_substitute(plan, buckets, [0] * len(plan.sizes))
-    return Elimination(constant, choice, tuple(buckets), tuple(messages), plan, network)
+    run = Elimination(constant, None, tuple(messages), plan, network)
+    if plan.core or not math.isfinite(constant):
+        return run
+    return replace(run, choice=back_substitute(run, [0] * len(plan.sizes)))
 
 
-def back_substitute(plan: Plan, buckets: Sequence[Array], choice: list[int]) -> tuple[int, ...]:
+def back_substitute(run: Elimination, choice: list[int]) -> tuple[int, ...]:
     """Best strategies of the eliminated nodes, given those of the core already set in `choice`."""
-    for step, bucket in zip(reversed(plan.steps), reversed(buckets), strict=True):
-        column = bucket
-        for u in step.scope:
-            column = column[:, choice[u]]
-        choice[step.node] = int(np.argmin(column))
+    for step in reversed(run.plan.steps):
+        v = step.node
+        column = run.network.unary[v]
+        for i, j in step.pairs:
+            table = run.network.pairs[i, j]
+            column = column + (table[:, choice[j]] if i == v else table[choice[i]])
+        for m in step.messages:
+            scope = run.plan.steps[m].scope
+            column = column + run.messages[m][tuple(slice(None) if u == v else choice[u] for u in scope)]
+        choice[v] = int(np.argmin(column))
     return tuple(choice)
 
 
@@ -222,7 +220,6 @@ def min_marginals(run: Elimination) -> tuple[Array, ...]:
     plan = run.plan
     step_of = {step.node: k for k, step in enumerate(plan.steps)}
     down: dict[int, Array] = {}
-    beliefs: dict[int, Array] = {}
     result: list[Array] = [np.zeros(0)] * len(plan.sizes)
     children: dict[int, list[int]] = {}
     for k, step in enumerate(plan.steps):
@@ -231,10 +228,9 @@ def min_marginals(run: Elimination) -> tuple[Array, ...]:
     for k in range(len(plan.steps) - 1, -1, -1):
         step = plan.steps[k]
         if step.scope:
-            belief = run.buckets[k] + down.pop(k)[None]
+            belief = _bucket(plan, run.network, k, run.messages) + down.pop(k)[None]
         else:
-            belief = run.buckets[k] + (run.value - float(run.messages[k]))
-        beliefs[k] = belief
+            belief = _bucket(plan, run.network, k, run.messages) + (run.value - float(run.messages[k]))
         target = (step.node, *step.scope)
         result[step.node] = belief.min(axis=tuple(range(1, len(target))))
         for child in children.get(k, ()):
@@ -246,7 +242,6 @@ def min_marginals(run: Elimination) -> tuple[Array, ...]:
             message = run.messages[child]
             finite = np.isfinite(message)
             down[child] = np.where(finite, table - np.where(finite, message, 0.0), np.inf)
-        del beliefs[k]
     return tuple(result)
 
 
