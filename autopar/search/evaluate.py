@@ -186,7 +186,15 @@ def fixed_power_w(device: Device, num_gpus: int) -> float:
 
 
 def evaluate(table: CostTable, device: Device, layout: Layout, choice: Sequence[int]) -> Figures:
-    """Figures of the module docstring for `choice[i]` = index of node i's strategy; inf time for a forbidden pair."""
+    """Figures of the module docstring for `choice[i]` = index of node i's strategy.
+
+    Raises:
+        ValueError: if the choice pairs strategies that an edge forbids.
+    """
+    for edge in table.edges:
+        if not math.isfinite(edge.forward_s[choice[edge.source], choice[edge.target]]):
+            names = table.nodes[edge.source].name, table.nodes[edge.target].name
+            raise ValueError(f"forbidden pair of strategies between {names[0]} and {names[1]}")
     stages = _collect(table, layout, choice)
     num_microbatches, num_devices, num_stages = table.num_microbatches, table.mesh.num_devices, layout.num_stages
     times, steps = tuple(map(float, stages.time_s)), tuple(map(float, stages.step_s))

@@ -35,7 +35,10 @@ def memory_error(space: Space, pins: Pins) -> AutoparError:
     if found is not None and not found.lean.proven:
         found = _least(space, [found.skeleton], exact=True) or found
     if found is None:
-        return InputError("the batch does not divide into the microbatches and mesh that are asked for")
+        return InputError(
+            f"no combination of strategies is admissible on the meshes allowed: the batch of "
+            f"{space.source.graph.batch_size} samples or the model's sizes do not divide as the settings ask"
+        )
     have = f"{format_bytes(space.device.memory_bytes)} usable per device"
     return InfeasibleError("memory", _need(found), have, tuple(_remedies(space, pins, found)))
 

@@ -20,7 +20,8 @@ from autopar.search.space import Skeleton, list_skeletons
 from autopar.search.stages import Plan, Progress, Space, WeightedSearch
 
 SOLVER = "elimination + dynamic programme + HiGHS"
-NUM_ALTERNATIVES = 6
+NUM_ALTERNATIVES = 8
+NUM_UNMET = 3
 MAX_EDP_ROUNDS = 24
 LINEAR_SHARE, EDP_SHARE = 0.999, 0.333
 """Part of the gap that a weighted search may leave: all but rounding; the product of two planes doubles it."""
@@ -199,4 +200,20 @@ def _alternatives(space: Space, best: Plan, bounds: dict[Skeleton, float]) -> tu
                 f"{worse:.1%} worse than the plan chosen",
             )
         )
-    return tuple(listed[:NUM_ALTERNATIVES])
+    unmet = _unmet(bounds, {key[1] for key in found}) if linear else []
+    return tuple(listed[: NUM_ALTERNATIVES - len(unmet)] + unmet)
+
+
+def _unmet(bounds: dict[Skeleton, float], seen: set[int]) -> list[Alternative]:
+    """For numbers of stages without any plan met: the skeleton of least bound, and why nothing came of it."""
+    least: dict[int, Skeleton] = {}
+    for skeleton, bound in sorted(bounds.items(), key=lambda entry: (entry[1], entry[0])):
+        if skeleton.num_stages not in seen and bound > -math.inf:
+            least.setdefault(skeleton.num_stages, skeleton)
+    listed = []
+    for skeleton in list(least.values())[:NUM_UNMET]:
+        bound = bounds[skeleton]
+        fits = math.isfinite(bound)
+        reason = "no plan of it can beat its bound" if fits else "no plan of it fits into memory"
+        listed.append(Alternative(skeleton.describe(), None, None, None, bound if fits else None, reason))
+    return listed
