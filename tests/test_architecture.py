@@ -30,10 +30,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cost": BELOW_STAGES,
     "search": BELOW_STAGES,
     "report": BELOW_STAGES,
-    "rewrite": (*BELOW_STAGES, "torch_adapter"),
+    "rewrite": (*BELOW_STAGES, "program", "torch_adapter"),
     "profiler": (*BELOW_STAGES, "meters", "torch_adapter"),
-    # The one step sideways: runtime executes the program that rewrite builds, and shares its collectives.
-    "runtime": (*BELOW_STAGES, "meters", "torch_adapter", "rewrite"),
+    # What a rank executes: rewrite builds programs, runtime runs them.
+    "program": (*BELOW_STAGES, "torch_adapter"),
+    "runtime": (*BELOW_STAGES, "program", "meters", "torch_adapter"),
     "planner": (*BELOW_STAGES, *STAGES, "meters", "torch_adapter"),
     "api": (*BELOW_STAGES, "planner", "report"),
     "cli": (*BELOW_STAGES, "planner", "report", "api"),
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 """Package below `autopar` -> packages it may import, besides itself. "" is `autopar/__init__.py`."""
 
-TORCH = ("capture", "profiler", "rewrite", "runtime", "torch_adapter", "api", "planner")
+TORCH = ("capture", "profiler", "program", "rewrite", "runtime", "torch_adapter", "api", "planner")
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "torch": TORCH,
     "transformers": ("capture",),
@@ -120,7 +121,7 @@ def layer_faults(path: str, tree: ast.Module) -> Iterator[str]:
 
 def _is_torch_bound(module: str) -> bool:
     first, *rest = module.split(".")
-    bound = ("capture", "profiler", "rewrite", "runtime", "torch_adapter")
+    bound = ("capture", "profiler", "program", "rewrite", "runtime", "torch_adapter")
     is_bound = module in TORCH_BOUND_MODULES or (first == "autopar" and bool(rest) and rest[0] in bound)
     return first == "torch" or is_bound
 

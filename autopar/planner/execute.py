@@ -15,6 +15,7 @@ from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
 from autopar.ir.serialize import dump_plan, parse_plan
 from autopar.ir.serialize_graph import graph_hash
+from autopar.planner.assemble import make_executor, make_serial_executor
 
 if TYPE_CHECKING:
     import torch
@@ -225,10 +226,8 @@ def _check_same_model(plan: Plan, captured: Captured, source: ModelSource) -> No
 def verify_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of `verify_plan`; the fields of the report."""
     from autopar.capture.promote import promote
-    from autopar.rewrite.program import serial_decisions
     from autopar.runtime.compare import compare
-    from autopar.runtime.executor import Executor, RunOptions, join_plan
-    from autopar.runtime.mesh import serial_mesh
+    from autopar.runtime.executor import RunOptions, join_plan
     from autopar.runtime.processes import device_name, device_type
     from autopar.torch_adapter import dtype_of
 
@@ -241,10 +240,10 @@ def verify_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in ready.state.items()}
     batch = [t.to(dtype) if t.is_floating_point() else t for t in ready.batch]
     options = RunOptions(device, SEED)
-    serial = Executor(graph, serial_decisions(graph, plan.decisions.num_microbatches), state, serial_mesh(), options)
+    serial = make_serial_executor(graph, state, options, plan.decisions.num_microbatches)
     serial_loss = serial.compute_gradients(batch)
     mesh = join_plan(graph, plan.decisions, device_type())
-    distributed = Executor(graph, plan.decisions, state, mesh, options)
+    distributed = make_executor(graph, plan.decisions, state, mesh, options)
     loss = distributed.compute_gradients(batch)
     found = compare(distributed, loss, serial, serial_loss)
     name, error = found.worst
@@ -268,14 +267,11 @@ def _eager_error(ready: Prepared, device: str) -> float | None:
 
     from autopar import torch_adapter
     from autopar.capture.model_source import as_arguments
-    from autopar.rewrite.program import serial_decisions
     from autopar.runtime.compare import SMALLEST_SHARE, relative_error
-    from autopar.runtime.executor import Executor, RunOptions
-    from autopar.runtime.mesh import serial_mesh
+    from autopar.runtime.executor import RunOptions
 
     graph, module = ready.captured.graph, ready.captured.module
-    decisions = serial_decisions(graph)
-    serial = Executor(graph, decisions, ready.state, serial_mesh(), RunOptions(device, SEED))
+    serial = make_serial_executor(graph, ready.state, RunOptions(device, SEED))
     if serial.program.draws_random:
         return None
     loss = serial.compute_gradients(ready.captured.inputs)
@@ -295,7 +291,7 @@ def _eager_error(ready: Prepared, device: str) -> float | None:
 
 def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of `run_plan`; the fields of the report."""
-    from autopar.runtime.executor import Executor, RunOptions, join_plan
+    from autopar.runtime.executor import RunOptions, join_plan
     from autopar.runtime.measure import measure_steps
     from autopar.runtime.processes import device_name, device_type
 
@@ -304,7 +300,7 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     ready = prepare(plan, "cpu")
     graph, batch = ready.captured.graph, ready.batch
     mesh = join_plan(graph, plan.decisions, device_type())
-    executor = Executor(graph, plan.decisions, ready.state, mesh, RunOptions(device, SEED))
+    executor = make_executor(graph, plan.decisions, ready.state, mesh, RunOptions(device, SEED))
     del ready  # the whole model; the executor has its own parts
     measured = measure_steps(executor, batch, int(arguments["steps"]))
     return {

@@ -14,6 +14,7 @@ from autopar.errors import InputError, PlanMismatchError
 from autopar.ir.plan import ModelReference, Plan
 from autopar.ir.serialize import dump_plan, parse_plan
 from autopar.ir.serialize_graph import graph_hash
+from autopar.planner.assemble import make_executor, make_serial_executor
 from autopar.planner.cache import cached_plan
 from autopar.planner.plan import PlanRequest, choose_target
 
@@ -160,22 +161,21 @@ def _start(
 ) -> Session:
     """Build the executor: of the plan if this is one of several processes, else of the serial model."""
     from autopar.planner.materialise import capture_for_run
-    from autopar.rewrite.program import serial_decisions
-    from autopar.runtime.executor import Executor, OptimizerOptions, RunOptions, join_plan
-    from autopar.runtime.mesh import serial_mesh
+    from autopar.runtime.executor import OptimizerOptions, RunOptions, join_plan
     from autopar.runtime.processes import device_name, device_type, is_torchrun
 
     if batch_size % num_microbatches:
         raise InputError(f"a batch of {batch_size} does not divide into {num_microbatches} microbatches")
     captured = capture_for_run(source, batch_size=batch_size // num_microbatches, device=device_name())
     state = _state(captured)
-    if plan is None or not is_torchrun():
-        decisions, mesh = serial_decisions(captured.graph, num_microbatches), serial_mesh()
-    else:
-        decisions, mesh = plan.decisions, join_plan(captured.graph, plan.decisions, device_type())
     optimizer = OptimizerOptions(training.optimizer, training.learning_rate, training.weight_decay, training.max_norm)
     options = RunOptions(device_name(), training.seed, optimizer)
-    return Session(plan, captured, Executor(captured.graph, decisions, state, mesh, options))
+    if plan is None or not is_torchrun():
+        executor = make_serial_executor(captured.graph, state, options, num_microbatches)
+    else:
+        mesh = join_plan(captured.graph, plan.decisions, device_type())
+        executor = make_executor(captured.graph, plan.decisions, state, mesh, options)
+    return Session(plan, captured, executor)
 
 
 def _state(captured: Captured) -> Mapping[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from autopar.rewrite.collectives import STEP_FUNCTIONS, AxisGroup
+from autopar.program.collectives import STEP_FUNCTIONS, AxisGroup
 
 GatherSteps = tuple[tuple[str, AxisGroup, tuple[int, ...]], ...]
 """(kinds, axis, dims) of each step: what `STEP_FUNCTIONS` needs."""

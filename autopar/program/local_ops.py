@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopar.ir.placement import parse_sharding
-from autopar.rewrite.collectives import (
+from autopar.program.collectives import (
     AxisGroup,
     all_reduce_sum,
     partial_to_invariant,
     partial_to_replicate,
     slice_dim,
 )
-from autopar.rewrite.stream import StreamState
+from autopar.program.stream import StreamState
 
 Axes = tuple[AxisGroup, ...]
 

@@ -9,9 +9,9 @@ from torch import fx
 from autopar.errors import RewriteError
 from autopar.ir.graph import Op
 from autopar.ir.placement import INVARIANT, REPLICATE, Sharding, format_sharding
+from autopar.program.stage import Segment
+from autopar.program.stream import buffer_for_update
 from autopar.rewrite.layout import Layout
-from autopar.rewrite.segment import Segment
-from autopar.rewrite.stream import buffer_for_update
 
 
 def check_segment(segment: Segment, ops: Sequence[Op], layout: Layout) -> None:

@@ -1,83 +1,26 @@
-"""StageProgram: what one rank runs of one stage, as segments; and the serial program, which is the same on one device.
+"""Builds the `StageProgram` of a rank from graph and decisions; and the serial program, the same on one device.
 
-Flow of a microbatch: the `shared` segment (ops that depend on the batch alone), then one segment per block. Values
-pass between segments, and over the cuts, in their kept placement (`rewrite.layout`).
+Values pass between segments, and over the cuts, in their kept placement (`rewrite.layout`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh
+from autopar.ir.partition import StagePart, partition
 from autopar.ir.placement import INVARIANT
 from autopar.ir.solution import Decisions, StageChoice
 from autopar.ir.strategy import ParameterAxisStrategy
+from autopar.program.collectives import AxisGroup
+from autopar.program.gathered import GatherScope
+from autopar.program.stage import BoundaryTensor, Segment, StageProgram
+from autopar.program.stream import StreamState
 from autopar.rewrite.check import check_segment
-from autopar.rewrite.collectives import AxisGroup
-from autopar.rewrite.gathered import GatherScope
 from autopar.rewrite.layout import Layout, layout_of
-from autopar.rewrite.local_ops import attention_dropout, dropout
-from autopar.rewrite.partition import StagePart, partition
-from autopar.rewrite.segment import Attributes, Segment, SegmentBuilder, describe
-from autopar.rewrite.stream import StreamState
+from autopar.rewrite.segment import Attributes, SegmentBuilder, describe
 from autopar.rules.strategies import axis_strategies
-from autopar.torch_adapter import is_op_overload, is_random
-
-
-@dataclass(frozen=True)
-class BoundaryTensor:
-    """A value that crosses a cut, as one rank sends or receives it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    requires_grad: bool
-
-
-@dataclass(frozen=True)
-class StageProgram:
-    """See the module docstring.
-
-    Attributes:
-        stage, num_stages: position in the pipeline.
-        coordinate: position on the axes of the stage mesh.
-        shared: segment of the shared ops, or None.
-        segments: one per block.
-        received, sent: what crosses the cuts before and after.
-        parameters, buffers, constants, inputs: names of the outside values read, in graph order.
-        updated_buffers: buffers that some op of the stage changes in place.
-        recompute: `none` or `full` (segments drop their activations and run again in backward).
-        stream, scope, axes: the objects that its nodes refer to.
-    """
-
-    stage: int
-    num_stages: int
-    coordinate: tuple[int, ...]
-    shared: Segment | None
-    segments: tuple[Segment, ...]
-    received: tuple[BoundaryTensor, ...]
-    sent: tuple[BoundaryTensor, ...]
-    parameters: tuple[str, ...]
-    buffers: tuple[str, ...]
-    constants: tuple[str, ...]
-    inputs: tuple[str, ...]
-    updated_buffers: tuple[str, ...]
-    recompute: str
-    stream: StreamState
-    scope: GatherScope
-    axes: tuple[AxisGroup, ...]
-
-    @property
-    def draws_random(self) -> bool:
-        """Some op draws from the random streams, or from torch's own."""
-        segments = [s for s in (self.shared, *self.segments) if s is not None]
-        return any(_draws_random(node.target) for s in segments for node in s.module.graph.nodes)
-
-    @property
-    def is_last(self) -> bool:
-        return self.stage == self.num_stages - 1
 
 
 def build_stage(
@@ -204,16 +147,6 @@ def hub_values(graph: OpGraph) -> tuple[str, ...]:
 def serial_program(graph: OpGraph, *, device: str = "cpu", seed: int = 0) -> StageProgram:
     """The whole graph on one device: the reference that `verify` compares with."""
     return build_stage(graph, serial_decisions(graph), 0, (), device=device, seed=seed)
-
-
-def _draws_random(target: object) -> bool:
-    """Dropout that drops has become a local operation; what is left of ATen's own does nothing."""
-    if target in (dropout, attention_dropout):
-        return True
-    return is_op_overload(target) and is_random(target) and not str(target).startswith(_IDLE_DROPOUT)
-
-
-_IDLE_DROPOUT = ("aten.dropout.", "aten.scaled_dot_product_attention.")
 
 
 def program_text(program: StageProgram, graph: OpGraph, decisions: Decisions) -> str:

@@ -17,38 +17,17 @@ from torch import fx
 
 from autopar.ir.graph import Op
 from autopar.ir.placement import Sharding, format_sharding
-from autopar.rewrite.collectives import STEP_FUNCTIONS, AxisGroup
-from autopar.rewrite.gathered import GatherScope, gather_parameter
+from autopar.program.collectives import STEP_FUNCTIONS, AxisGroup
+from autopar.program.gathered import GatherScope, gather_parameter
+from autopar.program.local_ops import LOCAL_OPERATIONS, NEEDS_STREAM
+from autopar.program.stage import LOSS_OUTPUT, Segment
+from autopar.program.stream import StreamState, buffer_for_update
 from autopar.rewrite.layout import Layout
-from autopar.rewrite.local_ops import LOCAL_OPERATIONS, NEEDS_STREAM
 from autopar.rewrite.region import member_call
-from autopar.rewrite.stream import StreamState, buffer_for_update
 from autopar.rewrite.torch_args import fill, resolve_target
 from autopar.rules.local import LocalCall
 from autopar.rules.local_call import local_call
 from autopar.rules.redistribute import RedistributeStep
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of a stage's forward.
-
-    Attributes:
-        name: of the block, or `shared`.
-        module: takes `inputs`, returns the tuple of `outputs`.
-        inputs, outputs: value names. The last output of the last segment may be `LOSS_OUTPUT`.
-        gathers: some parameter is gathered for use here.
-    """
-
-    name: str
-    module: fx.GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    gathers: bool
-
-
-LOSS_OUTPUT = "loss:whole"
-"""Name of the output that holds the loss as I on every axis."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from autopar.errors import InputError
 from autopar.ir.graph import OpGraph
+from autopar.ir.partition import partition
 from autopar.ir.solution import Decisions
-from autopar.rewrite.partition import partition
-from autopar.rewrite.program import BoundaryTensor, StageProgram, build_stage
+from autopar.program.stage import BoundaryTensor, StageProgram
 from autopar.runtime.mesh import RankMesh, join_mesh, serial_mesh
 from autopar.runtime.parameters import ParameterStore, local_of, tied_stages
 from autopar.runtime.stage_runner import StageRunner
@@ -58,28 +58,25 @@ class Executor:
         self,
         graph: OpGraph,
         decisions: Decisions,
+        program: StageProgram,
         state: Mapping[str, Tensor],
+        *,
         mesh: RankMesh,
-        options: RunOptions | None = None,
+        options: RunOptions,
     ) -> None:
-        """Build the rank's program and take its parts of the state.
+        """Take the rank's parts of the state.
 
         Args:
             graph: captured at the microbatch size.
             decisions: of the plan.
+            program: of this rank, for these decisions, on the mesh's axes.
             state: whole parameters, buffers and constants by value name, equal on all ranks.
             mesh: from `join_plan` or `serial_mesh`.
-            options: of the run.
-
-        Raises:
-            RewriteError: if the decisions do not fit the graph.
+            options: of the run; its device is the program's.
         """
-        self.options = options or RunOptions()
-        self.graph, self.decisions, self.mesh = graph, decisions, mesh
+        self.options = options
+        self.graph, self.decisions, self.program, self.mesh = graph, decisions, program, mesh
         device = self.options.device
-        self.program = build_stage(
-            graph, decisions, mesh.stage, mesh.coordinate, axes=mesh.axes, device=device, seed=self.options.seed
-        )
         values = [graph.values[name] for name in self.program.parameters]
         self.store = ParameterStore(
             values, decisions.parameters, state, mesh=mesh, tied=_tied(graph, decisions), device=device

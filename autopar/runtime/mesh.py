@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.errors import InputError
 from autopar.ir.mesh import StageMesh
-from autopar.rewrite.collectives import AxisGroup
+from autopar.program.collectives import AxisGroup
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from autopar.errors import RewriteError
 from autopar.ir.graph import Value
 from autopar.ir.placement import REPLICATE
 from autopar.ir.strategy import ParameterStrategy
-from autopar.rewrite.collectives import all_gather_dim, reduce_scatter_dim, slice_copy, slice_dim
+from autopar.program.collectives import all_gather_dim, reduce_scatter_dim, slice_copy, slice_dim
 from autopar.runtime.mesh import RankMesh
 from autopar.torch_adapter import strided_shard
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autopar.rewrite.program import StageProgram
-from autopar.rewrite.segment import LOSS_OUTPUT, Segment
+from autopar.program.stage import LOSS_OUTPUT, Segment, StageProgram
 
 
 class StageRunner(nn.Module):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from autopar.ir.placement import INVARIANT, PARTIAL, REPLICATE, Placement, shard
-from autopar.rewrite.collectives import STEP_FUNCTIONS, AxisGroup
+from autopar.program.collectives import STEP_FUNCTIONS, AxisGroup
 from tests.pretend import gather, place
 
 PLACEMENTS = (INVARIANT, REPLICATE, PARTIAL, shard(0), shard(1), shard(2))

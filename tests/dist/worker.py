@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh, stage_mesh
 from autopar.ir.solution import Decisions
-from autopar.rewrite.program import serial_decisions
 from autopar.runtime.compare import compare, relative_error
-from autopar.runtime.executor import Executor, OptimizerOptions, RunOptions, join_plan
-from autopar.runtime.mesh import RankMesh, serial_mesh
+from autopar.planner.assemble import make_executor, make_serial_executor
+from autopar.runtime.executor import OptimizerOptions, RunOptions, join_plan
+from autopar.runtime.mesh import RankMesh
 from tests.dist.decisions import cut_evenly, data_parallel, random_decisions, tensor_parallel
 from tests.dist.models import BATCH, as_double, captured, global_batch
 from tests.dist.rule_graph import decisions_with, rule_graph, strategies_on
@@ -35,13 +35,13 @@ class Bench:
         outside = [v.name for v in self.graph.values.values() if v.origin in ("parameter", "buffer", "constant")]
         self.state = {v: as_double(found.tensor(v).detach().clone()) for v in outside}
         self.batch = global_batch(name)
-        self.serial = Executor(self.graph, serial_decisions(self.graph, num_microbatches), self.state, serial_mesh())
+        self.serial = make_serial_executor(self.graph, self.state, num_microbatches=num_microbatches)
         self.serial_loss = self.serial.compute_gradients(self.batch)
 
     def error_of(self, decisions: Decisions) -> float:
         """Largest relative error of loss, gradients and updated buffers."""
         mesh = _mesh_of("", self.graph, decisions)
-        executor = Executor(self.graph, decisions, self.state, mesh)
+        executor = make_executor(self.graph, decisions, self.state, mesh)
         loss = executor.compute_gradients(self.batch)
         executor.sync_buffers()
         buffers = [relative_error(executor.buffers[n].double(), self.serial.buffers[n].double())
@@ -137,11 +137,11 @@ def rule_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
         if found is None:
             continue
         graph, state = found
-        serial = Executor(graph, serial_decisions(graph), state, serial_mesh())
+        serial = make_serial_executor(graph, state)
         serial_loss = serial.compute_gradients([])
         for strategy in strategies_on(graph, mesh, rng, arguments["count"]):
             decisions = decisions_with(graph, mesh, strategy)
-            executor = Executor(graph, decisions, state, _mesh_of("rules", graph, decisions))
+            executor = make_executor(graph, decisions, state, _mesh_of("rules", graph, decisions))
             error = compare(executor, executor.compute_gradients([]), serial, serial_loss).largest_error
             buffers = [relative_error(executor.buffers[n], serial.buffers[n]) for n in executor.program.updated_buffers]
             label = "/".join(axis.label for axis in strategy)
@@ -158,11 +158,11 @@ def training_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     for name, kind in itertools.product(arguments["models"], ("sgd", "adamw")):
         options = RunOptions(optimizer=OptimizerOptions(kind, learning_rate=1e-2, max_norm=0.5))
         bench = Bench(name, 4)
-        serial = Executor(bench.graph, serial_decisions(bench.graph, 4), bench.state, serial_mesh(), options)
+        serial = make_serial_executor(bench.graph, bench.state, options, num_microbatches=4)
         expected = [serial.step(bench.batch) for _ in range(3)]
         for label, make in named_plans(dist.get_world_size()).items():
             decisions = make(bench.graph)
-            executor = Executor(bench.graph, decisions, bench.state, _mesh_of("", bench.graph, decisions), options)
+            executor = make_executor(bench.graph, decisions, bench.state, _mesh_of("", bench.graph, decisions), options)
             losses = [executor.step(bench.batch) for _ in range(3)]
             errors = [abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)]
             for parameter in executor.store.items if kind == "sgd" else ():

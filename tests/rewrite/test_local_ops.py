@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from autopar.rewrite.collectives import AxisGroup
-from autopar.rewrite.local_ops import attention_dropout, batch_norm, cross_entropy, dropout, embedding_rows
-from autopar.rewrite.stream import StreamState, buffer_for_update
+from autopar.program.collectives import AxisGroup
+from autopar.program.local_ops import attention_dropout, batch_norm, cross_entropy, dropout, embedding_rows
+from autopar.program.stream import StreamState, buffer_for_update
 
 ALONE = AxisGroup("x", 1, 0)
 

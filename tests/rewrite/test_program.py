@@ -11,11 +11,12 @@ import torch
 from autopar.errors import RewriteError
 from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import stage_mesh
+from autopar.ir.partition import partition
 from autopar.ir.solution import Decisions, StageChoice
+from autopar.planner.assemble import make_executor
+from autopar.program.collectives import STEP_FUNCTIONS
 from autopar.rewrite.check import check_segment
-from autopar.rewrite.collectives import STEP_FUNCTIONS
 from autopar.rewrite.layout import layout_of
-from autopar.rewrite.partition import partition
 from autopar.rewrite.program import build_stage, program_text, replicated_decisions, serial_decisions, serial_program
 from autopar.runtime.compare import relative_error
 from autopar.runtime.executor import Executor
@@ -37,7 +38,7 @@ def executor(name: str, recompute: str = "none", num_microbatches: int = 2) -> E
     state = {name: as_double(found.tensor(name).detach()) for name in outside}
     decisions = serial_decisions(found.graph, num_microbatches)
     stages = (replace(decisions.stages[0], recompute=recompute),)
-    return Executor(found.graph, replace(decisions, stages=stages), state, serial_mesh())
+    return make_executor(found.graph, replace(decisions, stages=stages), state, serial_mesh())
 
 
 @pytest.mark.parametrize("name", TOYS)

@@ -1,0 +1,103 @@
+"""StageProgram: what one rank runs of one stage, as segments. `rewrite` builds it, `runtime` runs it.
+
+Flow of a microbatch: the `shared` segment (ops that depend on the batch alone), then one segment per block. Values
+pass between segments, and over the cuts, in the placement in which the plan keeps them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from autopar.program.collectives import AxisGroup
+from autopar.program.gathered import GatherScope
+from autopar.program.local_ops import attention_dropout, dropout
+from autopar.program.stream import StreamState
+from autopar.torch_adapter import is_op_overload, is_random
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a stage's forward.
+
+    Attributes:
+        name: of the block, or `shared`.
+        module: takes `inputs`, returns the tuple of `outputs`.
+        inputs, outputs: value names. The last output of the last segment may be `LOSS_OUTPUT`.
+        gathers: some parameter is gathered for use here.
+    """
+
+    name: str
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    gathers: bool
+
+
+LOSS_OUTPUT = "loss:whole"
+"""Name of the output that holds the loss as I on every axis."""
+
+
+@dataclass(frozen=True)
+class BoundaryTensor:
+    """A value that crosses a cut, as one rank sends or receives it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """See the module docstring.
+
+    Attributes:
+        stage, num_stages: position in the pipeline.
+        coordinate: position on the axes of the stage mesh.
+        shared: segment of the shared ops, or None.
+        segments: one per block.
+        received, sent: what crosses the cuts before and after.
+        parameters, buffers, constants, inputs: names of the outside values read, in graph order.
+        updated_buffers: buffers that some op of the stage changes in place.
+        recompute: `none` or `full` (segments drop their activations and run again in backward).
+        stream, scope, axes: the objects that its nodes refer to.
+    """
+
+    stage: int
+    num_stages: int
+    coordinate: tuple[int, ...]
+    shared: Segment | None
+    segments: tuple[Segment, ...]
+    received: tuple[BoundaryTensor, ...]
+    sent: tuple[BoundaryTensor, ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    constants: tuple[str, ...]
+    inputs: tuple[str, ...]
+    updated_buffers: tuple[str, ...]
+    recompute: str
+    stream: StreamState
+    scope: GatherScope
+    axes: tuple[AxisGroup, ...]
+
+    @property
+    def draws_random(self) -> bool:
+        """Some op draws from the random streams, or from torch's own."""
+        segments = [s for s in (self.shared, *self.segments) if s is not None]
+        return any(_draws_random(node.target) for s in segments for node in s.module.graph.nodes)
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.num_stages - 1
+
+
+def _draws_random(target: object) -> bool:
+    """Dropout that drops has become a local operation; what is left of ATen's own does nothing."""
+    if target in (dropout, attention_dropout):
+        return True
+    return is_op_overload(target) and is_random(target) and not str(target).startswith(_IDLE_DROPOUT)
+
+
+_IDLE_DROPOUT = ("aten.dropout.", "aten.scaled_dot_product_attention.")
