@@ -1,7 +1,9 @@
 """Space: the skeletons (stage mesh, number of stages, microbatches, recompute mode) that are searched.
 
 A skeleton has K stages of the same mesh: 1-D `(n,)` or 2-D `(d, t)` with d, t >= 2, every factorisation, K n <= the
-number of devices (equal under `use_all`), K <= number of blocks. Pinned `dp`/`tp` make the mesh `(dp, tp)`.
+number of devices (equal under `use_all`), K <= number of blocks. Pinned `dp`/`tp` make the mesh `(dp, tp)`. Above
+`EVERY_SIZE_LIMIT` devices, axes whose size divides no dim of any op are left out: nothing can split over them, so the
+mesh without such an axis does the same in the same time on fewer devices.
 
 Microbatches M: divisors of the batch, thinned so that each kept one is at least 1.5 times the one before (all
 divisors of a power of two stay), at most `max_microbatches` (default 128). A table of None drops the skeleton.
@@ -32,6 +34,7 @@ from autopar.ir.solution import Pins
 DEFAULT_MAX_MICROBATCHES = 128
 MICROBATCH_RATIO = 1.5
 FEW_TABLES = 24
+EVERY_SIZE_LIMIT = 16
 MODES = {"none": (False,), "full": (True,), "mixed": (False, True)}
 
 
@@ -88,6 +91,29 @@ def mesh_sizes(num_devices: int, pins: Pins) -> Iterator[tuple[int, ...]]:
             yield d, num_devices // d
 
 
+def useful_sizes(graph: OpGraph, limit: int) -> tuple[int, ...]:
+    """Axis sizes up to `limit` that divide some dim of some op, ascending, 1 first."""
+    dims = {dim for dims in _dims_by_op(graph).values() for dim in dims}
+    return (1, *(size for size in range(2, limit + 1) if any(dim % size == 0 for dim in dims)))
+
+
+def _useful_meshes(sizes: tuple[int, ...], limit: int) -> Iterator[tuple[int, ...]]:
+    """Meshes of useful axes with at most `limit` devices, by number of devices."""
+    flat = [(n,) for n in sizes if n <= limit]
+    square = [(d, t) for d in sizes[1:] for t in sizes[1:] if d * t <= limit]
+    yield from sorted([*flat, *square], key=lambda mesh: (math.prod(mesh), mesh))
+
+
+def _meshes(graph: OpGraph, limit: int, pins: Pins, *, exactly: bool) -> Iterator[tuple[int, ...]]:
+    """Stage meshes of at most (or exactly) `limit` devices."""
+    is_free = pins.dp is None and pins.tp is None
+    if is_free and not exactly and limit > EVERY_SIZE_LIMIT:
+        yield from _useful_meshes(useful_sizes(graph, limit), limit)
+        return
+    for num_devices in range(limit if exactly else 1, limit + 1):
+        yield from mesh_sizes(num_devices, pins)
+
+
 def list_skeletons(
     source: TableSource, pins: Pins, *, use_all: bool, max_microbatches: int | None
 ) -> tuple[Skeleton, ...]:
@@ -101,13 +127,11 @@ def list_skeletons(
     stages = [pins.pp] if pins.pp is not None else range(1, min(num_blocks, num_gpus) + 1)
     found = []
     for num_stages in stages:
-        for num_devices in range(1, num_gpus // num_stages + 1):
-            if use_all and num_devices * num_stages != num_gpus:
-                continue
-            for sizes in mesh_sizes(num_devices, pins):
-                for count in counts:
-                    modes = [pins.recompute] if pins.recompute else ["none", "full", "mixed"][: 2 + (num_stages > 1)]
-                    found += [Skeleton(num_stages, sizes, count, mode) for mode in modes]
+        if use_all and num_gpus % num_stages:
+            continue
+        modes = [pins.recompute] if pins.recompute else ["none", "full", "mixed"][: 2 + (num_stages > 1)]
+        for sizes in _meshes(source.graph, num_gpus // num_stages, pins, exactly=use_all):
+            found += [Skeleton(num_stages, sizes, count, mode) for count in counts for mode in modes]
     if not found:
         raise InputError(_empty_space(num_gpus, pins, use_all=use_all))
     if pins.pp is not None and pins.pp > num_blocks:
