@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh, stage_mesh
 from autopar.ir.solution import Decisions
-from autopar.runtime.compare import compare, relative_error
 from autopar.planner.assemble import make_executor, make_serial_executor
+from autopar.runtime.compare import compare, relative_error
 from autopar.runtime.executor import OptimizerOptions, RunOptions, join_plan
 from autopar.runtime.mesh import RankMesh
 from tests.dist.decisions import cut_evenly, data_parallel, random_decisions, tensor_parallel
