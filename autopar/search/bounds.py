@@ -27,7 +27,7 @@ from autopar.ir.cost import Array
 from autopar.search.cuts import Prices
 from autopar.search.evaluate import MEMORY_TOLERANCE, Layout
 from autopar.search.problem import Problem, Weights
-from autopar.search.rows import LinearRow, combine, memory_row, objective_weights, state_row, time_rows, value_of
+from autopar.search.rows import LinearRow, combine, memory_rows, objective_weights, state_row, time_rows, value_of
 from autopar.search.solver import Program, solve_program
 
 MAX_ROUNDS = 40
@@ -72,11 +72,12 @@ class LayoutBound:
         known = {row.key for row in self.rows}
         added = False
         for stage in range(self.layout.num_stages):
-            row = memory_row(self.problem, self.layout, stage, choice, totals, memory_bytes=self.memory_bytes)
-            used = value_of(self.problem, row.weights, choice, totals)
-            if used > self.memory_bytes * (1 + MEMORY_TOLERANCE) and row.key not in known:
-                self.rows.append(row)
-                added = True
+            near = memory_rows(self.problem, self.layout, stage, choice, totals, memory_bytes=self.memory_bytes)
+            for row in near:
+                used = value_of(self.problem, row.weights, choice, totals)
+                if used > self.memory_bytes * (1 + MEMORY_TOLERANCE) and row.key not in known:
+                    self.rows.append(row)
+                    added = True
         return added
 
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from autopar.errors import AutoparError, InfeasibleError, InputError, Remedy
 from autopar.ir.solution import Pins
 from autopar.search.cuts import CutRules
-from autopar.search.leanest import Lean, leanest
+from autopar.search.leanest import EXACT_ENTRIES, Lean, leanest
 from autopar.search.problem import make_problem
 from autopar.search.space import MODES, Skeleton, mesh_sizes
 from autopar.search.stages import Space
 from autopar.units import format_bytes
 
-MAX_TABLES = 12
-"""Tables looked at for the least demanding plan when a space has more; those of most devices first."""
+MOST_PROMISING = 20
+"""Skeletons looked at for the least demanding plan when tables are large."""
 GROWTH = (2, 4, 8, 16, 32, 64)
 
 
@@ -31,9 +31,7 @@ class _Found:
 
 def memory_error(space: Space, pins: Pins) -> AutoparError:
     """The error for a space in which nothing fits."""
-    found = _least(space, _promising(space), exact=space.ideal is None)
-    if found is not None and not found.lean.proven:
-        found = _least(space, [found.skeleton], exact=True) or found
+    found = _least(space, *_promising(space))
     if found is None:
         return InputError(
             f"no combination of strategies is admissible on the meshes allowed: the batch of "
@@ -43,19 +41,18 @@ def memory_error(space: Space, pins: Pins) -> AutoparError:
     return InfeasibleError("memory", _need(found), have, tuple(_remedies(space, pins, found)))
 
 
-def _promising(space: Space) -> list[Skeleton]:
-    """Skeletons most likely to need least: many devices, recompute, many microbatches."""
+def _promising(space: Space) -> tuple[list[Skeleton], bool]:
+    """Skeletons most likely to need least: many devices, recompute, many microbatches; and whether that is all."""
     order = {"full": 0, "mixed": 1, "none": 2}
     ranked = sorted(space.skeletons, key=lambda s: (-s.num_gpus, order[s.mode], -s.num_microbatches, s))
-    tables: list[tuple[tuple[int, ...], int]] = []
-    for skeleton in ranked:
-        key = (skeleton.sizes, skeleton.num_microbatches)
-        if key not in tables and (space.ideal is None or len(tables) < MAX_TABLES):
-            tables.append(key)
-    return [s for s in ranked if (s.sizes, s.num_microbatches) in tables]
+    if space.ideal is None:
+        problems = [space.problem(s.sizes, s.num_microbatches) for s in ranked]
+        if all(problem is None or problem.num_entries <= EXACT_ENTRIES for problem in problems):
+            return ranked, True
+    return ranked[:MOST_PROMISING], False
 
 
-def _least(space: Space, skeletons: list[Skeleton], *, exact: bool) -> _Found | None:
+def _least(space: Space, skeletons: list[Skeleton], exact: bool) -> _Found | None:
     best: _Found | None = None
     for skeleton in skeletons:
         problem = space.problem(skeleton.sizes, skeleton.num_microbatches)
@@ -73,7 +70,8 @@ def _need(found: _Found) -> str:
     stage = max(range(len(figures.memory_bytes)), key=lambda k: figures.memory_bytes[k])
     causes = figures.memory_by_cause[stage]
     parts = ", ".join(f"{cause} {format_bytes(size)}" for cause, size in sorted(causes.items(), key=lambda c: -c[1]))
-    return f"{format_bytes(found.peak)} on stage {stage} ({parts}) with {found.skeleton.describe()}"
+    proven = "" if found.lean.proven else ", the least found,"
+    return f"{format_bytes(found.peak)}{proven} on stage {stage} ({parts}) with {found.skeleton.describe()}"
 
 
 def _remedies(space: Space, pins: Pins, found: _Found) -> list[Remedy]:
@@ -88,7 +86,7 @@ def _remedies(space: Space, pins: Pins, found: _Found) -> list[Remedy]:
 
 def _if_fits(space: Space, skeleton: Skeleton, mode: str, change: str) -> list[Remedy]:
     changed = Skeleton(skeleton.num_stages, skeleton.sizes, skeleton.num_microbatches, mode)
-    found = _least(space, [changed], exact=False)
+    found = _least(space, [changed], False)
     if found is None or found.peak > space.device.memory_bytes:
         return []
     return [Remedy(change, f"{format_bytes(found.peak)} with {changed.describe()}")]

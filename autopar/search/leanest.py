@@ -19,15 +19,22 @@ from autopar.search.bounds import LayoutBound, tighten
 from autopar.search.branch import close_gap
 from autopar.search.cuts import CutRules, chain, interval_figures, memory_by_position
 from autopar.search.evaluate import Figures, Layout, evaluate
-from autopar.search.problem import NUM_WEIGHTS, Problem, Weights
-from autopar.search.rows import state_row
+from autopar.search.problem import ACTIVATION, NUM_WEIGHTS, WORKSPACE, Problem, Weights
+from autopar.search.rows import combine, state_row
 
 FEW_LAYOUTS = 40
+MOST_CEILINGS = 40
+EXACT_ENTRIES = 500
+"""Strategies + pairs up to which the least peak is proven; far above, plans near it are found without proof."""
+TOLERANCE = 1e-3
+"""Relative distance to the least peak at which the search for it stops."""
 
 
 @dataclass(frozen=True)
 class Lean:
-    """Plan of least peak memory found; `proven` if no plan of the skeleton needs less."""
+    """Plan of least peak memory found; `proven` if no plan of the skeleton needs less
+    (beyond TOLERANCE).
+    """
 
     layout: Layout
     figures: Figures
@@ -46,7 +53,7 @@ class _Best:
         return self.found[1].peak_memory_bytes if self.found else math.inf
 
     def offer(self, choice: tuple[int, ...]) -> float:
-        """Keep the leanest cuts of these shardings; returns the least peak so far."""
+        """Keep the leanest cuts of these shardings; returns the peak that a bound must reach."""
         intervals = interval_figures(self.problem, choice, self.rules.recompute)
         memory = memory_by_position(intervals, self.rules, self.problem.table.num_microbatches)
         peak, path = chain(memory, largest=True)
@@ -56,13 +63,14 @@ class _Best:
             figures = evaluate(self.problem.table, self.device, layout, self.problem.original(choice))
             if figures.peak_memory_bytes < self.peak:
                 self.found = layout, figures
-        return self.peak
+        return self.peak * (1 - TOLERANCE)
 
 
 class LeanBound(LayoutBound):
     """A layout bound whose memory rows read `memory - tau <= 0`."""
 
     def add_memory_rows(self, choice: tuple[int, ...], totals: Array) -> bool:
+        """As the base class, with every row near `choice`: all of them are broken at a limit of zero."""
         before = len(self.rows)
         tau_rows, self.memory_bytes = self.rows, 0.0
         known = {row.key for row in tau_rows}
@@ -87,15 +95,44 @@ def leanest(problem: Problem, device: Device, rules: CutRules, *, exact: bool) -
         for cut in itertools.islice(starts, FEW_LAYOUTS + 1)
         for redo in patterns
     ]
-    proven = exact and len(layouts) <= FEW_LAYOUTS
+    proven = exact and len(layouts) <= FEW_LAYOUTS and problem.num_entries <= EXACT_ENTRIES
     if not proven:
         layouts = _even_layouts(problem, rules)
     for layout in layouts:
+        _lower_workspaces(best, layout)
+        if not proven:
+            continue
         work = _lean_bound(problem, layout)
-        tighten(work, best.offer, 1e-3)
-        if work.bound < best.peak * (1 - 1e-9) and proven:
-            close_gap(work, best.offer, 1e-6)
+        tighten(work, best.offer, TOLERANCE)
+        if work.bound < best.peak * (1 - TOLERANCE):
+            close_gap(work, best.offer, TOLERANCE / 4)
     return Lean(*best.found, proven) if best.found else None
+
+
+def _lower_workspaces(best: _Best, layout: Layout) -> None:
+    """Least state, kept bytes and largest block under a falling ceiling on workspaces: one elimination each."""
+    problem = best.problem
+    rows = [(1.0, state_row(problem, layout, k, 0.0).weights) for k in range(layout.num_stages)]
+    weights = combine(rows)
+    first = problem.solve(weights).choice
+    if first is not None:
+        activations = problem.block_totals(first)[ACTIVATION]
+        for k in range(layout.num_stages):
+            if layout.recompute[k]:
+                start = layout.starts[k]
+                weights.blocks[start + int(np.argmax(activations[start : layout.stop(k)])), ACTIVATION] += 1.0
+    workspaces = problem.values[WORKSPACE]
+    ceiling = math.inf
+    for _ in range(MOST_CEILINGS):
+        barriers = {
+            int(node): np.where(problem.node_values(int(node), WORKSPACE) >= ceiling, np.inf, 0.0)
+            for node in np.unique(problem.node_of[workspaces >= ceiling])
+        }
+        run = problem.solve(Weights(weights.blocks, weights.nodes, barriers))
+        if run.choice is None or run.value / layout.num_stages >= best.peak:
+            return
+        best.offer(run.choice)
+        ceiling = float(np.max(workspaces[problem.offsets[:-1] + np.array(run.choice)]))
 
 
 def _even_layouts(problem: Problem, rules: CutRules) -> list[Layout]:

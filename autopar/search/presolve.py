@@ -52,10 +52,11 @@ def dominance(objective: Network, rows: Sequence[Row]) -> list[Index]:
     for node, alive in enumerate(keep):
         if len(alive) < 2:
             continue
-        worse = np.ones((len(alive), len(alive)), dtype=bool)
+        worse = ~np.eye(len(alive), dtype=bool)
         for functional in functionals:
             worse &= _never_more(objective, functional, node, incident[node], keep) <= 0
-        np.fill_diagonal(worse, val=False)
+            if not worse.any():
+                break
         for p in range(len(alive) - 1, -1, -1):
             alive[p] = not np.any(worse[alive, p])
     return [np.flatnonzero(k) for k in keep]

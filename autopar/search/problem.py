@@ -91,6 +91,11 @@ class Problem:
     def sizes(self) -> tuple[int, ...]:
         return tuple(len(k) for k in self.kept)
 
+    @property
+    def num_entries(self) -> int:
+        """Strategies and pairs."""
+        return int(self.values.shape[1] + self.edge_values.shape[1])
+
     def original(self, choice: Sequence[int]) -> tuple[int, ...]:
         """Positions in `kept` back to strategy indices of the table."""
         return tuple(int(kept[p]) for kept, p in zip(self.kept, choice, strict=True))

@@ -36,6 +36,9 @@ from autopar.search.problem import (
     Weights,
 )
 
+WORKSPACES_PER_ROW = 6
+"""Memory rows made at a time: one per workspace, so that the next choice cannot just move to the second largest."""
+
 
 @dataclass(frozen=True)
 class LinearRow:
@@ -143,23 +146,33 @@ def state_row(problem: Problem, layout: Layout, stage: int, memory_bytes: float)
     return LinearRow(_stage_weights(problem, layout, stage, own, own), memory_bytes, 0.0, (1, stage))
 
 
-def memory_row(
+def memory_rows(
     problem: Problem, layout: Layout, stage: int, choice: Sequence[int], totals: Array, *, memory_bytes: float
-) -> LinearRow:
-    """The memory row of stage k that is exact at `choice`: its largest block and its largest workspace."""
+) -> list[LinearRow]:
+    """Memory rows of stage k near `choice`: its largest block with each of its largest workspaces, largest first.
+
+    The first is exact at `choice`.
+    """
     weights = state_row(problem, layout, stage, memory_bytes).weights
     start, stop = layout.starts[stage], layout.stop(stage)
     block = -1
     if layout.recompute[stage]:
         block = start + int(np.argmax(totals[ACTIVATION, start:stop]))
         weights.blocks[block, ACTIVATION] += 1.0
-    node = _largest_workspace(problem, weights, start, stop, choice)
-    extra = {node: problem.node_values(node, WORKSPACE)}
-    return LinearRow(Weights(weights.blocks, weights.nodes, extra), memory_bytes, 0.0, (1, stage, block, node))
+    return [
+        LinearRow(
+            Weights(weights.blocks, weights.nodes, {node: problem.node_values(node, WORKSPACE)}),
+            memory_bytes,
+            0.0,
+            (1, stage, block, node),
+        )
+        for node in _largest_workspaces(problem, weights, start, stop, choice)
+    ]
 
 
-def _largest_workspace(problem: Problem, weights: Weights, start: int, stop: int, choice: Sequence[int]) -> int:
+def _largest_workspaces(problem: Problem, weights: Weights, start: int, stop: int, choice: Sequence[int]) -> list[int]:
     present = problem.node_count[:, start:stop].any(axis=1) | (problem.node_count[:, SHARED] > 0)
     present[list(weights.nodes)] = True
     chosen = problem.values[WORKSPACE, problem.offsets[:-1] + np.asarray(choice, dtype=np.int64)]
-    return int(np.argmax(np.where(present, chosen, -1.0)))
+    order = np.argsort(np.where(present, -chosen, np.inf), kind="stable")[:WORKSPACES_PER_ROW]
+    return [int(node) for node in order if present[node]]

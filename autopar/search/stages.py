@@ -339,8 +339,7 @@ class WeightedSearch:
         layouts = sorted(found, key=lambda entry: (entry[0], entry[1].starts, entry[1].recompute))
         if len(layouts) == MOST_LAYOUTS:
             return bound
-        entries = relax.problem.values.shape[1] + relax.problem.edge_values.shape[1]
-        budget = LAYOUT_WORK // (entries + LAYOUT_OVERHEAD)
+        budget = LAYOUT_WORK // (relax.problem.num_entries + LAYOUT_OVERHEAD)
         best = self.cutoff
         for index, (least, layout) in enumerate(layouts):
             if least >= self.cutoff or index >= budget or self.space.out_of_time:

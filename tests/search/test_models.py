@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -56,16 +55,15 @@ def test_solution_agrees_with_the_planner_s_prediction(gpt2: OpGraph, pp: int, m
 
 def test_tighter_memory_costs_more_until_nothing_fits(gpt2: OpGraph) -> None:
     last = 0.0
-    for memory_bytes in (10**9, 4 * 10**6, 2 * 10**6, 10**6, 10**5):
+    for memory_bytes in (10**9, 4 * 10**6, 2 * 10**6):
         tables = CostTables(gpt2, load_cluster("a100-sxm-80gb", 4, memory_bytes=memory_bytes), pins=Pins())
-        try:
-            value = search(tables, Objective("time"), pins=Pins()).objective_value
-        except InfeasibleError as error:
-            assert error.remedies
-            value = math.inf
+        value = search(tables, Objective("time"), pins=Pins()).objective_value
         assert value >= last * (1 - 1e-3)
         last = value
-    assert last == math.inf
+    tables = CostTables(gpt2, load_cluster("a100-sxm-80gb", 4, memory_bytes=10**5), pins=Pins())
+    with pytest.raises(InfeasibleError) as caught:
+        search(tables, Objective("time"), pins=Pins())
+    assert caught.value.remedies
 
 
 def test_alexnet_on_k20_splits_convolutions_by_samples_and_linears_by_features() -> None:

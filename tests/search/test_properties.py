@@ -87,7 +87,7 @@ def test_infeasible_names_the_smallest_reachable_peak(source: FakeSource) -> Non
     assert caught.value.limit == "memory"
     assert caught.value.remedies
     space = Space(source, TIME, "1f1b", 1e-3, list_skeletons(source, Pins(), use_all=False, max_microbatches=None))
-    found = _least(space, list(space.skeletons), exact=True)
+    found = _least(space, list(space.skeletons), True)
     assert found is not None
     assert found.peak == pytest.approx(oracle.least_peak_bytes, rel=1e-3)
     assert format_bytes(found.peak) in caught.value.need
