@@ -32,6 +32,9 @@ class _Found:
 def memory_error(space: Space, pins: Pins) -> AutoparError:
     """The error for a space in which nothing fits."""
     found = _least(space, *_promising(space))
+    if found is not None and not found.lean.proven:
+        closer = _least(space, [found.skeleton], True)
+        found = closer if closer is not None and closer.peak < found.peak else found
     if found is None:
         return InputError(
             f"no combination of strategies is admissible on the meshes allowed: the batch of "

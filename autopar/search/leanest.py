@@ -100,11 +100,11 @@ def leanest(problem: Problem, device: Device, rules: CutRules, *, exact: bool) -
         layouts = _even_layouts(problem, rules)
     for layout in layouts:
         _lower_workspaces(best, layout)
-        if not proven:
+        if not exact:
             continue
         work = _lean_bound(problem, layout)
         tighten(work, best.offer, TOLERANCE)
-        if work.bound < best.peak * (1 - TOLERANCE):
+        if proven and work.bound < best.peak * (1 - TOLERANCE):
             close_gap(work, best.offer, TOLERANCE / 4)
     return Lean(*best.found, proven) if best.found else None
 
