@@ -79,6 +79,7 @@ class Space:
     progress: Progress | None = None
     problems: dict[tuple[tuple[int, ...], int], Problem | None] = field(default_factory=dict)
     parts: dict[tuple[tuple[int, ...], int], Blocks] = field(default_factory=dict)
+    bottlenecks: dict[tuple[tuple[int, ...], int, int], float] = field(default_factory=dict)
     plans: dict[Skeleton, Plan] = field(default_factory=dict)
     best: Plan | None = None
     ideal: IdealBound | None = None
@@ -103,6 +104,12 @@ class Space:
             table = self.source.table(Skeleton(1, sizes, num_microbatches, "none").mesh, num_microbatches)
             self.problems[key] = make_problem(table) if table is not None else None
         return self.problems[key]
+
+    def ideal_bottleneck(self, skeleton: Skeleton, seconds: Array) -> float:
+        key = (skeleton.sizes, skeleton.num_microbatches, skeleton.num_stages)
+        if key not in self.bottlenecks:
+            self.bottlenecks[key] = least_bottleneck(seconds, skeleton.num_stages)
+        return self.bottlenecks[key]
 
     def blocks(self, skeleton: Skeleton, problem: Problem) -> Blocks:
         return self.parts.setdefault((skeleton.sizes, skeleton.num_microbatches), Blocks(problem))
@@ -211,7 +218,7 @@ class WeightedSearch:
         time_s, energy_j, state = blocks[:, :-1].sum(axis=1) + stages * blocks[:, -1]
         if state > stages * self.space.device.memory_bytes * (1 + MEMORY_TOLERANCE):
             return math.inf, math.inf
-        bottleneck = least_bottleneck(blocks[0], stages)
+        bottleneck = self.space.ideal_bottleneck(skeleton, blocks[0])
         waits = skeleton.num_microbatches - 1
         return (
             scale * float(prices.step_weight * time_s * (1 + waits / stages) + prices.beta * energy_j),
