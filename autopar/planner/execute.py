@@ -109,7 +109,7 @@ def verify_plan(
         WorkerError: a process died.
     """
     arguments = {"plan": dump_plan(plan), "dtype": dtype, "tolerance": tolerance}
-    report = VerifyReport(**_on_all_ranks("verify_worker", arguments, plan.decisions.num_gpus, progress))
+    report = VerifyReport(**_on_all_ranks(verify_worker, arguments, plan.decisions.num_gpus, progress))
     disagreements = [
         f"{what} differs by {error:.3e} (tolerance {limit:.0e})"
         for what, error, limit in (
@@ -132,7 +132,7 @@ def run_plan(plan: Plan, *, steps: int = 10, progress: Callable[[str], None] | N
         WorkerError: a process died.
     """
     arguments = {"plan": dump_plan(plan), "steps": steps}
-    found = _on_all_ranks("run_worker", arguments, plan.decisions.num_gpus, progress)
+    found = _on_all_ranks(run_worker, arguments, plan.decisions.num_gpus, progress)
     energy = found["energy"]
     return RunReport(
         num_processes=found["num_processes"],
@@ -144,7 +144,10 @@ def run_plan(plan: Plan, *, steps: int = 10, progress: Callable[[str], None] | N
 
 
 def _on_all_ranks(
-    worker: str, arguments: Mapping[str, Any], num_processes: int, progress: Callable[[str], None] | None
+    worker: Callable[[Mapping[str, Any]], dict[str, Any]],
+    arguments: Mapping[str, Any],
+    num_processes: int,
+    progress: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     """Result of rank 0 of a worker function of this module."""
     from autopar.runtime.launch import Job, launch_local
@@ -152,11 +155,10 @@ def _on_all_ranks(
 
     if is_torchrun():
         join_torchrun()
-        found: dict[str, Any] = globals()[worker](arguments)
-        return found
+        return worker(arguments)
     if progress is not None:
         progress(f"starting {num_processes} local processes")
-    job = Job(f"autopar.planner.execute:{worker}", arguments, num_processes)
+    job = Job(f"{worker.__module__}:{worker.__name__}", arguments, num_processes)
     results: list[dict[str, Any]] = launch_local(job, on_line=progress)
     return results[0]
 

@@ -1,6 +1,6 @@
 """Capturing for execution: the graph as planned, with real tensors.
 
-The graph is exported on the meta device, like the plan's. Exporting on the device of the run would give another one:
+The graph is traced without data, exactly like the plan's. Tracing on the device of the run could give another one:
 kernels lay their results out differently there, and `contiguous` calls come and go. Weights and batch are then
 made for real beside it.
 """
