@@ -124,6 +124,8 @@ def list_skeletons(
     """
     num_gpus, num_blocks = source.device.num_gpus, len(source.graph.blocks)
     counts = microbatch_counts(source.graph.batch_size, max_microbatches, pins.num_microbatches)
+    if pins.dp is not None and source.graph.batch_size % pins.dp:
+        raise InputError(f"the batch of {source.graph.batch_size} samples does not divide over dp={pins.dp}")
     stages = [pins.pp] if pins.pp is not None else range(1, min(num_blocks, num_gpus) + 1)
     found = []
     for num_stages in stages:

@@ -15,7 +15,9 @@ import pytest
 from tests.cli.helpers import MODEL
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-COMMAND = [sys.executable, "-c", "from autopar.cli import main; main()"]
+HEED_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+"""A shell that runs the tests in the background has its children ignore SIGINT; a user's terminal does not."""
+COMMAND = [sys.executable, "-c", HEED_INTERRUPTS + "from autopar.cli import main; main()"]
 PATIENCE_S = 90.0
 
 SLOW_MODEL = """
