@@ -30,12 +30,12 @@ class Classifier(torch.nn.Module):
         return self.layers(x)
 
 
-def build_model(*, width: int = 64) -> Classifier:
+def build_model(*, width: int = 512) -> Classifier:
     torch.manual_seed(0)
     return Classifier(width)
 
 
-def example_batch(*, batch: int = 16, step: int = 0) -> dict[str, torch.Tensor]:
+def example_batch(*, batch: int = 256, step: int = 0) -> dict[str, torch.Tensor]:
     """Points around ten centres; `step` chooses the sample."""
     centres = torch.randn(10, 32, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1000 + step)

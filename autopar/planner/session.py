@@ -115,14 +115,21 @@ def _serial_session(source: ModelSource, request: PlanRequest, plan: Plan | None
 
 
 def _agreed_plan(source: ModelSource, request: PlanRequest, plan: Plan | None, reference: ModelReference) -> Plan:
-    """The plan that all ranks run. Rank 0 decides; the others hear of its failure too, instead of waiting."""
+    """The plan that all ranks run, priced for the devices they have unless the user named others.
+
+    Rank 0 decides; the others hear of its failure too, instead of waiting.
+    """
     import torch.distributed as dist
+
+    from autopar.runtime.processes import device_type
 
     world = dist.get_world_size()
     told: list[str | InputError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            told = [dump_plan(_plan_for(source, replace(request, num_gpus=world, use_all=True), plan, reference))]
+            gpu = request.gpu or ("cpu" if device_type() == "cpu" else None)
+            here = replace(request, num_gpus=world, use_all=True, gpu=gpu)
+            told = [dump_plan(_plan_for(source, here, plan, reference))]
         except InputError as error:
             told = [error]
     dist.broadcast_object_list(told, src=0)
