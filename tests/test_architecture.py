@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "api": (*BELOW_STAGES, "planner", "report"),
     "cli": (*BELOW_STAGES, "planner", "report", "api"),
     "": (*BASE, "ir", "api"),
+    "__main__": ("cli",),
 }
 """Package below `autopar` -> packages it may import, besides itself. "" is `autopar/__init__.py`."""
 
