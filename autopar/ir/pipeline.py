@@ -28,10 +28,19 @@ def step_time_s(stage_s: Sequence[float], stage_step_s: Sequence[float], num_mic
     return sum(loaded) + (num_microbatches - 1) * max(loaded)
 
 
+def effective_schedule(schedule: str, num_stages: int, num_microbatches: int) -> str:
+    """The schedule that really runs: with fewer microbatches than stages the engine has no 1F1B, and GPipe serves.
+
+    Raises:
+        ValueError: for a schedule that is not in SCHEDULES.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}")
+    return "gpipe" if num_microbatches < num_stages else schedule
+
+
 def microbatches_in_flight(stage: int, num_stages: int, num_microbatches: int, schedule: str) -> int:
     """Activation sets that stage `stage` (from 0) holds at its worst moment."""
-    if schedule == "gpipe":
+    if effective_schedule(schedule, num_stages, num_microbatches) == "gpipe":
         return num_microbatches
-    if schedule == "1f1b":
-        return min(num_stages - stage, num_microbatches)
-    raise ValueError(f"unknown schedule {schedule!r}")
+    return min(num_stages - stage, num_microbatches)

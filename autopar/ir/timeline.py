@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autopar.ir.pipeline import SCHEDULES
+from autopar.ir.pipeline import effective_schedule
 
 FORWARD, BACKWARD, STEP = "F", "B", "STEP"
 
@@ -68,9 +68,8 @@ def schedule_actions(stage: int, num_stages: int, num_microbatches: int, schedul
     Raises:
         ValueError: for an unknown schedule.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}")
-    warm_up = num_microbatches if schedule == "gpipe" else min(num_stages - stage, num_microbatches)
+    runs = effective_schedule(schedule, num_stages, num_microbatches)
+    warm_up = num_microbatches if runs == "gpipe" else min(num_stages - stage, num_microbatches)
     actions = [Action(FORWARD, m) for m in range(warm_up)]
     for m in range(num_microbatches):
         actions.append(Action(BACKWARD, m))

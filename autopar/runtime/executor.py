@@ -19,6 +19,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from autopar.errors import InputError
 from autopar.ir.graph import OpGraph
 from autopar.ir.partition import partition
+from autopar.ir.pipeline import effective_schedule
 from autopar.ir.solution import Decisions
 from autopar.program.stage import BoundaryTensor, StageProgram
 from autopar.runtime.mesh import RankMesh, join_mesh, serial_mesh
@@ -215,7 +216,7 @@ def _make_optimizer(store: ParameterStore, options: OptimizerOptions) -> torch.o
 def _make_schedule(
     program: StageProgram, runner: StageRunner, decisions: Decisions, mesh: RankMesh, device: str
 ) -> PipelineScheduleSingle:
-    """The engine's schedule over static shapes. With fewer microbatches than stages 1F1B is run as GPipe."""
+    """The engine's schedule over static shapes."""
     loss = BoundaryTensor("loss", (), "float32", requires_grad=True)
     sent = program.sent if not program.is_last else (loss,)
     stage = PipelineStage(
@@ -228,7 +229,8 @@ def _make_schedule(
         group=mesh.pipeline,
     )
     count = decisions.num_microbatches
-    kind = Schedule1F1B if decisions.schedule == "1f1b" and count >= mesh.num_stages else ScheduleGPipe
+    runs = effective_schedule(decisions.schedule, mesh.num_stages, count)
+    kind = Schedule1F1B if runs == "1f1b" else ScheduleGPipe
     return kind(stage, count, loss_fn=lambda loss, _: loss / count, scale_grads=False)
 
 
