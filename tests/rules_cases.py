@@ -165,6 +165,11 @@ CASES: tuple[Case, ...] = (
         (T((2, 8, 4, 6)), T((2, 4, 4, 6)), T((2, 4, 4, 6))),
         (("enable_gqa", True),),
     ),
+    Case(
+        "aten.scaled_dot_product_attention.default",
+        (T((2, 8, 4, 6)), T((2, 4, 4, 6)), T((2, 4, 4, 6)), None, 0.0, True),
+        (("enable_gqa", True), ("scale", 0.3)),
+    ),
     Case("aten.embedding.default", (T((8, 6)), T((4, 2), "int64", 8))),
     Case("aten.view.default", (T((4, 8, 6)), (32, 6))),
     Case("aten.view.default", (T((4, 8, 12)), (4, 8, 4, 3))),
@@ -224,6 +229,10 @@ COLLECTIVE_CASES: tuple[Case, ...] = (
     Case(
         "aten.scaled_dot_product_attention.default",
         (T((2, 4, 8, 6)), T((2, 4, 8, 6)), T((2, 4, 8, 6)), None, 0.25),
+    ),
+    Case(
+        "aten.scaled_dot_product_attention.default",
+        (T((2, 4, 8, 6)), T((2, 4, 8, 6)), T((2, 4, 8, 6)), None, 0.25, True),
     ),
 )
 """Ops some of whose strategies need collectives or the defined random stream inside: run on real processes."""

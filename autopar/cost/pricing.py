@@ -18,6 +18,7 @@ from autopar.cost.roofline import kernel_time_s, memory_rate
 from autopar.ir.cost import Array
 from autopar.ir.graph import Op, Value
 from autopar.ir.mesh import StageMesh
+from autopar.ir.strategy import skewed_parts
 
 
 @dataclass
@@ -69,7 +70,8 @@ def lay_out(op: Op, choices: OpChoices, values: Mapping[str, Value], sizes: tupl
     for parts in (*cut[0], *cut[1]):
         even = even & parts[1]
     kept = np.flatnonzero(keep(even, choices.preferences))
-    work = np.where(choices.splits_work[kept], np.asarray(sizes), 1).prod(axis=1).astype(np.float64)
+    parts = np.where(choices.is_skewed[kept], [skewed_parts(size) for size in sizes], np.asarray(sizes, dtype=float))
+    work = np.where(choices.splits_work[kept], parts, 1.0).prod(axis=1)
     return OpLayout(
         kept,
         tuple(codes[kept] for codes in choices.inputs),

@@ -79,14 +79,18 @@ def transposed_convolution(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
 
 
 def attention(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
-    """q[b h l e], k[b h s e], v[b h s f], mask[.. l s] -> y[b h l f]; rows of q only without is_causal.
+    """q[b h l e], k[b h s e], v[b h s f], mask[.. l s] -> y[b h l f]; keys and values stay whole when rows split.
 
-    With grouped queries the heads of k and v split alike: consecutive query heads share a head of k.
+    Rows of causal attention are cut into runs (`context`, `autopar.causal_attention`) where l = s: each rank masks by
+    the position of its run. With grouped queries the heads of k and v split alike: consecutive query heads share a
+    head of k.
     """
     metas = input_metas(op, values)
     if len(metas[0].shape) != 4:
         return ()
-    rows = None if argument(op, 5, "is_causal", False) else "dim2"
+    rows: str | None = "dim2"
+    if argument(op, 5, "is_causal", False):
+        rows = "context" if metas[0].shape[2] == metas[1].shape[2] else None
     inputs: list[Dims] = [("dim0", "dim1", rows, None), ("dim0", "dim1", None, None), ("dim0", "dim1", None, None)]
     if input_index(op, 3, "attn_mask") is not None:
         mask = metas[3].shape

@@ -27,7 +27,8 @@ class LocalCall:
     * `autopar.dropout` (op_name, global_shape, sharding): the slice of the mask that the whole op would draw from the
       stream (step, microbatch, op_name); `sharding` is text as of `format_sharding`.
     * `autopar.attention_dropout` (op_name, global_shape, sharding): scaled_dot_product_attention with dropout_p > 0;
-      the same rule, for the mask of the (batch, head, row, column) weights.
+      the same rule, for the mask of the (batch, head, row, column) weights; row_axes as below.
+    * `autopar.causal_attention` (row_axes): the queries are this rank's run of rows, keys and values are whole.
     * `autopar.moe_experts`: the members of the region run on the local tokens (`token_counts` are local).
     """
 

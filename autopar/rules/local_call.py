@@ -58,14 +58,21 @@ def _special(op: Op, name: str, strategy: Strategy, values: Values) -> LocalCall
             return _replace(op, "autopar.cross_entropy", {"token_axes": tokens, "class_axes": classes})
     if name == "batch_norm" and argument(op, 5, "training", False) and (batch := axes_labelled(strategy, "dim0")):
         return _replace(op, "autopar.batch_norm", {"batch_axes": batch})
-    sharding = output_sharding(strategy, 0)
     if name == "dropout" and argument(op, 1, "p", 0.0) and argument(op, 2, "train", False):
         shape = values[op.outputs[0]].meta.shape
-        return _replace(op, "autopar.dropout", _stream(op, shape, sharding))
-    if name == "scaled_dot_product_attention" and argument(op, 4, "dropout_p", 0.0):
-        query, key = (values[op.inputs[i]].meta.shape for i in (0, 1))
-        return _replace(op, "autopar.attention_dropout", _stream(op, (*query[:-1], key[-2]), sharding))
+        return _replace(op, "autopar.dropout", _stream(op, shape, output_sharding(strategy, 0)))
+    if name == "scaled_dot_product_attention":
+        return _attention(op, strategy, values)
     return None
+
+
+def _attention(op: Op, strategy: Strategy, values: Values) -> LocalCall | None:
+    rows = axes_labelled(strategy, "context")
+    if argument(op, 4, "dropout_p", 0.0):
+        query, key = (values[op.inputs[i]].meta.shape for i in (0, 1))
+        stream = _stream(op, (*query[:-1], key[-2]), output_sharding(strategy, 0))
+        return _replace(op, "autopar.attention_dropout", {**stream, "row_axes": rows})
+    return _replace(op, "autopar.causal_attention", {"row_axes": rows}) if rows else None
 
 
 def _stream(op: Op, shape: tuple[int, ...], sharding: Sharding) -> dict[str, Arg]:
