@@ -1,4 +1,4 @@
-"""The only door to OR-Tools: a linear or mixed-integer program as arrays, solved by HiGHS through MathOpt.
+"""The only door to OR-Tools: linear and mixed-integer programs for HiGHS through MathOpt, integers for CP-SAT.
 
 Statuses follow MathOpt: `optimal` (within the asked gap), `feasible` (stopped with an answer), `infeasible` (proven),
 `no-solution` (stopped without an answer). The objective is scaled before the solve and unscaled after it.
@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from autopar.ir.cost import Array
 
 LARGEST_COEFFICIENT = 1e4
 SEED = 1
+CP_WORKERS = 8
 STDOUT = 1
 """File descriptor of the process's standard output."""
 
@@ -127,3 +128,86 @@ def _model_proto(program: Program, scale: float) -> model_pb2.ModelProto:
             row_ids=program.rows, column_ids=program.columns, coefficients=program.coefficients
         ),
     )
+
+
+@dataclass(frozen=True)
+class IntegerRow:
+    """lower <= sum of weight x column <= upper (None: no limit), if column `when` is 1 and column `unless` is 0."""
+
+    terms: tuple[tuple[int, int], ...]
+    lower: int | None
+    upper: int | None
+    when: int | None
+    unless: int | None
+
+
+@dataclass
+class IntegerModel:
+    """minimise the column `objective` over integers within bounds and rows; `hint`: column -> value to try first."""
+
+    bounds: list[tuple[int, int]] = field(default_factory=list)
+    rows: list[IntegerRow] = field(default_factory=list)
+    hint: dict[int, int] = field(default_factory=dict)
+    objective: int = 0
+
+    def variable(self, lower: int, upper: int) -> int:
+        """A new column."""
+        self.bounds.append((lower, upper))
+        return len(self.bounds) - 1
+
+    def row(
+        self,
+        terms: list[tuple[int, int]],
+        lower: int | None,
+        upper: int | None,
+        *,
+        when: int | None = None,
+        unless: int | None = None,
+    ) -> None:
+        """A new row."""
+        self.rows.append(IntegerRow(tuple(terms), lower, upper, when, unless))
+
+
+@dataclass(frozen=True)
+class IntegerResult:
+    """`bound` <= optimum <= `objective`, both in the model's integers; statuses as in `ProgramResult`."""
+
+    status: str
+    values: tuple[int, ...] | None
+    objective: float
+    bound: float
+
+
+def solve_integers(model: IntegerModel, *, time_limit_s: float) -> IntegerResult:
+    """Solve with CP-SAT and eight workers, whatever the cores: fewer leave out the strategies that prove.
+
+    Optimum and bound of a finished run are deterministic, the values that attain them are not.
+    """
+    from ortools.sat.python import cp_model
+
+    program = cp_model.CpModel()
+    columns = [program.new_int_var(lower, upper, "") for lower, upper in model.bounds]
+    for row in model.rows:
+        total = cp_model.LinearExpr.weighted_sum([columns[c] for c, _ in row.terms], [w for _, w in row.terms])
+        lower = cp_model.INT_MIN if row.lower is None else row.lower
+        upper = cp_model.INT_MAX if row.upper is None else row.upper
+        constraint = program.add_linear_constraint(total, lower, upper)
+        if row.when is not None:
+            constraint.only_enforce_if(columns[row.when])
+        if row.unless is not None:
+            constraint.only_enforce_if(columns[row.unless].negated())
+    for column, value in sorted(model.hint.items()):
+        program.add_hint(columns[column], value)
+    program.minimize(columns[model.objective])
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = CP_WORKERS
+    solver.parameters.random_seed = SEED
+    solver.parameters.max_time_in_seconds = max(time_limit_s, 1e-3)
+    status = solver.solve(program)
+    if status == cp_model.INFEASIBLE:
+        return IntegerResult("infeasible", None, math.inf, math.inf)
+    bound = solver.best_objective_bound
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return IntegerResult("no-solution", None, math.inf, bound)
+    values = tuple(int(solver.value(column)) for column in columns)
+    return IntegerResult("optimal" if status == cp_model.OPTIMAL else "feasible", values, solver.objective_value, bound)
