@@ -78,7 +78,7 @@ def partition_ideals(
     thresholds = [bound_s * step for step in STEPS if bound_s * step < ceiling_s]
     for threshold_s in [*thresholds, ceiling_s]:
         try:
-            values = _pass(table, graph, devices, threshold_s, deadline_s)
+            values = _pass(table, graph, devices, (bound_s, threshold_s), deadline_s)
         except _OutOfTimeError:
             return Outcome(None, math.inf, bound_s, False)
         load_s = float(values[devices.num_cpus, devices.num_accelerators, table.full])
@@ -123,15 +123,19 @@ def cpu_relief_s(graph: Contracted, budget_s: float) -> float:
 
 
 def _pass(
-    table: IdealTable, graph: Contracted, devices: Devices, threshold_s: float, deadline_s: float
+    table: IdealTable, graph: Contracted, devices: Devices, range_s: tuple[float, float], deadline_s: float
 ) -> NDArray[np.float64]:
-    """value[c, a, ideal] as far as it is at most the threshold and of use; infinite elsewhere."""
+    """value[c, a, ideal] as far as it is at most the threshold, the upper end, and of use; infinite elsewhere.
+
+    Values below the lower end, which no partition can reach, are raised to it: then fewer of them change.
+    """
+    threshold_s = range_s[1]
     cpus, accelerators = devices.num_cpus, devices.num_accelerators
     relief_s = cpu_relief_s(graph, threshold_s) if cpus else 0.0
     remaining_s = table.accelerator_s[table.full] - table.accelerator_s
     slack_s = ROUNDING * float(table.accelerator_s[table.full])
     values = np.full((cpus + 1, accelerators + 1, len(table)), np.inf)
-    values[0, 0, table.empty] = 0.0
+    values[0, 0, table.empty] = range_s[0]
     for c in range(cpus + 1):
         for a in range(accelerators + 1):
             left = cpus - c
@@ -139,10 +143,13 @@ def _pass(
             useful = np.flatnonzero(need_s <= (accelerators - a) * threshold_s + slack_s)
             if left == 0 and a == accelerators:
                 useful = np.array([table.full])
-            for is_cpu, source in ((False, (c, a - 1)), (True, (c - 1, a))):
+            if a:
+                values[c, a, useful] = np.minimum(values[c, a, useful], values[c, a - 1, useful])
+            for is_cpu, source, older in ((False, (c, a - 1), (c, a - 2)), (True, (c - 1, a), (c - 1, a - 1))):
                 if min(source) >= 0:
                     step = _Step(table, devices, is_cpu, threshold_s, deadline_s)
-                    np.minimum(values[c, a], step.extend(values[source], useful), out=values[c, a])
+                    known = values[older] if min(older) >= 0 else np.full(len(table), np.inf)
+                    np.minimum(values[c, a], step.extend(values[source], known, useful), out=values[c, a])
     return values
 
 
@@ -156,10 +163,13 @@ class _Step:
     threshold_s: float
     deadline_s: float
 
-    def extend(self, before: Array, useful: NDArray[np.int64]) -> Array:
-        """Values of the useful ideals when one device is added to partitions with values `before`."""
+    def extend(self, before: Array, known: Array, useful: NDArray[np.int64]) -> Array:
+        """Values of the useful ideals when one device is added to partitions with values `before`.
+
+        Where `before` is not below `known`, the values with one accelerator fewer, the step adds nothing new.
+        """
         after = np.full(len(before), np.inf)
-        rows = np.flatnonzero(np.isfinite(before))
+        rows = np.flatnonzero(before < known)
         scale_s = self.table.cpu_s if self.is_cpu else self.table.accelerator_s
         if self.is_cpu:
             rows, useful = (
