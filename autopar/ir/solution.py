@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,30 +11,77 @@ from autopar.ir.placement import Sharding
 from autopar.ir.strategy import ParameterStrategy, Strategy
 
 RECOMPUTE = ("none", "full")
-OBJECTIVES = ("time", "energy", "edp", "weighted")
+OBJECTIVES = ("time", "energy", "edp", "weighted", "cost")
 STATUSES = ("optimal", "feasible", "infeasible", "no-solution")
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is minimised: `time` (s), `energy` (J), `edp` (J s), or `weighted` = time_weight * s + energy_weight * J."""
+    """What is minimised over one step.
+
+    `time` (s), `energy` (J), `edp` (J s), and two sums: `weighted` = time_weight * s + energy_weight * J, and `cost` =
+    gpu_second_weight * GPUs * s + energy_weight * J (currency: price of a GPU-second and of a joule).
+    """
 
     kind: str
     time_weight: float = 0.0
     energy_weight: float = 0.0
+    gpu_second_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.kind!r}")
 
-    def value(self, time_s: float, energy_j: float) -> float:
+    @property
+    def is_linear(self) -> bool:
+        return self.kind != "edp"
+
+    def weights(self, num_gpus: int) -> tuple[float, float]:
+        """Weights of seconds and joules on so many GPUs; of a linear objective only."""
         if self.kind == "time":
-            return time_s
+            return 1.0, 0.0
         if self.kind == "energy":
-            return energy_j
-        if self.kind == "edp":
+            return 0.0, 1.0
+        if self.kind == "weighted":
+            return self.time_weight, self.energy_weight
+        if self.kind == "cost":
+            return self.gpu_second_weight * num_gpus, self.energy_weight
+        raise ValueError(f"the objective {self.kind} is no weighted sum")
+
+    def value(self, time_s: float, energy_j: float, num_gpus: int) -> float:
+        if not self.is_linear:
             return time_s * energy_j
-        return self.time_weight * time_s + self.energy_weight * energy_j
+        time_weight, energy_weight = self.weights(num_gpus)
+        return time_weight * time_s + energy_weight * energy_j
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Upper limits of one step that a plan must keep besides memory; None leaves one out.
+
+    Attributes:
+        deadline_s: step time.
+        energy_j: energy of a step, in the scope of the prediction (GPUs and their hosts).
+        average_power_w: energy over step time. A plan that would draw more is paced: its steps begin later, and the
+            devices wait at blocked power meanwhile.
+        peak_power_w: blocked and host power of everything used, plus the highest dynamic power of any op or
+            redistribution of the plan on all devices at once.
+    """
+
+    deadline_s: float | None = None
+    energy_j: float | None = None
+    average_power_w: float | None = None
+    peak_power_w: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("deadline_s", "energy_j", "average_power_w", "peak_power_w"):
+            limit = getattr(self, name)
+            if limit is not None and not 0 < limit < math.inf:
+                raise ValueError(f"the limit {name} is {limit!r}, expected a positive finite number")
+
+    @property
+    def is_free(self) -> bool:
+        return self == Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +130,7 @@ class Decisions:
         ops: strategy of every op, by op name.
         hubs: placement in which a value read by several ops is kept, by value name.
         parameters: how each parameter is stored, by value name.
+        pace_s: seconds between the starts of two steps at least (an average power cap needs it); 0: no waiting.
     """
 
     mesh: StageMesh
@@ -91,6 +140,7 @@ class Decisions:
     ops: Mapping[str, Strategy]
     hubs: Mapping[str, Sharding]
     parameters: Mapping[str, ParameterStrategy]
+    pace_s: float = 0.0
 
     @property
     def num_gpus(self) -> int:
@@ -102,6 +152,7 @@ class Solution:
     """Decisions with their formula values (`ir.pipeline`); the planner re-times them by simulation.
 
     Attributes:
+        time_s, energy_j: pacing included.
         objective_value, bound: in the objective's unit; bound <= optimum of the searched space <= objective_value.
         status: one of STATUSES; `optimal` only if the gap is below the tolerance asked for.
         gap_parts: where a remaining gap comes from.

@@ -12,13 +12,14 @@ and the inner problem is a pairwise network, solved exactly by elimination. The 
     s.t. sum_c z_c a_r(p_c) - d_r tau - scale_r slack <= b_r ,  sum_c z_c = 1 ,  z, tau, slack >= 0
 
 over the choices p_c met so far (Dantzig-Wolfe, equal to Kelley's cutting planes on L). Memory rows are added when a
-choice breaks them. Each p_c is offered to the caller, who makes feasible plans of them.
+choice breaks them; a limit on a T + b D is a row with d_r = -a (M - 1). Each p_c is offered to the caller, who makes
+feasible plans of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -91,6 +92,19 @@ def make_layout_bound(problem: Problem, layout: Layout, prices: Prices, memory_b
     return LayoutBound(problem, layout, base, tau_cost, memory_bytes, rows)
 
 
+def add_limits(work: LayoutBound, layout: Layout, limits: Sequence[tuple[Prices, float]]) -> None:
+    """Add the rows step_weight * T + beta * D <= limit of a layout's plans."""
+    waits = work.problem.table.num_microbatches - 1
+    for index, (prices, limit) in enumerate(limits):
+        weights, slope = objective_weights(work.problem, layout, prices), prices.step_weight * waits
+        if slope > 0 and layout.num_stages == 1:
+            weights = combine([(1.0, weights), (slope, time_rows(work.problem, layout)[0].weights)])
+            slope = 0.0
+        if slope > 0 and work.tau_cost == 0 and not any(row.tau_coefficient > 0 for row in work.rows):
+            work.rows = [*time_rows(work.problem, layout), *work.rows]
+        work.rows.append(LinearRow(weights, limit, -slope, (2, index)))
+
+
 def tighten(work: LayoutBound, offer: Offer, tolerance: float) -> None:
     """Raise `work.bound` until it reaches the offered cutoff, the master's value, or the round limit."""
     if not _memory_reachable(work):
@@ -123,7 +137,7 @@ def _start(work: LayoutBound) -> Array:
     """Multipliers to begin with: those known, else tau's cost spread over the rows that have tau."""
     if len(work.multipliers):
         return padded(work.multipliers, len(work.rows))
-    taus = np.array([row.tau_coefficient for row in work.rows])
+    taus = np.maximum([row.tau_coefficient for row in work.rows], 0.0)
     return taus * (work.tau_cost / taus.sum()) if taus.any() else np.zeros(len(taus))
 
 
@@ -148,13 +162,13 @@ def _master(work: LayoutBound) -> tuple[float, Array]:
     scale = np.maximum(np.abs(matrix).max(axis=1), 1e-300)
     num_points, num_rows = len(costs), len(rows)
     penalty = PENALTY * max(1e-300, *(abs(c) for c in costs))
-    is_memory = np.array([row.tau_coefficient == 0 for row in rows], dtype=np.float64)
+    is_elastic = np.array([row.tau_coefficient <= 0 for row in rows], dtype=np.float64)
     taus = np.array([row.tau_coefficient for row in rows])
     time_scale = float(np.max(scale[taus > 0], initial=1e-300))
     dense = np.zeros((num_rows + 1, num_points + 2))
     dense[:num_rows, :num_points] = matrix / scale[:, None]
     dense[:num_rows, num_points] = -taus * time_scale / scale
-    dense[:num_rows, num_points + 1] = -is_memory
+    dense[:num_rows, num_points + 1] = -is_elastic
     dense[num_rows, :num_points] = 1.0
     used = np.nonzero(dense)
     result = solve_program(
@@ -184,6 +198,7 @@ def padded(multipliers: Array, count: int) -> Array:
 
 
 def _tau_feasible(multipliers: Array, taus: Array, tau_cost: float) -> Array:
-    """Scale the time multipliers down where rounding made their sum exceed tau's cost."""
-    total = float(multipliers @ taus)
-    return np.where(taus > 0, multipliers * (tau_cost / total), multipliers) if total > tau_cost else multipliers
+    """Scale the time multipliers down where rounding made their sum exceed what tau costs, limits on T included."""
+    priced = tau_cost + float(multipliers @ np.maximum(-taus, 0.0))
+    total = float(multipliers @ np.maximum(taus, 0.0))
+    return np.where(taus > 0, multipliers * (priced / total), multipliers) if total > priced else multipliers

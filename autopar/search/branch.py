@@ -103,7 +103,7 @@ def _search_window(work: LayoutBound, offer: Offer, ceiling: float, tolerance: f
 
 def _limit(row: LinearRow) -> float:
     """Limit for the solver: what the functional's constant leaves, loosened by the memory tolerance."""
-    slack = MEMORY_TOLERANCE * row.limit if row.tau_coefficient == 0 else 0.0
+    slack = MEMORY_TOLERANCE * row.limit if row.tau_coefficient <= 0 else 0.0
     return row.limit + slack - row.weights.constant
 
 

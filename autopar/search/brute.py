@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from autopar.ir.cost import CostTable, TableSource
 from autopar.ir.pipeline import microbatches_in_flight, step_time_s
-from autopar.ir.solution import Decisions, Objective, Pins
+from autopar.ir.solution import Decisions, Limits, Objective, Pins
 from autopar.search.evaluate import Figures, Layout
+from autopar.search.shared import Plan
 from autopar.search.solve import spell_out
 from autopar.search.space import Skeleton, list_skeletons
-from autopar.search.stages import Plan
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,47 @@ class BruteResult:
     least_peak_bytes: float
 
 
-def brute_force(
-    tables: TableSource,
-    objective: Objective,
-    *,
-    pins: Pins,
-    use_all: bool = False,
-    max_microbatches: int | None = None,
-) -> BruteResult:
-    """Enumerate; see the module docstring."""
+@dataclass(frozen=True)
+class Enumerated:
+    """One plan of the space and its figures, unpaced: seconds, joules, bytes of the fullest device, watts.
+
+    `fixed_w` is drawn all the time; `peak_w` is that plus the hungriest op or redistribution on all devices.
+    """
+
+    plan: Plan
+    table: CostTable
+    time_s: float
+    energy_j: float
+    peak_bytes: float
+    fixed_w: float
+    peak_w: float
+
+    def keeps(self, memory_bytes: float, limits: Limits) -> bool:
+        """Whether the plan fits into memory and below the peak power limit."""
+        cool = limits.peak_power_w is None or self.peak_w <= limits.peak_power_w * (1 + 1e-9)
+        return cool and self.peak_bytes <= memory_bytes * (1 + 1e-9)
+
+    def paced(self, limits: Limits) -> tuple[float, float] | None:
+        """(T, E) with the waiting that an average power cap needs; None if a limit is broken all the same."""
+        time_s, energy_j = self.time_s, self.energy_j
+        cap = limits.average_power_w
+        if cap is not None and energy_j / time_s > cap:
+            if cap <= self.fixed_w:
+                return None
+            wait_s = (energy_j - cap * time_s) / (cap - self.fixed_w)
+            time_s, energy_j = time_s + wait_s, energy_j + self.fixed_w * wait_s
+        if limits.deadline_s is not None and time_s > limits.deadline_s * (1 + 1e-9):
+            return None
+        if limits.energy_j is not None and energy_j > limits.energy_j * (1 + 1e-9):
+            return None
+        return time_s, energy_j
+
+
+def enumerate_plans(
+    tables: TableSource, *, pins: Pins, use_all: bool = False, max_microbatches: int | None = None
+) -> Iterator[Enumerated]:
+    """Every admissible plan, whether it fits or not."""
     schedule = pins.schedule or "1f1b"
-    best, least_peak = BruteResult(math.inf, None, math.inf, math.inf, math.inf), math.inf
     cases = {
         (s.sizes, s.num_stages, s.num_microbatches)
         for s in list_skeletons(tables, pins, use_all=use_all, max_microbatches=max_microbatches)
@@ -53,15 +83,45 @@ def brute_force(
             continue
         for layout in layouts(table.num_blocks, num_stages, pins.recompute, schedule):
             for choice in choices(table):
-                time_s, energy_j, peak = _price(table, tables, layout, choice)
-                if not math.isfinite(time_s):
-                    continue
-                least_peak = min(least_peak, peak)
-                value = objective.value(time_s, energy_j)
-                if peak <= tables.device.memory_bytes * (1 + 1e-9) and value < best.value:
+                time_s, energy_j, peak, watts = _price(table, tables, layout, choice)
+                if math.isfinite(time_s):
                     plan = Plan(skeleton, layout, choice, Figures(time_s, energy_j, (), (), (), ()))
-                    best = BruteResult(value, spell_out(table, plan, schedule), time_s, energy_j, math.inf)
+                    hungriest = skeleton.num_gpus * max(_draws_w(table, choice), default=0.0)
+                    yield Enumerated(plan, table, time_s, energy_j, peak, watts, watts + hungriest)
+
+
+def brute_force(
+    tables: TableSource,
+    objective: Objective,
+    *,
+    pins: Pins,
+    limits: Limits | None = None,
+    use_all: bool = False,
+    max_microbatches: int | None = None,
+) -> BruteResult:
+    """Enumerate; see the module docstring."""
+    schedule, limits = pins.schedule or "1f1b", Limits() if limits is None else limits
+    best, least_peak = BruteResult(math.inf, None, math.inf, math.inf, math.inf), math.inf
+    for found in enumerate_plans(tables, pins=pins, use_all=use_all, max_microbatches=max_microbatches):
+        least_peak = min(least_peak, found.peak_bytes)
+        paced = found.paced(limits) if found.keeps(tables.device.memory_bytes, limits) else None
+        if paced is None:
+            continue
+        value = objective.value(*paced, found.plan.skeleton.num_gpus)
+        if value < best.value:
+            best = BruteResult(value, spell_out(found.table, found.plan, schedule), *paced, math.inf)
     return BruteResult(best.value, best.decisions, best.time_s, best.energy_j, least_peak)
+
+
+def _draws_w(table: CostTable, choice: Sequence[int]) -> Iterator[float]:
+    """Dynamic power of every op and redistribution, one device."""
+    for node, p in zip(table.nodes, choice, strict=True):
+        if node.forward_s[p] + node.backward_s[p] > 0:
+            yield float(node.microbatch_j[p] / (node.forward_s[p] + node.backward_s[p]))
+    for edge in table.edges:
+        p, q = choice[edge.source], choice[edge.target]
+        if edge.forward_s[p, q] + edge.backward_s[p, q] > 0:
+            yield float(edge.microbatch_j[p, q] / (edge.forward_s[p, q] + edge.backward_s[p, q]))
 
 
 def layouts(num_blocks: int, num_stages: int, recompute: str | None, schedule: str) -> Iterator[Layout]:
@@ -77,8 +137,10 @@ def choices(table: CostTable) -> Iterator[tuple[int, ...]]:
     return itertools.product(*(range(len(node.choices)) for node in table.nodes))
 
 
-def _price(table: CostTable, tables: TableSource, layout: Layout, choice: Sequence[int]) -> tuple[float, float, float]:
-    """(T, E, largest stage memory)."""
+def _price(
+    table: CostTable, tables: TableSource, layout: Layout, choice: Sequence[int]
+) -> tuple[float, float, float, float]:
+    """(T, E, largest stage memory, fixed power)."""
     bounds = [*layout.starts, table.num_blocks]
     times, steps, joules, peaks = [], [], 0.0, []
     for k in range(len(layout.starts)):
@@ -98,7 +160,7 @@ def _price(table: CostTable, tables: TableSource, layout: Layout, choice: Sequen
     time_s = step_time_s(times, steps, table.num_microbatches)
     device, used = tables.device, table.mesh.num_devices * len(layout.starts)
     watts = device.blocked_w * used + device.host_w_per_node * (-(-used // device.gpus_per_node))
-    return time_s, joules + watts * time_s, max(peaks)
+    return time_s, joules + watts * time_s, max(peaks), watts
 
 
 def _occurrences(table: CostTable, index: int, blocks: set[int]) -> Iterator[int]:

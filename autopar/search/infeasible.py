@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 
 from autopar.errors import AutoparError, InfeasibleError, InputError, Remedy
-from autopar.ir.solution import Pins
+from autopar.ir.solution import Limits, Pins
 from autopar.search.cuts import CutRules
 from autopar.search.leanest import EXACT_ENTRIES, Lean, leanest
 from autopar.search.problem import make_problem
+from autopar.search.shared import Space
 from autopar.search.space import MODES, Skeleton, mesh_sizes
-from autopar.search.stages import Space
 from autopar.units import format_bytes
 
 MOST_PROMISING = 20
@@ -27,6 +27,11 @@ class _Found:
     @property
     def peak(self) -> float:
         return self.lean.figures.peak_memory_bytes
+
+
+def no_plan_error(space: Space, pins: Pins, limits: Limits) -> AutoparError:
+    """The error for a space without any plan that fits and keeps the limits."""
+    return memory_error(space, pins)
 
 
 def memory_error(space: Space, pins: Pins) -> AutoparError:
@@ -49,7 +54,7 @@ def _promising(space: Space) -> tuple[list[Skeleton], bool]:
     order = {"full": 0, "mixed": 1, "none": 2}
     ranked = sorted(space.skeletons, key=lambda s: (-s.num_gpus, order[s.mode], -s.num_microbatches, s))
     if space.ideal is None:
-        problems = [space.problem(s.sizes, s.num_microbatches) for s in ranked]
+        problems = [space.uncapped(s.sizes, s.num_microbatches) for s in ranked]
         if all(problem is None or problem.num_entries <= EXACT_ENTRIES for problem in problems):
             return ranked, True
     return ranked[:MOST_PROMISING], False
@@ -58,7 +63,7 @@ def _promising(space: Space) -> tuple[list[Skeleton], bool]:
 def _least(space: Space, skeletons: list[Skeleton], exact: bool) -> _Found | None:
     best: _Found | None = None
     for skeleton in skeletons:
-        problem = space.problem(skeleton.sizes, skeleton.num_microbatches)
+        problem = space.uncapped(skeleton.sizes, skeleton.num_microbatches)
         if problem is None:
             continue
         rules = CutRules(skeleton.num_stages, space.schedule, MODES[skeleton.mode], math.inf)

@@ -1,30 +1,26 @@
-"""search: the entry. From table source, objective and pins to a Solution with bound and gap.
-
-Linear objectives are one weighted search. The energy-delay product E T is minimised by its supported points: weighted
-searches give half-planes alpha T + beta E >= L that contain every plan; the least product over the polygon they
-leave is a bound (a quasi-concave function is least at a vertex), and the next weights are the product's gradient at
-that vertex, until bound and best plan met agree.
-"""
+"""search: the entry. From table source, objective, limits and pins to a Solution with bound and gap."""
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 from autopar.errors import InputError, SolverLimitError
 from autopar.ir.cost import CostTable, TableSource
 from autopar.ir.pipeline import SCHEDULES
-from autopar.ir.solution import RECOMPUTE, Alternative, Decisions, Objective, Pins, Solution
-from autopar.search.infeasible import memory_error
+from autopar.ir.solution import RECOMPUTE, Alternative, Decisions, Limits, Objective, Pins, Solution
+from autopar.search.infeasible import no_plan_error
+from autopar.search.shared import Plan, Progress, Space
 from autopar.search.space import Skeleton, list_skeletons
-from autopar.search.stages import Plan, Progress, Space, WeightedSearch
+from autopar.search.stages import Question
 
 SOLVER = "elimination + dynamic programme + HiGHS"
 NUM_ALTERNATIVES = 8
 NUM_UNMET = 3
-MAX_EDP_ROUNDS = 24
-LINEAR_SHARE, EDP_SHARE = 0.999, 0.333
-"""Part of the gap that a weighted search may leave: all but rounding; the product of two planes doubles it."""
+PACE_SLACK = 1e-9
+SEARCH_SHARE = 0.999
+"""Part of the gap that the search may leave: all but rounding."""
 
 
 def search(
@@ -32,6 +28,7 @@ def search(
     objective: Objective,
     *,
     pins: Pins,
+    limits: Limits | None = None,
     use_all: bool = False,
     gap_tolerance: float = 1e-3,
     time_limit_s: float | None = None,
@@ -44,6 +41,7 @@ def search(
         tables: prices; also names the graph and the device limits.
         objective: what is minimised.
         pins: user restrictions; `schedule` None means 1f1b.
+        limits: deadline, energy budget and power caps.
         use_all: use exactly `device.num_gpus` devices.
         gap_tolerance: relative gap at which the search stops.
         time_limit_s: wall-clock limit; the incumbent and its bound are returned when it strikes.
@@ -52,36 +50,58 @@ def search(
 
     Raises:
         InputError: if the pins describe an empty space or an unknown name.
-        InfeasibleError: if no plan fits into memory; proven.
+        InfeasibleError: if no plan fits into memory or keeps the limits; proven.
         SolverLimitError: if the time limit struck before any plan was found.
     """
     started = time.monotonic()
     _check(pins, gap_tolerance)
     skeletons = list_skeletons(tables, pins, use_all=use_all, max_microbatches=max_microbatches)
     deadline = None if time_limit_s is None else started + time_limit_s
-    is_product = objective.kind == "edp"
-    inner = gap_tolerance * (EDP_SHARE if is_product else LINEAR_SHARE)
-    space = Space(tables, objective, pins.schedule or "1f1b", inner, skeletons, deadline, progress)
-    bound, bounds = _product(space, gap_tolerance) if is_product else _linear(space)
-    if space.best is None:
+    limits = Limits() if limits is None else limits
+    space = make_space(tables, skeletons, pins, limits, gap_tolerance * SEARCH_SHARE)
+    space.deadline_s, space.progress = deadline, progress
+    question = Question(space, objective, limits)
+    answer = question.run()
+    if answer.plan is None:
         if space.out_of_time:
             raise SolverLimitError(f"no plan found within {time_limit_s} s; allow more time or pin more choices")
-        raise memory_error(space, pins)
-    best = space.best
-    value = space.value(best)
-    bound = min(bound, value)
+        raise no_plan_error(space, pins, limits)
+    return solution_of(question, gap_tolerance, time.monotonic() - started)
+
+
+def make_space(
+    tables: TableSource, skeletons: tuple[Skeleton, ...], pins: Pins, limits: Limits, tolerance: float
+) -> Space:
+    """A fresh space; a peak power limit shapes its problems."""
+    return Space(tables, pins.schedule or "1f1b", tolerance, skeletons, peak_power_w=limits.peak_power_w)
+
+
+def solution_of(question: Question, gap_tolerance: float, wall_s: float) -> Solution:
+    """The answered question's best plan, with its figures as paced.
+
+    Raises:
+        ValueError: if the question has no plan.
+    """
+    space, plan = question.space, question.plan
+    if plan is None:
+        raise ValueError("a question without a plan has no solution")
+    aim = question.aim(plan.skeleton.num_gpus)
+    time_s = aim.paced_s(plan.figures.time_s, space.dynamic_j(plan))
+    value = question.value
+    bound = min([*question.bounds.values(), value])
     gap = (value - bound) / abs(value) if value else 0.0
+    is_paced = time_s > plan.figures.time_s * (1 + PACE_SLACK)
     return Solution(
-        decisions=decisions_of(space, best),
-        time_s=best.figures.time_s,
-        energy_j=best.figures.energy_j,
-        objective=objective,
+        decisions=replace(decisions_of(space, plan), pace_s=time_s if is_paced else 0.0),
+        time_s=time_s,
+        energy_j=space.dynamic_j(plan) + aim.fixed_w * time_s,
+        objective=question.objective,
         objective_value=value,
         bound=bound,
         status="optimal" if gap <= gap_tolerance else "feasible",
         solver=SOLVER,
-        wall_s=time.monotonic() - started,
-        alternatives=_alternatives(space, best, bounds),
+        wall_s=wall_s,
+        alternatives=_alternatives(question, plan),
         gap_parts={"sharding and stages": gap} if gap > 0 else {},
     )
 
@@ -99,61 +119,9 @@ def _check(pins: Pins, gap_tolerance: float) -> None:
             raise InputError(f"{name}={value} is below 1")
 
 
-def _linear(space: Space) -> tuple[float, dict[Skeleton, float]]:
-    weights = {
-        "time": (1.0, 0.0),
-        "energy": (0.0, 1.0),
-        "weighted": (space.objective.time_weight, space.objective.energy_weight),
-    }
-    run = WeightedSearch(space, *weights[space.objective.kind])
-    result = run.run()
-    return result.bound, run.bounds
-
-
-def _product(space: Space, gap_tolerance: float) -> tuple[float, dict[Skeleton, float]]:
-    """Dichotomy on weights; see the module docstring."""
-    planes: list[tuple[float, float, float]] = []
-    alpha, beta = 1.0, 0.0
-    bound, bounds = -math.inf, {}
-    for round_index in range(MAX_EDP_ROUNDS):
-        run = WeightedSearch(space, alpha, beta)
-        result = run.run()
-        if space.best is None:
-            return math.inf, run.bounds
-        if round_index == 0:
-            bounds = run.bounds
-        planes.append((alpha, beta, max(result.bound, 0.0)))
-        if round_index == 0:
-            alpha, beta = 0.0, 1.0
-            continue
-        time_s, energy_j = _least_vertex(planes)
-        bound = max(bound, time_s * energy_j)
-        if bound >= space.value(space.best) * (1 - gap_tolerance) or not result.complete:
-            break
-        alpha, beta = (energy_j, time_s) if time_s > 0 and energy_j > 0 else (1.0, 1.0)
-        scale = alpha + beta
-        alpha, beta = alpha / scale, beta / scale
-    return bound, bounds
-
-
-def _least_vertex(planes: list[tuple[float, float, float]]) -> tuple[float, float]:
-    """Vertex of {alpha T + beta E >= L for all planes} with the least product T E."""
-    best = (math.inf, math.inf)
-    for i, (a1, b1, l1) in enumerate(planes):
-        for a2, b2, l2 in planes[:i]:
-            determinant = a1 * b2 - a2 * b1
-            if abs(determinant) < 1e-15 * (abs(a1) + abs(b1)) * (abs(a2) + abs(b2)):
-                continue
-            time_s, energy_j = (l1 * b2 - l2 * b1) / determinant, (a1 * l2 - a2 * l1) / determinant
-            inside = all(a * time_s + b * energy_j >= level - 1e-12 * abs(level) for a, b, level in planes)
-            if inside and time_s * energy_j < best[0] * best[1]:
-                best = (time_s, energy_j)
-    return best
-
-
 def decisions_of(space: Space, plan: Plan) -> Decisions:
     """Spell a plan out by op, value and parameter name."""
-    problem = space.problem(plan.skeleton.sizes, plan.skeleton.num_microbatches)
+    problem = space.uncapped(plan.skeleton.sizes, plan.skeleton.num_microbatches)
     if problem is None:
         raise SolverLimitError("the table of the chosen mesh is gone")
     return spell_out(problem.table, plan, space.schedule)
@@ -177,30 +145,28 @@ def spell_out(table: CostTable, plan: Plan, schedule: str) -> Decisions:
     )
 
 
-def _alternatives(space: Space, best: Plan, bounds: dict[Skeleton, float]) -> tuple[Alternative, ...]:
+def _alternatives(question: Question, best: Plan) -> tuple[Alternative, ...]:
     """The best plan of each other (mesh, K), best first, then the skeletons that fell out by bound alone."""
-    linear = space.objective.kind != "edp"
-    found: dict[tuple[tuple[int, ...], int], Plan] = {}
-    for plan in sorted(space.plans.values(), key=lambda p: (space.value(p), p.skeleton)):
-        found.setdefault((plan.skeleton.sizes, plan.skeleton.num_stages), plan)
+    found: dict[tuple[tuple[int, ...], int], tuple[float, Plan]] = {}
+    for value, plan in sorted(question.plans.values(), key=lambda entry: (entry[0], entry[1].skeleton)):
+        found.setdefault((plan.skeleton.sizes, plan.skeleton.num_stages), (value, plan))
     chosen = (best.skeleton.sizes, best.skeleton.num_stages)
-    value = space.value(best)
     listed = []
-    for key, plan in found.items():
+    for key, (value, plan) in found.items():
         if key == chosen:
             continue
-        worse = space.value(plan) / value - 1 if value else 0.0
+        worse = value / question.value - 1 if question.value else 0.0
         listed.append(
             Alternative(
                 plan.skeleton.describe(),
                 plan.figures.time_s,
                 plan.figures.energy_j,
-                space.value(plan),
-                bounds.get(plan.skeleton) if linear else None,
+                value,
+                question.bounds.get(plan.skeleton),
                 f"{worse:.1%} worse than the plan chosen",
             )
         )
-    unmet = _unmet(bounds, {key[1] for key in found}) if linear else []
+    unmet = _unmet(question.bounds, {key[1] for key in found})
     return tuple(listed[: NUM_ALTERNATIVES - len(unmet)] + unmet)
 
 
@@ -214,6 +180,6 @@ def _unmet(bounds: dict[Skeleton, float], seen: set[int]) -> list[Alternative]:
     for skeleton in list(least.values())[:NUM_UNMET]:
         bound = bounds[skeleton]
         fits = math.isfinite(bound)
-        reason = "no plan of it can beat its bound" if fits else "no plan of it fits into memory"
+        reason = "no plan of it can beat its bound" if fits else "no plan of it fits"
         listed.append(Alternative(skeleton.describe(), None, None, None, bound if fits else None, reason))
     return listed

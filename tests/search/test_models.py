@@ -14,7 +14,7 @@ from autopar.cost.table import CostTables
 from autopar.errors import InfeasibleError
 from autopar.ir.graph import OpGraph
 from autopar.ir.solution import Objective, Pins
-from autopar.search import stages
+from autopar.search import shared
 from autopar.search.solve import search
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -34,7 +34,7 @@ def test_assumed_bounds_change_nothing(
     """Skipping tables by the ideal bound finds the same optimum as making every table."""
     values = []
     for few in (0, 10**9):
-        monkeypatch.setattr(stages, "FEW_TABLES", few)
+        monkeypatch.setattr(shared, "FEW_TABLES", few)
         tables = CostTables(gpt2, load_cluster("a100-sxm-80gb", 4, memory_bytes=memory_bytes), pins=Pins())
         values.append(search(tables, Objective(kind), pins=Pins(), gap_tolerance=1e-6).objective_value)
     assert values[0] == pytest.approx(values[1], rel=2e-6)

@@ -15,9 +15,9 @@ from autopar.ir.solution import Objective, Pins
 from autopar.search.brute import brute_force
 from autopar.search.evaluate import Layout, evaluate
 from autopar.search.infeasible import _least
+from autopar.search.shared import Space
 from autopar.search.solve import search
 from autopar.search.space import list_skeletons, mesh_sizes, microbatch_counts
-from autopar.search.stages import Space
 from autopar.units import format_bytes
 from tests.strategies import FakeDevice, FakeSource, fake_sources
 
@@ -86,7 +86,7 @@ def test_infeasible_names_the_smallest_reachable_peak(source: FakeSource) -> Non
         search(source, TIME, pins=Pins())
     assert caught.value.limit == "memory"
     assert caught.value.remedies
-    space = Space(source, TIME, "1f1b", 1e-3, list_skeletons(source, Pins(), use_all=False, max_microbatches=None))
+    space = Space(source, "1f1b", 1e-3, list_skeletons(source, Pins(), use_all=False, max_microbatches=None))
     found = _least(space, list(space.skeletons), True)
     assert found is not None
     assert found.peak == pytest.approx(oracle.least_peak_bytes, rel=1e-3)
