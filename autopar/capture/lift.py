@@ -14,7 +14,7 @@ from autopar import torch_adapter
 from autopar.capture.blocks import assign_blocks
 from autopar.capture.calls import Traced, ValueRef
 from autopar.capture.flatten import Flattener
-from autopar.capture.regions import fold_regions
+from autopar.capture.normalise import normalise
 from autopar.capture.trace import Outside, Trace, Tracer
 from autopar.capture.user_code import choose_frame
 from autopar.errors import CaptureError
@@ -80,8 +80,7 @@ def lift(wrapped: Wrapped) -> Lifted:
     shared = _shared(live, values)
     saved, extra = _saved(trace, live, values, shared)
     ops = [_op(op, wrapped.user_file, saved[op.name], extra[op.name], op.name in shared) for op in live]
-    scopes = {op.name: op.scope for op in live}
-    ops = fold_regions(ops, values)
+    ops, scopes = normalise(ops, values, {op.name: op.scope for op in live}, loss)
     blocked, blocks = assign_blocks(ops, values, scopes)
     graph = OpGraph(wrapped.name, blocked, values, blocks, loss, wrapped.batch_size)
     constants = {e.outside.name: e.constant for e in entries if e.constant is not None}

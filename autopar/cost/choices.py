@@ -136,7 +136,8 @@ class ChoiceMaker:
 
     def _op_preference(self, op: Op, grid: Grid, axis: int) -> Preference | None:
         """Pinned data axis: no `replicate` if the batch divides. Pinned tensor axis: no layer stays whole."""
-        reads_parameter = any(self.graph.values[name].origin == "parameter" for name in op.inputs)
+        values = self.graph.values
+        reads_parameter = any(values[values[name].root].origin == "parameter" for name in op.inputs)
         binds = axis == DP or (op.flops_forward > 0 and reads_parameter)
         if not binds or not self._is_pinned(axis):
             return None

@@ -70,8 +70,8 @@ def lay_out(op: Op, choices: OpChoices, values: Mapping[str, Value], sizes: tupl
     for parts in (*cut[0], *cut[1]):
         even = even & parts[1]
     kept = np.flatnonzero(keep(even, choices.preferences))
-    parts = np.where(choices.is_skewed[kept], [skewed_parts(size) for size in sizes], np.asarray(sizes, dtype=float))
-    work = np.where(choices.splits_work[kept], parts, 1.0).prod(axis=1)
+    shares = np.where(choices.is_skewed[kept], [skewed_parts(size) for size in sizes], np.asarray(sizes, dtype=float))
+    work = np.where(choices.splits_work[kept], shares, 1.0).prod(axis=1)
     return OpLayout(
         kept,
         tuple(codes[kept] for codes in choices.inputs),
@@ -138,7 +138,7 @@ class Pricer:
         whole = sum((*reads, *writes), zero)
         forward = sum((forward_bytes_weight(op, i) * size for i, size in enumerate(reads)), zero) + sum(writes, zero)
         made = {name for member in op.members for name in member.outputs} - set(op.outputs)
-        inner = sum(values[name].meta.num_bytes for name in sorted(made))
+        inner = sum(values[name].meta.num_bytes for name in sorted(made) if values[name].root == name)
         inside = 2.0 * inner / layout.work_parts
         scale = {"none": 0.0, "whole": 1.0, "double": 2.0}[backward_kind(op)]
         return (zero if is_view(op, values) else forward + inside), scale * (whole + inside)

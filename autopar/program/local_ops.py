@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,6 +76,13 @@ def cross_entropy(  # noqa: PLR0917 - the order of ATen
             logits, target, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
         )
     return total / count.to(total.dtype)
+
+
+def token_loss(logits: Tensor, target: Tensor, *args: Any, token_axes: Axes, class_axes: Axes, **kwargs: Any) -> Tensor:
+    """`cross_entropy` of logits[.. C] and target[..]; the other arguments are the same."""
+    return cross_entropy(
+        logits.flatten(0, -2), target.flatten(), *args, token_axes=token_axes, class_axes=class_axes, **kwargs
+    )
 
 
 def _class_split_losses(logits: Tensor, target: Tensor, ignore_index: int, axes: Axes) -> Tensor:
@@ -256,6 +264,7 @@ LOCAL_OPERATIONS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     {
         "autopar.embedding_rows": embedding_rows,
         "autopar.cross_entropy": cross_entropy,
+        "autopar.token_loss": token_loss,
         "autopar.batch_norm": batch_norm,
         "autopar.dropout": dropout,
         "autopar.attention_dropout": attention_dropout,

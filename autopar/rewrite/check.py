@@ -24,9 +24,9 @@ def check_segment(segment: Segment, ops: Sequence[Op], layout: Layout) -> None:
     nodes = {node.meta["op"]: node for node in segment.module.graph.nodes if "op" in node.meta}
     issues: list[str] = []
     for op in ops:
-        if op.members:
-            issues += [f"{m.name}: missing from the program" for m in op.members if m.name not in nodes]
-        elif op.name not in nodes:
+        if op.members and all(m.name in nodes for m in op.members):
+            continue
+        if op.name not in nodes:
             issues.append(f"{op.name}: missing from the program")
         else:
             issues += _operand_issues(op, nodes[op.name], layout)

@@ -156,7 +156,7 @@ class SegmentBuilder:
         for i, name in enumerate(op.inputs):
             if name in op.mutates:
                 inputs[i] = self.graph.call_function(buffer_for_update, (inputs[i], self._object("stream")))
-        run = self._run_members if op.members else self._run_one
+        run = self._run_members if op.members and call.target not in LOCAL_OPERATIONS else self._run_one
         made = run(op, call, inputs)
         for name in op.outputs:
             node = made[name] if call.scale == 1.0 else self.graph.call_function(torch.mul, (made[name], call.scale))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 from autopar.ir.graph import Op, OpGraph
@@ -18,8 +19,10 @@ def batch_dims(graph: OpGraph) -> dict[str, int | None]:
     takes the dim that its first consumer needs, because it can be sliced freely.
     """
     dims: dict[str, int | None] = {name: value.batch_dim for name, value in graph.values.items()}
-    for op in graph.ops:
+    for op in itertools.chain.from_iterable((*op.members, op) for op in graph.ops):
         strategy = batch_strategy(op, graph.values, dims, graph.batch_size)
+        if op.members:
+            dims |= _inside(op, graph.values, dims)
         if strategy is None:
             continue
         for name, placement in zip(op.outputs, strategy.outputs, strict=True):
@@ -28,6 +31,15 @@ def batch_dims(graph: OpGraph) -> dict[str, int | None]:
             if placement.is_shard and dims[name] is None:
                 dims[name] = placement.dim
     return dims
+
+
+def _inside(region: Op, values: Values, dims: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Values within a region of tokens that it permutes: dim 0 counts tokens, hence samples."""
+    counts = region.kwargs.get("token_counts")
+    if not isinstance(counts, tuple) or all(dims[name] is None for name in region.inputs):
+        return {}
+    made = [name for member in region.members for name in member.outputs]
+    return {name: 0 for name in made if values[name].meta.shape[:1] and values[name].meta.shape[0] in counts}
 
 
 def batch_strategy(op: Op, values: Values, dims: Mapping[str, int | None], batch_size: int = 0) -> AxisStrategy | None:

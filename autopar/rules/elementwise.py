@@ -139,6 +139,19 @@ def cross_entropy(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
     return (*tokens, classes)
 
 
+def token_loss(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
+    """Cross entropy of logits[.. c], target[..] over all leading dims, as of `cross_entropy`."""
+    logits, target = input_metas(op, values)
+    tokens = dim_labels(len(target.shape), prefix="tokens")
+    if argument(op, 3, "reduction", MEAN) != MEAN or target.is_floating:
+        return ()
+    by_token = split_each(Labels(((*tokens, None), tokens), ((),)))
+    if argument(op, 5, "label_smoothing", 0.0):
+        return by_token
+    last = len(logits.shape) - 1
+    return (*by_token, AxisStrategy("classes", (shard(last), INVARIANT), (INVARIANT,), splits_work=True))
+
+
 def gather_rows(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
     """gather(x, dim, index) with equal leading sizes: dims other than `dim` where both have the same size."""
     source, index = (meta.shape for meta in input_metas(op, values))

@@ -23,6 +23,7 @@ class LocalCall:
     * `autopar.embedding_rows` (row_axes, num_rows): the weight holds a slice of the rows; ids elsewhere give 0.
     * `autopar.cross_entropy` (token_axes, class_axes): the mean over all tokens of all ranks, as one term of a pending
       sum on token_axes; classes are split over class_axes, on which the result is whole.
+    * `autopar.token_loss` (token_axes, class_axes): the same of logits[.. C] and target[..].
     * `autopar.batch_norm` (batch_axes): statistics over all ranks of batch_axes.
     * `autopar.dropout` (op_name, global_shape, sharding): the slice of the mask that the whole op would draw from the
       stream (step, microbatch, op_name); `sharding` is text as of `format_sharding`.

@@ -52,10 +52,11 @@ def _special(op: Op, name: str, strategy: Strategy, values: Values) -> LocalCall
     if name == "embedding" and (rows := axes_labelled(strategy, "rows")):
         extra = {"row_axes": rows, "num_rows": values[op.inputs[0]].meta.shape[0]}
         return _replace(op, "autopar.embedding_rows", extra)
-    if name == "cross_entropy_loss":
+    if name in ("cross_entropy_loss", "autopar.token_loss"):
         tokens, classes = axes_labelled(strategy, "tokens"), axes_labelled(strategy, "classes")
-        if tokens or classes:
-            return _replace(op, "autopar.cross_entropy", {"token_axes": tokens, "class_axes": classes})
+        if tokens or classes or op.members:
+            target = "autopar.token_loss" if op.members else "autopar.cross_entropy"
+            return _replace(op, target, {"token_axes": tokens, "class_axes": classes})
     if name == "batch_norm" and argument(op, 5, "training", False) and (batch := axes_labelled(strategy, "dim0")):
         return _replace(op, "autopar.batch_norm", {"batch_axes": batch})
     if name == "dropout" and argument(op, 1, "p", 0.0) and argument(op, 2, "train", False):

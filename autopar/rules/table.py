@@ -56,6 +56,7 @@ FAMILIES: Mapping[Family, str] = {
     elementwise.kept_dims: "amax amin var std logsumexp any all",
     elementwise.pairwise_loss: "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy_with_logits",
     elementwise.cross_entropy: "cross_entropy_loss",
+    elementwise.token_loss: "autopar.token_loss",
     elementwise.gather_rows: "gather",
 }
 
