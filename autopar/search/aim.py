@@ -82,6 +82,19 @@ class Aim:
         greedy = limits.energy_j is not None and energy_j > limits.energy_j * (1 + SLACK)
         return math.inf if late or greedy else self.objective.value(paced, energy_j, self.num_gpus)
 
+    def quick(self, planes: Sequence[Plane]) -> float:
+        """A bound without looking for the corner: <= `bound`."""
+        natural, limits = self.natural, self.limits
+        least_s = max((p.level for p in planes if p.prices == Prices(1.0, 0.0)), default=0.0)
+        least_j = max((p.level for p in planes if p.prices == Prices(0.0, 1.0)), default=0.0)
+        if math.isinf(max((p.level for p in planes), default=0.0)):
+            return math.inf
+        if not self.is_plain and not math.isfinite(self.value(least_s, least_j)):
+            return math.inf
+        if not self.objective.is_linear:
+            return self.value(least_s, least_j)
+        return max((p.level for p in planes if p.prices == natural), default=-math.inf)
+
     def bound(self, planes: Sequence[Plane]) -> float:
         """Least objective that the planes leave, inf if they leave nothing."""
         return self.corner(planes)[0]

@@ -22,7 +22,7 @@ from autopar.search.aim import Plane
 from autopar.search.bounds import LayoutBound, add_limits, make_layout_bound, tighten
 from autopar.search.branch import close_gap
 from autopar.search.cuts import CutRules, Prices, best_cuts
-from autopar.search.evaluate import MEMORY_TOLERANCE, Layout, evaluate
+from autopar.search.evaluate import Layout, evaluate
 from autopar.search.optimist import MOST_LAYOUTS, make_optimist, pay_vectors
 from autopar.search.problem import Problem, Weights
 from autopar.search.relax import (
@@ -209,21 +209,17 @@ class Refiner:
 
 def ideal_bounds(space: Space, skeleton: Skeleton, prices: Prices) -> tuple[float, float]:
     """Spread and bottleneck bounds of perfect splits (see `relax` for both); -inf in small spaces."""
-    ideal, scale = space.ideal, space.ideal_scale
-    if ideal is None:
+    if space.ideal is None:
         return -math.inf, -math.inf
-    blocks = ideal.blocks(skeleton.sizes, skeleton.num_microbatches)
-    if blocks is None:
+    sums = space.ideal_sums(skeleton)
+    if sums is None:
         return math.inf, math.inf
-    stages = skeleton.num_stages
-    time_s, energy_j, state = blocks[:, :-1].sum(axis=1) + stages * blocks[:, -1]
-    if state > stages * space.device.memory_bytes * (1 + MEMORY_TOLERANCE):
-        return math.inf, math.inf
-    bottleneck = space.ideal_bottleneck(skeleton, blocks[0])
-    waits = skeleton.num_microbatches - 1
+    time_s, energy_j, bottleneck = sums
+    waits, scale = skeleton.num_microbatches - 1, space.ideal_scale
+    spread_s, stuck_s = time_s * (1 + waits / skeleton.num_stages), time_s + waits * bottleneck
     return (
-        scale * float(prices.step_weight * time_s * (1 + waits / stages) + prices.beta * energy_j),
-        scale * float(prices.step_weight * (time_s + waits * bottleneck) + prices.beta * energy_j),
+        scale * (prices.step_weight * spread_s + prices.beta * energy_j),
+        scale * (prices.step_weight * stuck_s + prices.beta * energy_j),
     )
 
 

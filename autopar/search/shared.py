@@ -19,7 +19,7 @@ import numpy as np
 from autopar.ir.cost import Array, CostEdge, CostNode, CostTable, Device, TableSource
 from autopar.search.aim import Plane
 from autopar.search.cuts import Prices
-from autopar.search.evaluate import Figures, Layout, fixed_power_w
+from autopar.search.evaluate import MEMORY_TOLERANCE, Figures, Layout, fixed_power_w
 from autopar.search.optimist import Blocks
 from autopar.search.problem import Problem, make_problem
 from autopar.search.relax import least_bottleneck
@@ -63,7 +63,7 @@ class Space:
     problems: dict[tuple[tuple[int, ...], int], Problem | None] = field(default_factory=dict)
     capped: dict[tuple[tuple[int, ...], int, int], Problem | None] = field(default_factory=dict)
     parts: dict[int, Blocks] = field(default_factory=dict)
-    bottlenecks: dict[tuple[tuple[int, ...], int, int], float] = field(default_factory=dict)
+    sums: dict[tuple[tuple[int, ...], int, int], tuple[float, float, float] | None] = field(default_factory=dict)
     planes: dict[Skeleton, list[Plane]] = field(default_factory=dict)
     met: list[Plan] = field(default_factory=list)
     offered: set[tuple[Skeleton, tuple[int, ...], Prices]] = field(default_factory=set)
@@ -105,11 +105,22 @@ class Space:
             self.capped[key] = below_power(problem, free_w / skeleton.num_gpus) if free_w >= 0 else None
         return self.capped[key]
 
-    def ideal_bottleneck(self, skeleton: Skeleton, seconds: Array) -> float:
+    def ideal_sums(self, skeleton: Skeleton) -> tuple[float, float, float] | None:
+        """(seconds of all stages, joules, seconds of the slowest stage) of perfect splits; None where nothing fits."""
         key = (skeleton.sizes, skeleton.num_microbatches, skeleton.num_stages)
-        if key not in self.bottlenecks:
-            self.bottlenecks[key] = least_bottleneck(seconds, skeleton.num_stages)
-        return self.bottlenecks[key]
+        if key not in self.sums:
+            self.sums[key] = self._ideal_sums(skeleton)
+        return self.sums[key]
+
+    def _ideal_sums(self, skeleton: Skeleton) -> tuple[float, float, float] | None:
+        blocks = self.ideal.blocks(skeleton.sizes, skeleton.num_microbatches) if self.ideal is not None else None
+        if blocks is None:
+            return None
+        stages = skeleton.num_stages
+        time_s, energy_j, state = (blocks[:, :-1].sum(axis=1) + stages * blocks[:, -1]).tolist()
+        if state > stages * self.device.memory_bytes * (1 + MEMORY_TOLERANCE):
+            return None
+        return time_s, energy_j, least_bottleneck(blocks[0], stages)
 
     def blocks(self, problem: Problem) -> Blocks:
         return self.parts.setdefault(id(problem), Blocks(problem))

@@ -54,7 +54,7 @@ def search(
         SolverLimitError: if the time limit struck before any plan was found.
     """
     started = time.monotonic()
-    _check(pins, gap_tolerance)
+    check_request(pins, gap_tolerance)
     skeletons = list_skeletons(tables, pins, use_all=use_all, max_microbatches=max_microbatches)
     deadline = None if time_limit_s is None else started + time_limit_s
     limits = Limits() if limits is None else limits
@@ -106,7 +106,8 @@ def solution_of(question: Question, gap_tolerance: float, wall_s: float) -> Solu
     )
 
 
-def _check(pins: Pins, gap_tolerance: float) -> None:
+def check_request(pins: Pins, gap_tolerance: float) -> None:
+    """Raises InputError for pins or a tolerance out of range."""
     if not 0 <= gap_tolerance < 1:
         raise InputError(f"gap tolerance {gap_tolerance} is not in [0, 1)")
     if pins.schedule is not None and pins.schedule not in SCHEDULES:

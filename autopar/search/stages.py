@@ -77,7 +77,7 @@ class Question:
         for plan in self.space.met:
             self._consider(plan)
         scales = (self.space.ideal_scale, self.space.coarser_scale)
-        heap = [(self._ideal(s), 0, s) for s in self.space.skeletons]
+        heap = [(self._quick(s), 0, s) for s in self.space.skeletons]
         heapq.heapify(heap)
         complete = True
         while heap:
@@ -130,16 +130,21 @@ class Question:
         aim, planes = self.aim(skeleton.num_gpus), self._planes(skeleton)
         return [p for p in planes if p.prices == aim.natural] if aim.is_plain else list(planes)
 
-    def _ideal(self, skeleton: Skeleton) -> float:
+    def _quick(self, skeleton: Skeleton) -> float:
+        """A first bound without any corner: the objective's own direction, and whether a limit is out of reach."""
+        aim = self.aim(skeleton.num_gpus)
+        planes = [*self._ideal_planes(skeleton), *self._relevant(skeleton)]
+        return aim.quick(planes) if planes else -math.inf
+
+    def _ideal_planes(self, skeleton: Skeleton) -> list[Plane]:
         if self.space.ideal is None:
-            return self._bound(skeleton, []) if self._relevant(skeleton) else -math.inf
+            return []
         probes = self.aim(skeleton.num_gpus).probes()
-        found = [Plane(prices, max(ideal_bounds(self.space, skeleton, prices))) for prices in probes]
-        return self._bound(skeleton, found)
+        return [Plane(prices, max(ideal_bounds(self.space, skeleton, prices))) for prices in probes]
 
     def _refine(self, skeleton: Skeleton, level: int) -> float:
         if level == 0:
-            return self._coarser(skeleton)
+            return self._assumed(skeleton)
         problem = self.space.problem(skeleton)
         if problem is None:
             return math.inf
@@ -188,14 +193,16 @@ class Question:
 
         return Asker(horizon, self._met, best_layout, limits)
 
-    def _coarser(self, skeleton: Skeleton) -> float:
-        probes = self.aim(skeleton.num_gpus).probes()
-        found = []
-        for prices in probes:
+    def _assumed(self, skeleton: Skeleton) -> float:
+        """Corner of the ideal and the coarser planes."""
+        if self.space.ideal is None:
+            return -math.inf
+        found = self._ideal_planes(skeleton)
+        for prices in self.aim(skeleton.num_gpus).probes():
             bound = coarser_bound(self.space, skeleton, prices)
             self.assumed[skeleton, prices] = bound
             found.append(Plane(prices, bound))
-        return self._bound(skeleton, found) if self.space.ideal is not None else -math.inf
+        return self._bound(skeleton, found)
 
     def _table(self, refiner: Refiner) -> float:
         """Planes from the table in every direction that still moves the corner."""
