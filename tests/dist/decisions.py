@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.mesh import StageMesh
-from autopar.ir.placement import Sharding, local_shape
+from autopar.ir.placement import Placement, Sharding, local_shape
 from autopar.ir.solution import Decisions, StageChoice
 from autopar.ir.strategy import (
     AxisStrategy,
@@ -76,6 +76,49 @@ def data_parallel(graph: OpGraph, mesh: StageMesh, label: str = "replicated", nu
         return found or axis_strategies(op, graph.values)[0]
 
     return chosen_decisions(graph, mesh, choose, label, num_microbatches)
+
+
+def sequence_parallel(graph: OpGraph, mesh: StageMesh, label: str = "context", num_microbatches: int = 1) -> Decisions:
+    """The batch split on the first axis, dim 1 of the inputs on the second, followed through every op.
+
+    Args:
+        label: attention's strategy: `context` gathers keys and values; `dim1` splits heads, between two exchanges.
+    """
+    dims, along = batch_dims(graph), sequence_strategies(graph, label)
+
+    def choose(op: Op, axis: int) -> AxisStrategy:
+        batch = batch_strategy(op, graph.values, dims, graph.batch_size)
+        found = batch if axis == 0 else along.get(op.name)
+        return found or axis_strategies(op, graph.values)[0]
+
+    return chosen_decisions(graph, mesh, choose, "replicated", num_microbatches)
+
+
+def sequence_strategies(graph: OpGraph, label: str) -> dict[str, AxisStrategy]:
+    """The strategy of each op that splits its operands along the sequence; shared values are sliced as needed."""
+    values = graph.values
+    length = next(value.meta.shape[1] for value in graph.outside("input"))
+    dims: dict[str, int] = {}
+    chosen: dict[str, AxisStrategy] = {}
+
+    def agrees(name: str, placement: Placement) -> bool:
+        if values[name].requires_grad:
+            return placement.dim == dims.get(name, -1)
+        return not placement.is_shard or values[name].meta.shape[placement.dim] == length
+
+    def fits(op: Op, strategy: AxisStrategy) -> bool:
+        is_split = any(placement.is_shard for placement in strategy.inputs)
+        return is_split and all(agrees(n, p) for n, p in zip(op.inputs, strategy.inputs, strict=True))
+
+    for op in (op for op in graph.ops if not op.is_shared):
+        options = axis_strategies(op, values)[1:]
+        is_attention = op.target.startswith("aten.scaled_dot_product_attention")
+        found = [s for s in options if (s.label == label if is_attention else fits(op, s))]
+        if found:
+            chosen[op.name] = found[0]
+            dims |= {n: 2 if is_attention else p.dim for n, p in zip(op.outputs, found[0].outputs, strict=True)
+                     if p.is_shard}  # fmt: skip
+    return chosen
 
 
 def tensor_parallel(graph: OpGraph, mesh: StageMesh, num_microbatches: int = 1) -> Decisions:

@@ -58,5 +58,10 @@ def test_random_decisions_for_the_example_models_on_four_processes() -> None:
     check(errors_on(4, "random_cases", models=EXAMPLES, microbatches=[4], count=10, seed=3), at_least=100)
 
 
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_a_split_of_the_sequence_passes_through_whole_models(num_processes: int) -> None:
+    check(errors_on(num_processes, "sequence_cases", models=("gpt2", "llama")), at_least=2 * num_processes)
+
+
 def test_optimizer_steps_with_clipping_follow_the_serial_ones() -> None:
     check(errors_on(2, "training_cases", models=("toy/transformer", "toy/conv")), at_least=28)

@@ -20,7 +20,7 @@ from autopar.planner.assemble import make_executor, make_serial_executor
 from autopar.runtime.compare import compare, relative_error
 from autopar.runtime.executor import OptimizerOptions, RunOptions, join_plan
 from autopar.runtime.mesh import RankMesh
-from tests.dist.decisions import cut_evenly, data_parallel, random_decisions, tensor_parallel
+from tests.dist.decisions import cut_evenly, data_parallel, random_decisions, sequence_parallel, tensor_parallel
 from tests.dist.models import BATCH, as_double, captured, global_batch
 from tests.dist.rule_graph import decisions_with, rule_graph, strategies_on
 from tests.rules_cases import CASES, COLLECTIVE_CASES
@@ -103,6 +103,18 @@ def named_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
         bench = Bench(name, 4)
         for label, make in named_plans(dist.get_world_size()).items():
             results.append({"case": f"{name} {label}", "error": bench.error_of(make(bench.graph))})
+    return results
+
+
+def sequence_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sequences split over all ranks, and over half of them beside the batch, with both ways to do attention."""
+    results = []
+    world = dist.get_world_size()
+    meshes = [stage_mesh(1, world), *([stage_mesh(2, world // 2)] if world > 2 else [])]
+    for name, mesh, label in itertools.product(arguments["models"], meshes, ("context", "dim1")):
+        bench = Bench(name, 2)
+        decisions = sequence_parallel(bench.graph, mesh, label, 2)
+        results.append({"case": f"{name} {label} {mesh.sizes}", "error": bench.error_of(decisions)})
     return results
 
 
