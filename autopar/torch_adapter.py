@@ -140,6 +140,11 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     return pytree.tree_map(function, tree)
 
 
+def tree_structure(tree: Any) -> Any:
+    """Nesting, keys and types without the leaves; comparable with `==`."""
+    return pytree.tree_structure(tree)
+
+
 def _key(part: Any) -> str:
     return str(next(getattr(part, name) for name in ("key", "idx", "name") if hasattr(part, name)))
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from autopar import torch_adapter
+
+Frames: TypeAlias = tuple[tuple[str, int], ...]
+"""(file, line) of the Python stack, outermost first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Call:
     num_outputs: int
     grad_enabled: bool
     scope: str
-    frames: tuple[tuple[str, int], ...]
+    frames: Frames
 
     @property
     def target_name(self) -> str:
@@ -59,7 +62,7 @@ class Traced:
     kwargs: dict[str, Any]
     outputs: tuple[str, ...]
     scope: str
-    frames: tuple[tuple[str, int], ...]
+    frames: Frames
     mutates: tuple[str, ...] = ()
     flops_forward: int = 0
     flops_backward: int = 0
@@ -73,17 +76,31 @@ class Traced:
 
 def map_refs(function: Callable[[ValueRef], Any], args: Any) -> Any:
     """Replace every `ValueRef` in nested tuples, lists and dicts; lists become tuples."""
-    if isinstance(args, ValueRef):
+    kind = type(args)
+    if kind is ValueRef:
         return function(args)
+    if kind in _SCALARS:
+        return args
     if isinstance(args, tuple | list):
-        return tuple(map_refs(function, arg) for arg in args)
+        return tuple([map_refs(function, arg) for arg in args])
     if isinstance(args, dict):
         return {key: map_refs(function, arg) for key, arg in args.items()}
     return args
 
 
+_SCALARS = frozenset((int, float, bool, str, type(None)))
+
+
 def refs_in(*args: Any) -> tuple[str, ...]:
     """Names of the values read, in order of appearance, one entry per appearance."""
     found: list[str] = []
-    map_refs(lambda ref: found.append(ref.name), args)
+    waiting: list[Any] = [*reversed(args)]
+    while waiting:
+        argument = waiting.pop()
+        if type(argument) is ValueRef:
+            found.append(argument.name)
+        elif isinstance(argument, tuple | list):
+            waiting.extend(reversed(argument))
+        elif isinstance(argument, dict):
+            waiting.extend(reversed(argument.values()))
     return tuple(found)

@@ -9,7 +9,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,12 @@ import torch
 
 from autopar import torch_adapter
 from autopar.capture.fake import fake_tensors
-from autopar.capture.lift import Wrapped, lift
+from autopar.capture.lift import lift
 from autopar.capture.model_source import ModelSource, as_arguments, leading_dim
+from autopar.capture.outside import Wrapped
 from autopar.capture.promote import promote
+from autopar.capture.repeats import find_repeats
+from autopar.capture.shorten import Shortened, plan_sites, shortened
 from autopar.capture.user_code import capture_error, choose_frame, explain
 from autopar.errors import CaptureError, InputError
 from autopar.ir.graph import OpGraph
@@ -129,6 +132,7 @@ def capture(
     batch_size: int | None = None,
     device: str = "meta",
     dtype: torch.dtype | str | None = None,
+    every_layer: bool = False,
 ) -> Captured:
     """Export the source's training forward and lift it.
 
@@ -138,37 +142,80 @@ def capture(
             inputs that can run.
         dtype: convert all floating parameters, buffers, inputs and dtype constants to this one, after the export, so
             that the ops are those of the model's own dtypes.
+        every_layer: trace also those layers that `capture.repeats` shows to be alike; the graph is the same.
 
     Raises:
         InputError: the source's code fails, or gives no loss.
         CaptureError: the model cannot be traced; names the user's line.
     """
+    captured = _capture_whole(source, batch_size, device) if every_layer else _capture_alike(source, batch_size, device)
+    if dtype is None:
+        return captured
+    wanted = torch_adapter.dtype_of(dtype) if isinstance(dtype, str) else dtype
+    return Captured(
+        promote(captured.graph, torch_adapter.dtype_name(wanted)),
+        captured.module.to(wanted),
+        {name: _to_dtype(tensor, wanted) for name, tensor in captured.constants.items()},
+        tuple(_to_dtype(tensor, wanted) for tensor in captured.inputs),
+        captured.notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What is exported, and on which device."""
+
+    source: ModelSource
+    module: TrainForward
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    device: str
+    samples: int
+    notes: tuple[str, ...]
+
+    def export(self) -> torch.export.ExportedProgram:
+        return _export(self.source, self.module, self.args, self.kwargs, self.device)
+
+    def lift(self, exported: torch.export.ExportedProgram, sites: Shortened | None = None) -> Captured:
+        leaves = tensor_leaves(self.args, self.kwargs)
+        keys = tuple(key for key, _ in leaves)
+        source = self.source
+        lifted = lift(Wrapped(source.name, source.user_file, PREFIX, exported, self.module, keys, self.samples, sites))
+        inputs = tuple(leaf for _, leaf in leaves)
+        return Captured(lifted.graph, self.module, lifted.constants, inputs, (*self.notes, *lifted.notes))
+
+
+def _prepare(source: ModelSource, batch_size: int | None, device: str) -> _Whole:
     notes: list[str] = []
     model = _build(source, device, notes)
     batch, samples = _batch(source, device, batch_size)
-    module = TrainForward(model, source, batch).train()
     args, kwargs = as_arguments(batch)
-    exported = _export(source, module, args, kwargs, device)
-    lifted = lift(
-        Wrapped(
-            source.name,
-            source.user_file,
-            PREFIX,
-            exported,
-            module,
-            tuple(key for key, _ in tensor_leaves(args, kwargs)),
-            samples,
-        )
-    )
-    inputs = tuple(leaf for _, leaf in tensor_leaves(args, kwargs))
-    graph, constants = lifted.graph, lifted.constants
-    if dtype is not None:
-        wanted = torch_adapter.dtype_of(dtype) if isinstance(dtype, str) else dtype
-        graph = promote(graph, torch_adapter.dtype_name(wanted))
-        module = module.to(wanted)
-        constants = {name: _to_dtype(tensor, wanted) for name, tensor in constants.items()}
-        inputs = tuple(_to_dtype(tensor, wanted) for tensor in inputs)
-    return Captured(graph, module, constants, inputs, (*notes, *lifted.notes))
+    return _Whole(source, TrainForward(model, source, batch).train(), args, kwargs, device, samples, tuple(notes))
+
+
+def _capture_whole(source: ModelSource, batch_size: int | None, device: str) -> Captured:
+    whole = _prepare(source, batch_size, device)
+    return whole.lift(whole.export())
+
+
+def _capture_alike(source: ModelSource, batch_size: int | None, device: str) -> Captured:
+    """Trace three of each kind of alike layers where that is sure to give the same graph, else all of them.
+
+    A second try starts from a new model: the forward may have changed the first one.
+    """
+    whole = _prepare(source, batch_size, device)
+    repeats = find_repeats(whole.module.model) if device == "meta" else ()
+    if not repeats:
+        return whole.lift(whole.export())
+    sites = plan_sites(repeats)
+    try:
+        with shortened(whole.module, whole.module.model, repeats, sites):
+            exported = whole.export()
+        return whole.lift(exported, sites)
+    except InputError as error:
+        problem = str(error).splitlines()[0]
+    captured = _capture_whole(source, batch_size, device)
+    return replace(captured, notes=(*captured.notes, f"every layer was traced on its own: {problem}"))
 
 
 def _to_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

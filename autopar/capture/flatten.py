@@ -1,6 +1,7 @@
 """From an exported program to a flat list of calls: submodules inlined, getitem folded, assertions dropped.
 
-Values are named as in the graph IR: a single output has its call's name, output i of several is `name:i`.
+Values are named as in the graph IR: a single output has its call's name, output i of several is `name:i`. The bounds
+of layers (`capture.markers`) pass their values on under the names that these have.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from autopar import torch_adapter
 from autopar.capture.calls import Call, ValueRef
+from autopar.capture.markers import ENTER, LEAVE
 from autopar.capture.user_code import capture_error, choose_frame
 from autopar.errors import CaptureError
 
@@ -40,7 +42,7 @@ class Flattener:
     def __init__(self, user_file: str | None, scope_prefix: str) -> None:
         self.user_file = user_file
         self.scope_prefix = scope_prefix
-        self.used_names: set[str] = set()
+        self.num_calls = 0
 
     def flatten(
         self, module: torch.fx.GraphModule, placeholders: list[Any], grad_enabled: bool = True
@@ -92,7 +94,7 @@ class Flattener:
             self._unique(node.name), node.target, args, kwargs, num_outputs, grad_enabled, self._scope(node), frames
         )
         refs = tuple(ValueRef(name) for name in call.outputs)
-        env[node] = refs[0] if num_outputs == -1 else refs
+        env[node] = args[0] if call.target_name in (ENTER, LEAVE) else refs[0] if num_outputs == -1 else refs
         yield call
 
     def _inline(
@@ -128,12 +130,9 @@ class Flattener:
         return capture_error(problem, str(node.target), choose_frame(frames, self.user_file))
 
     def _unique(self, name: str) -> str:
-        unique, count = name, 0
-        while unique in self.used_names:
-            count += 1
-            unique = f"{name}_x{count}"
-        self.used_names.add(unique)
-        return unique
+        """`capture.expand.name_calls` gives the final names; until then a number keeps submodules' names apart."""
+        self.num_calls += 1
+        return f"{self.num_calls}/{name}"
 
     def _scope(self, node: torch.fx.Node) -> str:
         stack = node.meta.get("nn_module_stack") or {}

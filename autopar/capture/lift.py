@@ -8,43 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgument
 
 from autopar import torch_adapter
 from autopar.capture.blocks import assign_blocks
-from autopar.capture.calls import Traced, ValueRef
+from autopar.capture.calls import Frames, Traced, ValueRef
+from autopar.capture.expand import Owned, expand, name_calls
 from autopar.capture.flatten import Flattener
 from autopar.capture.normalise import normalise
-from autopar.capture.trace import Outside, Trace, Tracer
+from autopar.capture.outside import Entry, Wrapped, outside_values
+from autopar.capture.trace import Trace, Tracer
 from autopar.capture.user_code import choose_frame
 from autopar.errors import CaptureError
 from autopar.ir.graph import Arg, Op, OpGraph, Ref, Value
-
-ORIGINS = {
-    InputKind.PARAMETER: "parameter",
-    InputKind.BUFFER: "buffer",
-    InputKind.CONSTANT_TENSOR: "constant",
-    InputKind.USER_INPUT: "input",
-}
-
-
-@dataclass(frozen=True)
-class Wrapped:
-    """What `lift` needs.
-
-    Attributes:
-        prefix: of the user's model inside the exported module, e.g. `model.`.
-        keys: key of every tensor input, in order.
-        batch_size: inputs whose dim 0 has this size are batched.
-    """
-
-    name: str
-    user_file: str | None
-    prefix: str
-    exported: torch.export.ExportedProgram
-    module: torch.nn.Module
-    keys: tuple[str, ...]
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -56,21 +31,20 @@ class Lifted:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A placeholder that became a value."""
-
-    outside: Outside
-    fqn: str
-    constant: torch.Tensor | None = None
-
-
 def lift(wrapped: Wrapped) -> Lifted:
-    """See the module docstring. Raises CaptureError naming op and line for what the graph cannot hold."""
-    entries, placeholders = _placeholders(wrapped)
+    """See the module docstring.
+
+    Raises:
+        CaptureError: names op and line for what the graph cannot hold.
+        RefusedError: the trace is a shortened one, and the layers are not alike.
+    """
+    entries, placeholders = outside_values(wrapped)
     flattener = Flattener(wrapped.user_file, wrapped.prefix)
     calls, output = flattener.flatten(wrapped.exported.graph_module, placeholders)
     loss = output[0].name
+    if wrapped.sites is not None:
+        calls, loss = expand(calls, loss, wrapped.sites, _owned(entries))
+    calls, loss = name_calls(calls, loss, (entry.outside.name for entry in entries))
     trace = Tracer([entry.outside for entry in entries], wrapped.user_file).run(calls, loss)
     loss = trace.current[loss]
     if not trace.tensors[loss].requires_grad:
@@ -79,7 +53,8 @@ def lift(wrapped: Wrapped) -> Lifted:
     values = _values(trace, live, entries, wrapped.batch_size)
     shared = _shared(live, values)
     saved, extra = _saved(trace, live, values, shared)
-    ops = [_op(op, wrapped.user_file, saved[op.name], extra[op.name], op.name in shared) for op in live]
+    sources = _sources(live, wrapped.user_file)
+    ops = [_op(op, sources[op.frames], saved[op.name], extra[op.name], op.name in shared) for op in live]
     ops, scopes = normalise(ops, values, {op.name: op.scope for op in live}, loss)
     blocked, blocks = assign_blocks(ops, values, scopes)
     graph = OpGraph(wrapped.name, blocked, values, blocks, loss, wrapped.batch_size)
@@ -87,54 +62,10 @@ def lift(wrapped: Wrapped) -> Lifted:
     return Lifted(graph, constants, ())
 
 
-def _placeholders(wrapped: Wrapped) -> tuple[list[_Entry], list[Any]]:
-    """Values from outside, and what stands for each placeholder; tied parameters are one value."""
-    exported = wrapped.exported
-    nodes = [node for node in exported.graph.nodes if node.op == "placeholder"]
-    entries: list[_Entry] = []
-    stands: list[Any] = []
-    tied: dict[int, str] = {}
-    known: set[str] = set()
-    keys = iter(wrapped.keys)
-    for node, spec in zip(nodes, exported.graph_signature.input_specs, strict=True):
-        if isinstance(spec.arg, ConstantArgument):
-            stands.append(spec.arg.value)
-            continue
-        if spec.kind not in ORIGINS or not isinstance(spec.arg, TensorArgument):
-            raise CaptureError(f"{wrapped.name}: cannot capture an input of kind {spec.kind.name} ({spec.arg.name})")
-        origin = ORIGINS[spec.kind]
-        tensor = node.meta["val"]
-        constant = None
-        if origin == "input":
-            name, fqn = node.name, next(keys)
-        else:
-            name, fqn = _short_name(node.name, wrapped.prefix), str(spec.target).removeprefix(wrapped.prefix)
-        if origin == "constant":
-            constant = exported.constants[str(spec.target)]
-        stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        if origin in ("parameter", "buffer"):
-            real = _attribute(wrapped.module, str(spec.target))
-            name = tied.setdefault(id(real), name)
-            stand_in.requires_grad_(real.requires_grad)
-        stands.append(ValueRef(name))
-        if name not in known:
-            known.add(name)
-            entries.append(_Entry(Outside(name, origin, stand_in), fqn, constant))
-    return entries, stands
-
-
-def _short_name(node_name: str, prefix: str) -> str:
-    """`p_model_lm_head_weight` without the wrapper's part: `p_lm_head_weight`."""
-    kind, _, rest = node_name.partition("_")
-    return f"{kind}_{rest.removeprefix(prefix.replace('.', '_'))}"
-
-
-def _attribute(module: torch.nn.Module, fqn: str) -> torch.Tensor:
-    path, _, name = fqn.rpartition(".")
-    found = getattr(module.get_submodule(path), name)
-    if not isinstance(found, torch.Tensor):
-        raise TypeError(f"{fqn} is not a tensor")
-    return found
+def _owned(entries: list[Entry]) -> Owned:
+    """Parameters and buffers."""
+    held = (entry for entry in entries if entry.outside.origin in ("parameter", "buffer"))
+    return Owned({entry.outside.name: entry.fqn for entry in held})
 
 
 def _live(ops: list[Traced], loss: str) -> list[Traced]:
@@ -148,7 +79,7 @@ def _live(ops: list[Traced], loss: str) -> list[Traced]:
     return live[::-1]
 
 
-def _values(trace: Trace, live: list[Traced], entries: list[_Entry], batch_size: int) -> dict[str, Value]:
+def _values(trace: Trace, live: list[Traced], entries: list[Entry], batch_size: int) -> dict[str, Value]:
     values: dict[str, Value] = {}
     for entry in entries:
         name, origin = entry.outside.name, entry.outside.origin
@@ -203,7 +134,7 @@ def _saved(
     return {name: tuple(names) for name, names in saved.items()}, extra
 
 
-def _op(op: Traced, user_file: str | None, saved: tuple[str, ...], extra: int, is_shared: bool) -> Op:
+def _op(op: Traced, source: str, saved: tuple[str, ...], extra: int, is_shared: bool) -> Op:
     """The frozen op, with references by position and constants as text."""
     inputs: list[str] = []
 
@@ -226,7 +157,7 @@ def _op(op: Traced, user_file: str | None, saved: tuple[str, ...], extra: int, i
         kwargs=kwargs,
         mutates=op.mutates,
         module_path=".".join(part.partition("@")[0] for part in op.scope.split(".")),
-        source=_source(op.frames, user_file),
+        source=source,
         flops_forward=op.flops_forward,
         flops_backward=op.flops_backward,
         saved=saved,
@@ -235,6 +166,7 @@ def _op(op: Traced, user_file: str | None, saved: tuple[str, ...], extra: int, i
     )
 
 
-def _source(frames: tuple[tuple[str, int], ...], user_file: str | None) -> str:
-    frame = choose_frame(list(frames), user_file)
-    return f"{Path(frame[0]).name}:{frame[1]}" if frame else ""
+def _sources(ops: list[Traced], user_file: str | None) -> dict[Frames, str]:
+    """`Op.source` by the frames of the call."""
+    chosen = {frames: choose_frame(frames, user_file) for frames in {op.frames for op in ops}}
+    return {frames: f"{Path(frame[0]).name}:{frame[1]}" if frame else "" for frames, frame in chosen.items()}

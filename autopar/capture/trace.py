@@ -2,7 +2,7 @@
 
 The run gives, by torch's own autograd and without memory, what no table could: the shape and dtype of every value,
 whether gradient flows through it, which values share storage, and what autograd saves for backward because of each
-call (`capture.saved`).
+call (`capture.saved`). Calls that are alike are run once (`capture.replay`).
 
 Functionalisation, per call:
 
@@ -24,9 +24,8 @@ from typing import Any
 import torch
 
 from autopar import torch_adapter
-from autopar.capture import saved
 from autopar.capture.calls import Call, Traced, ValueRef, map_refs, refs_in
-from autopar.capture.flops import count_flops
+from autopar.capture.replay import Held, MetaRunner
 from autopar.capture.user_code import capture_error, choose_frame
 from autopar.capture.views import write_back
 from autopar.errors import CaptureError
@@ -53,20 +52,20 @@ class Trace:
 
     Attributes:
         ops: functional calls in order.
-        tensors, roots: meta tensor and storage root of every value.
+        tensors, roots: layout and storage root of every value.
         current: raw name -> name of the value that it stands for at the end.
-        owner: storage key -> the value that owns the storage.
+        owner: storage -> the value that owns the storage.
     """
 
     ops: list[Traced]
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Held]
     roots: dict[str, str]
     current: dict[str, str]
     owner: dict[int, str]
 
     def meta(self, name: str) -> TensorMeta:
         tensor = self.tensors[name]
-        return TensorMeta(tuple(tensor.shape), torch_adapter.dtype_name(tensor.dtype))
+        return TensorMeta(tensor.shape, torch_adapter.dtype_name(tensor.dtype))
 
 
 class Tracer:
@@ -74,6 +73,7 @@ class Tracer:
 
     def __init__(self, outside: list[Outside], user_file: str | None) -> None:
         self.user_file = user_file
+        self.runner = MetaRunner()
         self.origins = {value.name: value.origin for value in outside}
         self.trace = Trace([], {}, {}, {}, {})
         self.members: dict[int, list[str]] = {}
@@ -82,7 +82,7 @@ class Tracer:
         self.last_read: dict[str, int] = {}
         self.position = 0
         for value in outside:
-            self._add(value.name, value.tensor)
+            self._add(value.name, self.runner.hold(value.tensor))
             self.trace.current[value.name] = value.name
 
     def run(self, calls: list[Call], loss: str) -> Trace:
@@ -141,7 +141,7 @@ class Tracer:
         )
         return args[0].name if is_same else None
 
-    def _keeps_all(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], source: torch.Tensor) -> bool:
+    def _keeps_all(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], source: Held) -> bool:
         """`to.*` that changes neither dtype nor memory format (devices follow the run)."""
         constants = [*args[1:], *kwargs.values()]
         if call.target_name == "aten.to.other":
@@ -190,7 +190,7 @@ class Tracer:
         """Later reads of the changed storage, under any name and through any view, see the value `new` in it."""
         current = self.trace.current
         base = current[written]
-        key = torch_adapter.storage_key(self.trace.tensors[base])
+        key = self.trace.tensors[base].storage
         renewed = {base: new}
         for name in self._written_chain(base, renewed, call):
             renewed.setdefault(name, name)
@@ -207,7 +207,7 @@ class Tracer:
         while child in self.views:
             view = self.views[child]
             parent = view.args[0].name
-            written = write_back(view, ValueRef(renewed[child]), self.trace.tensors[parent])
+            written = write_back(view, ValueRef(renewed[child]), self.trace.tensors[parent].shape)
             if written is None:
                 raise self._error(f"changed in place through a view ({view.name}) that cannot be written back", call)
             renewed[parent] = self._insert(f"{call.name}_into_{parent.replace(':', '_')}", *written, call)
@@ -234,22 +234,20 @@ class Tracer:
     def _execute(self, op: Traced, call: Call) -> None:
         """Run on meta tensors, record saved tensors, metas, FLOPs; append to the trace."""
         tensors = self.trace.tensors
-        args = _on_meta(map_refs(lambda ref: tensors[ref.name], op.args))
-        kwargs = {key: _on_meta(arg) for key, arg in map_refs(lambda ref: tensors[ref.name], op.kwargs).items()}
         try:
-            result, op.packed, op.extra_bytes = saved.run_and_record(op.target, args, kwargs)
+            outcome = self.runner.run(op.target, op.args, op.kwargs, tensors)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise self._error(f"cannot run on meta tensors: {str(error).splitlines()[0]}", call) from None
-        results = (result,) if isinstance(result, torch.Tensor) else tuple(result or ())
-        op.flops_forward, op.flops_backward = count_flops(torch_adapter.target_name(op.target), args, kwargs, results)
+        op.packed, op.extra_bytes = outcome.packed, outcome.extra_bytes
+        op.flops_forward, op.flops_backward = outcome.flops
         self.trace.ops.append(op)
-        for name, tensor in zip(op.outputs, results, strict=True):
+        for name, tensor in zip(op.outputs, outcome.results, strict=True):
             self._add(name, tensor)
-        if len(results) == 1 and op.args and isinstance(op.args[0], ValueRef) and not op.mutates:
-            source = tensors[op.args[0].name]
-            if torch_adapter.storage_key(source) == torch_adapter.storage_key(results[0]):
-                self.views[op.outputs[0]] = op
-        _state_dtype(op, results)
+        storages = {held.storage for held in outcome.results}
+        is_one = len(outcome.results) == 1 and op.args and isinstance(op.args[0], ValueRef) and not op.mutates
+        if is_one and tensors[op.args[0].name].storage in storages:
+            self.views[op.outputs[0]] = op
+        _state_dtype(op, outcome.results)
 
     def _keep_dtype(self, op: Traced, written: str, call: Call) -> str:
         """Name of the op's result in the dtype of what the in-place call changed; a cast is added if they differ."""
@@ -261,16 +259,16 @@ class Tracer:
 
     def _copied(self, call: Call, written: str, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """`copy_(x, y)` as a copy of `y` in the shape of `x` (the functional `copy` has no derivative)."""
-        shape = tuple(self.trace.tensors[self.trace.current[written]].shape)
+        shape = self.trace.tensors[self.trace.current[written]].shape
         source = args[1]
-        if tuple(self.trace.tensors[source.name].shape) != shape:
+        if self.trace.tensors[source.name].shape != shape:
             source = ValueRef(
                 self._insert(f"{call.name}_expand", torch.ops.aten.expand.default, (source, shape), {}, call)
             )
         return torch.ops.aten.clone.default, (source,), {}
 
-    def _add(self, name: str, tensor: torch.Tensor) -> None:
-        key = torch_adapter.storage_key(tensor)
+    def _add(self, name: str, tensor: Held) -> None:
+        key = tensor.storage
         self.trace.tensors[name] = tensor
         self.trace.roots[name] = self.trace.owner.setdefault(key, name)
         self.members.setdefault(key, []).append(name)
@@ -285,15 +283,7 @@ def _argument(call: Call, index: int) -> Any:
     return call.kwargs.get(torch_adapter.argument_names(call.target)[index])
 
 
-def _state_dtype(op: Traced, results: tuple[torch.Tensor, ...]) -> None:
+def _state_dtype(op: Traced, results: tuple[Held, ...]) -> None:
     """Creation ops without a dtype follow torch's default dtype: name it, so that the graph means one thing."""
     if not op.inputs and results and "dtype" in torch_adapter.argument_names(op.target):
         op.kwargs.setdefault("dtype", results[0].dtype)
-
-
-def _on_meta(argument: Any) -> Any:
-    if isinstance(argument, torch.device):
-        return torch.device("meta")
-    if isinstance(argument, tuple):
-        return [_on_meta(part) for part in argument]
-    return argument

@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,12 +25,12 @@ def is_library_file(filename: str) -> bool:
     return filename.startswith(_STDLIB)
 
 
-def choose_frame(frames: list[tuple[str, int]], user_file: str | None) -> tuple[str, int] | None:
+def choose_frame(frames: Sequence[tuple[str, int]], user_file: str | None) -> tuple[str, int] | None:
     """Innermost frame in the user's file; else innermost outside libraries. `frames`: (file, line), outermost first."""
-    own = [frame for frame in frames if user_file is not None and frame[0] == user_file]
-    other = [frame for frame in frames if not is_library_file(frame[0])]
-    chosen = own or other
-    return chosen[-1] if chosen else None
+    innermost = [*reversed(frames)]
+    own = (frame for frame in innermost if user_file is not None and frame[0] == user_file)
+    other = (frame for frame in innermost if not is_library_file(frame[0]))
+    return next(own, None) or next(other, None)
 
 
 def describe_frame(frame: tuple[str, int] | None) -> str:

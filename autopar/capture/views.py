@@ -15,12 +15,14 @@ RESHAPES = ("aten.view.default", "aten.reshape.default", "aten.unsqueeze.default
             "aten.alias.default", "aten.expand.default", "aten._unsafe_view.default")  # fmt: skip
 
 
-def write_back(view: Traced, new: ValueRef, parent: torch.Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+def write_back(
+    view: Traced, new: ValueRef, shape: tuple[int, ...]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     """Call (target, args, kwargs) that gives the parent with the view's part replaced by `new`, or None.
 
     Args:
         view: the op that took the view; its first argument is the parent.
-        parent: meta tensor of the parent.
+        shape: of the parent.
     """
     name = torch_adapter.target_name(view.target)
     whole, arguments = view.args[0], view.args[1:]
@@ -33,15 +35,13 @@ def write_back(view: Traced, new: ValueRef, parent: torch.Tensor) -> tuple[Any, 
     if name in ("aten.transpose.int", "aten.t.default"):
         return view.target, (new, *arguments), {}
     if name == "aten.permute.default":
-        order = [dim % parent.dim() for dim in arguments[0]]
-        return view.target, (new, tuple(order.index(dim) for dim in range(parent.dim()))), {}
-    if name in RESHAPES and (name != "aten.expand.default" or _same_size(view, parent)):
-        return _aten.reshape.default, (new, tuple(parent.shape)), {}
+        order = [dim % len(shape) for dim in arguments[0]]
+        return view.target, (new, tuple(order.index(dim) for dim in range(len(shape)))), {}
+    if name in RESHAPES and (name != "aten.expand.default" or _same_size(view, shape)):
+        return _aten.reshape.default, (new, shape), {}
     return None
 
 
-def _same_size(view: Traced, parent: torch.Tensor) -> bool:
-    return (
-        all(size in (-1, have) for size, have in zip(view.args[1], parent.shape, strict=False))
-        and len(view.args[1]) == parent.dim()
-    )
+def _same_size(view: Traced, shape: tuple[int, ...]) -> bool:
+    sizes = view.args[1]
+    return len(sizes) == len(shape) and all(size in (-1, have) for size, have in zip(sizes, shape, strict=True))
