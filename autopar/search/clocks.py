@@ -1,0 +1,294 @@
+"""The clock of every instruction of a pipeline: least energy within a deadline, with a proven bound.
+
+An instruction (stage, kind, microbatch) runs at one of its options (clock, time, energy). GPUs that wait draw the
+blocked power, so a step of T seconds costs
+
+    E = sum over instructions of g (E_o - P_b t_o) + P_b (sum over stages of g) T ,     g = GPUs of the stage
+
+The relaxation over the options' convex hulls (`clock_lp`) bounds E from below; its durations are rounded down to real
+options, which meets the deadline, and the slack that rounding leaves is put to use (`clock_schedule`).
+
+Extrinsic slack: where the whole step waits for a straggler, plan for the straggler's time with `straggler_s`; blocked
+power is then drawn until that time whatever the clocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import networkx as nx
+
+from autopar.errors import InfeasibleError, InputError, Remedy
+from autopar.ir.timeline import STEP, schedule_actions
+from autopar.search.clock_lp import Relaxation, Relaxed, relax
+from autopar.search.clock_schedule import Network, fill, improve, repair, round_down, round_to_finishes
+
+PLAN_TRIES = 300
+FRONTIER_TRIES = 60
+MOST_VISITS = 150_000
+"""Tries times instructions: large pipelines get fewer tries."""
+BINDING = 1e-9
+"""A relaxed step this share shorter than the deadline does not feel it."""
+
+
+@dataclass(frozen=True)
+class ClockOption:
+    """One way to run an instruction: clock in MHz, seconds, joules of one GPU, its idle part included."""
+
+    clock_mhz: float
+    time_s: float
+    energy_j: float
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`kind`: any name that the options know, such as F and B."""
+
+    stage: int
+    kind: str
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class Arc:
+    """Instruction `before` ends at least `delay_s` before instruction `after` starts (indices)."""
+
+    before: int
+    after: int
+    delay_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClockProblem:
+    """Instructions, their order, and the options of each (stage, kind).
+
+    Attributes:
+        gpus_per_stage: GPUs that run each stage in step; one entry per stage.
+
+    Raises:
+        InputError: for missing options, times that are not positive, arcs that name no instruction or form a cycle.
+    """
+
+    instructions: tuple[Instruction, ...]
+    arcs: tuple[Arc, ...]
+    options: Mapping[tuple[int, str], tuple[ClockOption, ...]]
+    blocked_w_per_gpu: float
+    gpus_per_stage: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.instructions:
+            raise InputError("a pipeline needs instructions")
+        if not (math.isfinite(self.blocked_w_per_gpu) and self.blocked_w_per_gpu >= 0):
+            raise InputError(f"blocked power is finite and at least 0 W, not {self.blocked_w_per_gpu}")
+        for key in sorted({(i.stage, i.kind) for i in self.instructions}):
+            if not (0 <= key[0] < len(self.gpus_per_stage) and self.gpus_per_stage[key[0]] > 0):
+                raise InputError(f"no GPUs are given for stage {key[0]}")
+            if not self.options.get(key):
+                raise InputError(f"stage {key[0]} has no options for {key[1]!r}")
+            for option in self.options[key]:
+                if not (option.time_s > 0 and math.isfinite(option.time_s) and math.isfinite(option.energy_j)):
+                    raise InputError(f"stage {key[0]}, {key[1]!r}: times are positive and energies finite: {option}")
+        known = range(len(self.instructions))
+        for arc in self.arcs:
+            if arc.before not in known or arc.after not in known:
+                raise InputError(f"{arc} joins instructions outside 0..{len(self.instructions) - 1}")
+            if not (arc.delay_s >= 0 and math.isfinite(arc.delay_s)):
+                raise InputError(f"a delay is finite and at least 0 s: {arc}")
+
+
+@dataclass(frozen=True)
+class ClockPlan:
+    """A choice per instruction. bound_j <= least energy <= energy_j; makespan_s <= deadline_s, exactly."""
+
+    deadline_s: float
+    options: tuple[ClockOption, ...]
+    makespan_s: float
+    energy_j: float
+    bound_j: float
+
+    @property
+    def clocks_mhz(self) -> tuple[float, ...]:
+        return tuple(option.clock_mhz for option in self.options)
+
+    @property
+    def gap(self) -> float:
+        """(energy - bound) / energy."""
+        return max(0.0, self.energy_j - self.bound_j) / self.energy_j if self.energy_j > 0 else 0.0
+
+
+class ClockPlanner:
+    """Plans for one pipeline; what does not depend on the deadline is computed once.
+
+    Args:
+        problem: the pipeline.
+        straggler_s: the step does not end before this time; 0: nobody waits.
+
+    Raises:
+        InputError: if the arcs form a cycle.
+    """
+
+    def __init__(self, problem: ClockProblem, *, straggler_s: float = 0.0) -> None:
+        self._useful = {key: _useful(problem, key) for key in {(i.stage, i.kind) for i in problem.instructions}}
+        self._problem = problem
+        self._network = _network(problem, self._useful, straggler_s)
+
+    @cached_property
+    def _relaxation(self) -> Relaxation:
+        return relax(self._network)
+
+    @cached_property
+    def fastest_s(self) -> float:
+        """The shortest makespan."""
+        return self._network.makespan_s([0] * len(self._network.order))
+
+    @cached_property
+    def slowest_useful_s(self) -> float:
+        """A deadline beyond this one saves nothing in the relaxation."""
+        return self._relaxation.solve(math.inf).step_s
+
+    def plan(self, deadline_s: float, *, tries: int = PLAN_TRIES) -> ClockPlan:
+        """The plan for one deadline.
+
+        Args:
+            deadline_s: latest end of the step.
+            tries: of the local improvement; more lower the energy a little.
+
+        Raises:
+            InfeasibleError: if the fastest options miss the deadline, or the straggler does.
+        """
+        relaxed = self._relax(deadline_s)
+        return self._describe(deadline_s, relaxed, self._choose(deadline_s, relaxed, None, tries))
+
+    def frontier(self, deadlines_s: Iterable[float], *, tries: int = FRONTIER_TRIES) -> tuple[ClockPlan, ...]:
+        """One plan per distinct deadline, ascending; energy never rises with the deadline.
+
+        Every plan starts from the previous one too, and deadlines that no longer bind cost nothing.
+
+        Raises:
+            InfeasibleError: as for `plan`.
+        """
+        plans: list[ClockPlan] = []
+        choices: list[int] | None = None
+        relaxed: Relaxed | None = None
+        for deadline_s in sorted(set(deadlines_s)):
+            if relaxed is not None and not _binds(relaxed, plans[-1].deadline_s):
+                plans.append(replace(plans[-1], deadline_s=deadline_s))
+                continue
+            relaxed = self._relax(deadline_s)
+            choices = self._choose(deadline_s, relaxed, choices, tries)
+            plans.append(self._describe(deadline_s, relaxed, choices))
+        return tuple(plans)
+
+    def _relax(self, deadline_s: float) -> Relaxed:
+        need_s = max(self.fastest_s, self._network.least_step_s)
+        if not need_s <= deadline_s:
+            remedy = Remedy(f"deadline of {need_s!r} s", "the fastest clocks meet it")
+            raise InfeasibleError("deadline", f"{need_s!r} s at the fastest clocks", f"{deadline_s!r} s", (remedy,))
+        return self._relaxation.solve(deadline_s)
+
+    def _choose(self, deadline_s: float, relaxed: Relaxed, previous: list[int] | None, tries: int) -> list[int]:
+        network = self._network
+        target_s = deadline_s
+        if not _binds(relaxed, deadline_s):
+            target_s = min(deadline_s, max(relaxed.step_s * (1 + BINDING), self.fastest_s))
+        starts = [
+            round_down(network, relaxed.durations_s.tolist()),
+            round_to_finishes(network, (relaxed.starts_s + relaxed.durations_s).tolist()),
+        ]
+        found = [] if previous is None else [previous]
+        for start in [*starts, *found]:
+            for by_rate in (False, True):
+                filled = list(start)
+                repair(network, filled, target_s)
+                fill(network, filled, target_s, by_rate=by_rate)
+                found.append(filled)
+        feasible = [choices for choices in found if network.makespan_s(choices) <= deadline_s]
+        best = min(feasible or [[0] * len(network.order)], key=network.energy_j)
+        return improve(network, best, target_s, min(tries, MOST_VISITS // len(best)))
+
+    def _describe(self, deadline_s: float, relaxed: Relaxed, choices: list[int]) -> ClockPlan:
+        instructions = self._problem.instructions
+        options = tuple(self._useful[i.stage, i.kind][c] for i, c in zip(instructions, choices, strict=True))
+        energy_j = self._network.energy_j(choices)
+        makespan_s = self._network.makespan_s(choices)
+        return ClockPlan(deadline_s, options, makespan_s, energy_j, min(relaxed.bound_j, energy_j))
+
+
+def plan_clocks(problem: ClockProblem, deadline_s: float, *, straggler_s: float = 0.0) -> ClockPlan:
+    """The plan of least energy within a deadline; errors as for `ClockPlanner`."""
+    return ClockPlanner(problem, straggler_s=straggler_s).plan(deadline_s)
+
+
+def frontier(problem: ClockProblem, deadlines_s: Iterable[float]) -> tuple[ClockPlan, ...]:
+    """One plan per distinct deadline, ascending; errors as for `ClockPlanner`."""
+    return ClockPlanner(problem).frontier(deadlines_s)
+
+
+def pipeline_graph(
+    num_stages: int, num_microbatches: int, schedule: str = "1f1b", *, transfer_s: float = 0.0
+) -> tuple[tuple[Instruction, ...], tuple[Arc, ...]]:
+    """Instructions F and B of a pipeline schedule and their order: along each stage, and from stage to stage."""
+    instructions: list[Instruction] = []
+    arcs: list[Arc] = []
+    for stage in range(num_stages):
+        actions = schedule_actions(stage, num_stages, num_microbatches, schedule)
+        first = len(instructions)
+        instructions += [Instruction(stage, a.kind, a.microbatch) for a in actions if a.kind != STEP]
+        arcs += [Arc(i, i + 1) for i in range(first, len(instructions) - 1)]
+    index = {i: position for position, i in enumerate(instructions)}
+    for instruction, position in index.items():
+        step = 1 if instruction.kind == "F" else -1
+        after = index.get(replace(instruction, stage=instruction.stage + step))
+        if after is not None:
+            arcs.append(Arc(position, after, transfer_s))
+    return tuple(instructions), tuple(arcs)
+
+
+def _binds(relaxed: Relaxed, deadline_s: float) -> bool:
+    return relaxed.step_s >= deadline_s * (1 - BINDING)
+
+
+def _effective_j(problem: ClockProblem, stage: int, option: ClockOption) -> float:
+    return problem.gpus_per_stage[stage] * (option.energy_j - problem.blocked_w_per_gpu * option.time_s)
+
+
+def _useful(problem: ClockProblem, key: tuple[int, str]) -> tuple[ClockOption, ...]:
+    """Options by ascending time, each with less effective energy than all faster ones."""
+    kept: list[ClockOption] = []
+    lowest_j = math.inf
+    ranked = sorted((o.time_s, _effective_j(problem, key[0], o), o.clock_mhz, o) for o in set(problem.options[key]))
+    for _, effective_j, _, option in ranked:
+        if effective_j < lowest_j:
+            kept.append(option)
+            lowest_j = effective_j
+    return tuple(kept)
+
+
+def _network(
+    problem: ClockProblem, useful: Mapping[tuple[int, str], tuple[ClockOption, ...]], straggler_s: float
+) -> Network:
+    count = len(problem.instructions)
+    delays: dict[tuple[int, int], float] = {}
+    for arc in problem.arcs:
+        pair = (arc.before, arc.after)
+        delays[pair] = max(delays.get(pair, 0.0), arc.delay_s)
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(count))
+    graph.add_edges_from(sorted(delays))
+    if not nx.is_directed_acyclic_graph(graph):
+        raise InputError("the arcs form a cycle")
+    times = {key: tuple(o.time_s for o in options) for key, options in useful.items()}
+    energies = {key: tuple(_effective_j(problem, key[0], o) for o in options) for key, options in useful.items()}
+    keys = [(i.stage, i.kind) for i in problem.instructions]
+    return Network(
+        times_s=tuple(times[key] for key in keys),
+        energies_j=tuple(energies[key] for key in keys),
+        before=tuple(tuple((u, delays[u, v]) for u in sorted(graph.predecessors(v))) for v in range(count)),
+        after=tuple(tuple((w, delays[v, w]) for w in sorted(graph.successors(v))) for v in range(count)),
+        order=tuple(nx.lexicographical_topological_sort(graph)),
+        blocked_w=problem.blocked_w_per_gpu * sum(problem.gpus_per_stage),
+        least_step_s=straggler_s,
+    )
