@@ -47,9 +47,29 @@ class Link:
     j_per_byte: float
 
 
+@dataclass(frozen=True, slots=True)
+class ClockControl:
+    """Lockable SM clocks and the voltage they need, as a share of the least one.
+
+    Attributes:
+        step_hz: spacing of the clocks that the driver accepts.
+        ridge_share: up to this share of the highest clock the voltage is the least.
+        voltage_rise: voltage at the highest clock, less 1; linear in between.
+        blocked_share: see `power`.
+    """
+
+    step_hz: float
+    ridge_share: float
+    voltage_rise: float
+    blocked_share: float
+
+
 @dataclass(frozen=True)
 class DeviceSpec:
-    """One device. Rates are dense; `peak_flops` is by dtype name, plus `tf32` where the device has it."""
+    """One device. Rates are dense and at the highest clock; `peak_flops` is by dtype name, plus `tf32` where it has it.
+
+    `clock_control` is None where clocks cannot be locked; `clock_share` is the clock it runs at over the highest.
+    """
 
     name: str
     title: str
@@ -77,7 +97,11 @@ class DeviceSpec:
     time_uncertainty: float
     energy_uncertainty: float
     memory_uncertainty: float
+    clock_max_hz: float
+    clock_min_hz: float
+    clock_control: ClockControl | None
     numbers: tuple[Number, ...]
+    clock_share: float = 1.0
 
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s of a dtype; one without its own rate (integers, bf16 before Ampere) runs at float32's."""
@@ -135,8 +159,18 @@ def read_device(path: Path) -> DeviceSpec:
         time_uncertainty=value("uncertainty.time"),
         energy_uncertainty=value("uncertainty.energy"),
         memory_uncertainty=value("uncertainty.memory"),
+        clock_max_hz=value("clock.max_hz"),
+        clock_min_hz=value("clock.min_hz"),
+        clock_control=_clock_control(numbers),
         numbers=tuple(numbers[key] for key in sorted(numbers)),
     )
+
+
+def _clock_control(numbers: Mapping[str, Number]) -> ClockControl | None:
+    keys = [f"clock.{name}" for name in ("step_hz", "ridge_share", "voltage_rise", "blocked_share")]
+    if not all(key in numbers for key in keys):
+        return None
+    return ClockControl(*(numbers[key].value for key in keys))
 
 
 def _numbers(data: Any, path: str, file: str) -> Iterator[Number]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 
@@ -13,6 +13,11 @@ from autopar.cost.device import DeviceSpec, Number, read_device
 from autopar.errors import InputError
 from autopar.ir.mesh import Group
 from autopar.resources import data_directory
+
+CLOCKS_ABOVE_RIDGE = 12
+"""Clocks from the ridge to the highest, where time and energy trade; evenly spaced."""
+CLOCKS_BELOW_RIDGE = (0.85, 0.7, 0.55)
+"""Shares of the ridge: slower and hardly thriftier, for power caps."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,29 @@ class Cluster:
         """SHA-256 over all numbers."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def clocks_hz(self) -> tuple[float, ...]:
+        """Clocks worth planning with, highest first; only the highest where clocks cannot be locked."""
+        control, highest = self.spec.clock_control, self.spec.clock_max_hz
+        if control is None:
+            return (highest,)
+        above = [1 - (1 - control.ridge_share) * k / CLOCKS_ABOVE_RIDGE for k in range(CLOCKS_ABOVE_RIDGE + 1)]
+        below = [share * control.ridge_share for share in CLOCKS_BELOW_RIDGE]
+        steps = [round(share * highest / control.step_hz) * control.step_hz for share in (*above[1:], *below)]
+        usable = {hz for hz in steps if self.spec.clock_min_hz <= hz < highest}
+        return (highest, *sorted(usable, reverse=True))
+
+    def at_clock(self, clock: int) -> Cluster:
+        """The same cluster locked at `clocks_hz[clock]`."""
+        share = self.clocks_hz[clock] / self.spec.clock_max_hz
+        return replace(self, spec=replace(self.spec, clock_share=share))
+
+    def slower_specs(self) -> tuple[DeviceSpec, ...]:
+        """The device at every clock below its own, highest first."""
+        highest = self.spec.clock_max_hz
+        shares = [hz / highest for hz in self.clocks_hz if hz < self.spec.clock_share * highest]
+        return tuple(replace(self.spec, clock_share=share) for share in shares)
 
     def nodes(self, num_devices: int) -> int:
         """Nodes that a job on so many devices occupies."""

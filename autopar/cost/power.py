@@ -6,9 +6,14 @@ priced; blocked power is paid per device and second by whoever knows the step ti
     e = FLOPs * eps_flop + bytes * eps_byte ,     eps_flop = gemm_share * (limit - blocked) / reached FLOP rate
                                                   eps_byte = memory_share * (limit - blocked) / reached byte rate
 
-so a large GEMM draws `gemm_share` of what the limit leaves and a streaming kernel `memory_share`. Where both together
-would pass the limit, the clock drops: the kernel takes e / (limit - blocked) seconds instead. Source: Choi, Vuduc et
-al., IPDPS 2013 (energy adds while time overlaps), with the limit that a real board enforces.
+so, at the highest clock, a large GEMM draws `gemm_share` of what the limit leaves and a streaming kernel
+`memory_share`. Where both together would pass the limit, the clock drops to the highest that keeps it; where no clock
+does, or clocks are fixed, the kernel takes e / (limit - blocked) seconds. Source: Choi, Vuduc et al., IPDPS 2013
+(energy adds while time overlaps), with the limit that a real board enforces.
+
+At a share x of the highest clock, power is P0 + k x V(x)^2 (dynamic power of CMOS) of which blocked power is paid
+apart, so that eps_flop changes by ((1 + d) x v^2 - d) / x with v = V(x) / V(1) and d = `blocked_share`; eps_byte does
+not. Form and parameters: fits of the Perseus artifact's stage profiles (device files).
 """
 
 from __future__ import annotations
@@ -30,7 +35,17 @@ def flop_energy_j(spec: DeviceSpec, kind: str, dtype: str) -> float:
     rate = flop_rate(spec, kind, dtype)
     own = {"convolution": spec.convolution_efficiency, "attention": spec.attention_efficiency}.get(kind)
     as_gemm = rate if own is None else rate / own * spec.gemm_efficiency
-    return spec.gemm_share * dynamic_limit_w(spec) / as_gemm
+    return spec.gemm_share * dynamic_limit_w(spec) / as_gemm * clock_energy_factor(spec)
+
+
+def clock_energy_factor(spec: DeviceSpec) -> float:
+    """eps_flop at the device's clock over that at the highest; see the module docstring."""
+    control, share = spec.clock_control, spec.clock_share
+    if control is None or share == 1:
+        return 1.0
+    above = max(0.0, share - control.ridge_share) / (1 - control.ridge_share)
+    voltage = (1 + control.voltage_rise * above) / (1 + control.voltage_rise)
+    return ((1 + control.blocked_share) * share * voltage**2 - control.blocked_share) / share
 
 
 def byte_energy_j(spec: DeviceSpec) -> float:
@@ -44,5 +59,5 @@ def kernel_energy_j(spec: DeviceSpec, kind: str, dtype: str, flops: Array, num_b
 
 
 def within_limit_s(spec: DeviceSpec, time_s: Array, energy_j: Array) -> Array:
-    """Seconds at the clock that the power limit allows."""
+    """Seconds that the energy needs at the power limit, at least."""
     return np.maximum(time_s, energy_j / dynamic_limit_w(spec))

@@ -9,11 +9,12 @@ import numpy as np
 
 from autopar.cost.choices import OpChoices, ParameterChoices, keep
 from autopar.cost.collective import LinearCost, collective_cost
+from autopar.cost.device import DeviceSpec
 from autopar.cost.hardware import Cluster
 from autopar.cost.kernels import backward_kind, forward_bytes_weight, is_view, work_kind
 from autopar.cost.layouts import Codes, Mask, divisors
 from autopar.cost.memory import BUCKET_BYTES, optimizer_states, update_passes
-from autopar.cost.power import byte_energy_j, kernel_energy_j, within_limit_s
+from autopar.cost.power import byte_energy_j, dynamic_limit_w, kernel_energy_j, within_limit_s
 from autopar.cost.roofline import kernel_time_s, memory_rate
 from autopar.ir.cost import Array
 from autopar.ir.graph import Op, Value
@@ -89,6 +90,7 @@ class Pricer:
         self.kept_shared = kept_shared
         self.cluster = cluster
         self.spec = cluster.spec
+        self.slower = cluster.slower_specs()
         self.training = training
         self.states = optimizer_states(optimizer) if training else 0
         self.update_passes = update_passes(optimizer)
@@ -146,11 +148,15 @@ class Pricer:
     def _kernels(
         self, kind: str, dtype: str, flops: Array, num_bytes: Array, num_kernels: float
     ) -> tuple[Array, Array]:
-        """Seconds at the power limit and dynamic joules."""
-        time_s = kernel_time_s(self.spec, kind, dtype, flops=flops, num_bytes=num_bytes, num_kernels=num_kernels)
-        if num_kernels == 0:
-            return time_s, np.zeros_like(time_s)
-        energy_j = kernel_energy_j(self.spec, kind, dtype, flops, num_bytes)
+        """Seconds and dynamic joules at the highest clock that keeps the power limit, up to the device's own."""
+        time_s, energy_j = _kernel(self.spec, kind, dtype, flops=flops, num_bytes=num_bytes, num_kernels=num_kernels)
+        limit_w = dynamic_limit_w(self.spec)
+        for slower in self.slower if num_kernels else ():
+            above = energy_j > time_s * limit_w
+            if not above.any():
+                break
+            found = _kernel(slower, kind, dtype, flops=flops, num_bytes=num_bytes, num_kernels=num_kernels)
+            time_s, energy_j = np.where(above, found[0], time_s), np.where(above, found[1], energy_j)
         return within_limit_s(self.spec, time_s, energy_j), energy_j
 
     def _saved(self, op: Op, layout: OpLayout, values: Mapping[str, Value], num_microbatches: int) -> Array:
@@ -224,6 +230,16 @@ class Pricer:
                 price.step_s = price.step_s + np.where(mask, latency + local * cost.s_per_byte, 0.0)
                 price.step_j = price.step_j + np.where(mask, local * cost.j_per_byte, 0.0)
             local = np.where(scattered, local / size, local)
+
+
+def _kernel(
+    spec: DeviceSpec, kind: str, dtype: str, *, flops: Array, num_bytes: Array, num_kernels: float
+) -> tuple[Array, Array]:
+    """Seconds and dynamic joules at the device's clock, whatever it draws."""
+    time_s = kernel_time_s(spec, kind, dtype, flops=flops, num_bytes=num_bytes, num_kernels=num_kernels)
+    if num_kernels == 0:
+        return time_s, np.zeros_like(time_s)
+    return time_s, kernel_energy_j(spec, kind, dtype, flops, num_bytes)
 
 
 def _local_bytes(names: tuple[str, ...], parts: tuple[Array, ...], values: Mapping[str, Value]) -> list[Array]:

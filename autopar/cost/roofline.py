@@ -3,7 +3,8 @@
     t = max(FLOPs / (peak * efficiency) + ramp, bytes / (bandwidth * efficiency)) + kernels * launch overhead
 
 `ramp` makes small GEMMs slow GEMMs: one of F FLOPs reaches efficiency * F / (F + F_half) of the peak, with
-F_half = ramp * peak * efficiency. FLOPs and bytes of forward and backward are priced apart. Source: Williams,
+F_half = ramp * peak * efficiency. At a share x of the highest clock the compute part takes 1 / x as long; memory and
+launches do not change. FLOPs and bytes of forward and backward are priced apart. Source: Williams,
 Waterman, Patterson 2009, with the saturation curve of the device file.
 """
 
@@ -16,7 +17,7 @@ from autopar.ir.cost import Array
 
 
 def flop_rate(spec: DeviceSpec, kind: str, dtype: str) -> float:
-    """FLOP/s that large kernels of a kind reach.
+    """FLOP/s that large kernels of a kind reach at the highest clock.
 
     float32 convolutions run on tf32 units where the device has them (torch's default); float32 GEMMs do not.
     """
@@ -45,5 +46,5 @@ def kernel_time_s(
     if num_kernels == 0:
         return np.zeros_like(num_bytes)
     ramp = spec.gemm_ramp_s * num_kernels if kind != "other" else 0.0
-    compute = np.where(flops > 0, flops / flop_rate(spec, kind, dtype) + ramp, 0.0)
+    compute = np.where(flops > 0, flops / flop_rate(spec, kind, dtype) + ramp, 0.0) / spec.clock_share
     return np.maximum(compute, num_bytes / memory_rate(spec)) + num_kernels * spec.launch_overhead_s

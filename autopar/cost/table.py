@@ -71,17 +71,55 @@ class CostTables:
         self._transfers: dict[int, Transfers] = {}
         self._values: dict[int, dict[str, Value] | None] = {}
         self._tables: dict[tuple[StageMesh, int], CostTable | None] = {}
+        self._clocked: dict[tuple[StageMesh, int, int], CostTable] = {}
 
     @property
     def device(self) -> Cluster:
         return self.cluster
 
-    def table(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
-        """The table, or None where the batch does not divide.
+    @property
+    def clocks_hz(self) -> tuple[float, ...]:
+        return self.cluster.clocks_hz
+
+    def table(self, mesh: StageMesh, num_microbatches: int, clock: int = 0) -> CostTable | None:
+        """The table at `clocks_hz[clock]`, or None where the batch does not divide.
 
         Raises:
             InputError: if a price is negative or not a number; names the op.
         """
+        base = self._at_highest(mesh, num_microbatches)
+        if clock == 0 or base is None:
+            return base
+        key = (mesh, num_microbatches, clock)
+        if key not in self._clocked:
+            while len(self._clocked) >= KEPT_TABLES:
+                self._clocked.pop(next(iter(self._clocked)))
+            self._clocked[key] = self._at_clock(base, clock)
+        return self._clocked[key]
+
+    def _at_clock(self, base: CostTable, clock: int) -> CostTable:
+        """Op nodes scaled by what the model makes of the clock, so that measured rows keep their level."""
+        fast, slow = (
+            self._pricer,
+            Pricer(self.cluster.at_clock(clock), self.graph.optimizer, self.training, self.skeleton.kept_shared),
+        )
+        values = self.microbatch_values(base.num_microbatches)
+        if values is None:
+            raise AssertionError("a table exists, so the batch divides")
+        nodes = []
+        for node, template in zip(base.nodes, self.skeleton.nodes, strict=True):
+            if template.kind != "op":
+                nodes.append(node)
+                continue
+            op = self._ops[template.representative]
+            choices = self._choices.op(op, tuple(size > 1 for size in base.mesh.sizes))
+            layout = lay_out(op, choices, values, base.mesh.sizes)
+            count = base.num_microbatches if has_batch(op, self.dims) else 1
+            prices = [pricer.op(op, layout, values, count) for pricer in (fast, slow)]
+            nodes.append(_scaled(node, *prices))
+        return replace(base, nodes=tuple(nodes))
+
+    def _at_highest(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
         key = (mesh, num_microbatches)
         if key not in self._tables:
             while len(self._tables) >= KEPT_TABLES:
@@ -116,6 +154,25 @@ class CostTables:
 
     def transfers(self, num_axes: int) -> Transfers:
         return self._transfers.setdefault(num_axes, Transfers(num_axes))
+
+
+def has_batch(op: Op, dims: Mapping[str, int | None]) -> bool:
+    """Whether the op touches any value that counts samples."""
+    return any(dims[name] is not None for name in (*op.inputs, *op.outputs))
+
+
+def _scaled(node: CostNode, fast: NodePrice, slow: NodePrice) -> CostNode:
+    """A node of a table at the highest clock, brought to the clock of `slow`."""
+
+    def scaled(base: Array, of: Array, to: Array) -> Array:
+        return base * np.divide(to, of, out=np.ones_like(of), where=of > 0)
+
+    return replace(
+        node,
+        forward_s=scaled(node.forward_s, fast.forward_s, slow.forward_s),
+        backward_s=scaled(node.backward_s, fast.backward_s, slow.backward_s),
+        microbatch_j=scaled(node.microbatch_j, fast.microbatch_j, slow.microbatch_j),
+    )
 
 
 class _TableMaker:
@@ -154,8 +211,8 @@ class _TableMaker:
         op = self.source._ops[template.representative]
         choices = self.source._choices.op(op, self.active)
         layout = lay_out(op, choices, self.values, self.sizes)
-        has_batch = any(self.source.dims[name] is not None for name in (*op.inputs, *op.outputs))
-        priced = self.source._pricer.op(op, layout, self.values, self.num_microbatches if has_batch else 1)
+        count = self.num_microbatches if has_batch(op, self.source.dims) else 1
+        priced = self.source._pricer.op(op, layout, self.values, count)
         strategies = tuple(choices.grid.choices[i] for i in layout.kept)
         measured = 0
         if self.source.profile is not None:

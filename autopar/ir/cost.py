@@ -159,5 +159,13 @@ class TableSource(Protocol):
     @property
     def device(self) -> Device: ...
 
-    def table(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
-        """The table, or None where the batch does not divide into that many microbatches."""
+    @property
+    def clocks_hz(self) -> tuple[float, ...]:
+        """Clocks that devices may be locked at, highest first; the first is that of a device left alone."""
+
+    def table(self, mesh: StageMesh, num_microbatches: int, clock: int = 0) -> CostTable | None:
+        """The table at `clocks_hz[clock]`, or None where the batch does not divide into that many microbatches.
+
+        Tables of one mesh and number of microbatches differ only in the times and energies of op nodes: a lower
+        clock takes no less time and no more energy.
+        """
