@@ -17,6 +17,7 @@ from autopar.ir.placement import REPLICATE, Placement
 from autopar.ir.solution import Pins
 from autopar.ir.strategy import SKEWED_LABELS, AxisStrategy, ParameterAxisStrategy
 from autopar.rules.batch import batch_strategy
+from autopar.rules.experts import EXCHANGE
 from autopar.rules.parameters import parameter_axis_strategies
 from autopar.rules.strategies import axis_strategies
 
@@ -48,6 +49,7 @@ class OpChoices:
     outputs: tuple[Codes, ...]
     splits_work: Mask
     is_skewed: Mask
+    is_exchanged: Mask
     preferences: tuple[Preference, ...]
 
 
@@ -120,6 +122,7 @@ class ChoiceMaker:
             ),
             np.asarray([[s.splits_work for s in choice] for choice in grid.choices], dtype=np.bool_),
             np.asarray([[s.label in SKEWED_LABELS for s in choice] for choice in grid.choices], dtype=np.bool_),
+            np.asarray([[s.label == EXCHANGE for s in choice] for choice in grid.choices], dtype=np.bool_),
             tuple(p for p in preferences if p is not None),
         )
 

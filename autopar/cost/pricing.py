@@ -20,6 +20,7 @@ from autopar.ir.cost import Array
 from autopar.ir.graph import Op, Value
 from autopar.ir.mesh import StageMesh
 from autopar.ir.strategy import skewed_parts
+from autopar.rules.experts import exchanged_bytes
 
 
 @dataclass
@@ -51,6 +52,7 @@ class OpLayout:
         inputs, outputs: codes of every operand and result of the kept choices.
         input_parts, output_parts: into how many parts each tensor is cut.
         work_parts: into how many parts the FLOPs are cut.
+        is_exchanged: [choice, axis], the op sends its operands to other ranks of the axis and its results back.
     """
 
     kept: Codes
@@ -59,6 +61,7 @@ class OpLayout:
     input_parts: tuple[Array, ...]
     output_parts: tuple[Array, ...]
     work_parts: Array
+    is_exchanged: Mask
 
 
 def lay_out(op: Op, choices: OpChoices, values: Mapping[str, Value], sizes: tuple[int, ...]) -> OpLayout:
@@ -80,6 +83,7 @@ def lay_out(op: Op, choices: OpChoices, values: Mapping[str, Value], sizes: tupl
         tuple(parts[kept] for parts, _ in cut[0]),
         tuple(parts[kept] for parts, _ in cut[1]),
         work,
+        choices.is_exchanged[kept],
     )
 
 
@@ -95,7 +99,9 @@ class Pricer:
         self.states = optimizer_states(optimizer) if training else 0
         self.update_passes = update_passes(optimizer)
 
-    def op(self, op: Op, layout: OpLayout, values: Mapping[str, Value], num_microbatches: int) -> NodePrice:
+    def op(
+        self, op: Op, layout: OpLayout, values: Mapping[str, Value], num_microbatches: int, mesh: StageMesh
+    ) -> NodePrice:
         """An op under every kept choice.
 
         `values` have microbatch shapes; the op's own figures are those of `num_microbatches` microbatches.
@@ -122,7 +128,25 @@ class Pricer:
             price.activation_bytes = self._saved(op, layout, values, num_microbatches)
         if not is_view(op, values):
             price.workspace_bytes = sum(writes, np.zeros(len(layout.kept))) + self._gradient_bytes(op, reads, values)
+        if np.any(layout.is_exchanged):
+            self._exchange(price, op, layout, values, mesh)
         return price
+
+    def _exchange(
+        self, price: NodePrice, op: Op, layout: OpLayout, values: Mapping[str, Value], mesh: StageMesh
+    ) -> None:
+        """Adds the two all_to_alls inside the op, forward, and as many backward; the rows there need room too."""
+        num_bytes = exchanged_bytes(op, values) / layout.work_parts
+        for axis in np.flatnonzero(layout.is_exchanged.any(axis=0)).tolist():
+            cost = collective_cost(self.cluster, "all_to_all", mesh.group(axis))
+            on = layout.is_exchanged[:, axis]
+            time_s = np.where(on, 2 * cost.latency_s + num_bytes * cost.s_per_byte, 0.0)
+            price.forward_s = price.forward_s + time_s
+            price.backward_s = price.backward_s + (time_s if self.training else 0.0)
+            price.microbatch_j = price.microbatch_j + (2 if self.training else 1) * np.where(
+                on, num_bytes * cost.j_per_byte, 0.0
+            )
+            price.workspace_bytes = price.workspace_bytes + np.where(on, num_bytes, 0.0)
 
     def _gradient_bytes(self, op: Op, reads: list[Array], values: Mapping[str, Value]) -> Array:
         total = np.zeros_like(reads[0]) if reads else np.zeros(1)

@@ -115,7 +115,7 @@ class CostTables:
             choices = self._choices.op(op, tuple(size > 1 for size in base.mesh.sizes))
             layout = lay_out(op, choices, values, base.mesh.sizes)
             count = base.num_microbatches if has_batch(op, self.dims) else 1
-            prices = [pricer.op(op, layout, values, count) for pricer in (fast, slow)]
+            prices = [pricer.op(op, layout, values, count, base.mesh) for pricer in (fast, slow)]
             nodes.append(_scaled(node, *prices))
         return replace(base, nodes=tuple(nodes))
 
@@ -212,7 +212,7 @@ class _TableMaker:
         choices = self.source._choices.op(op, self.active)
         layout = lay_out(op, choices, self.values, self.sizes)
         count = self.num_microbatches if has_batch(op, self.source.dims) else 1
-        priced = self.source._pricer.op(op, layout, self.values, count)
+        priced = self.source._pricer.op(op, layout, self.values, count, self.mesh)
         strategies = tuple(choices.grid.choices[i] for i in layout.kept)
         measured = 0
         if self.source.profile is not None:

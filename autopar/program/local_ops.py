@@ -25,6 +25,7 @@ from autopar.program.collectives import (
     partial_to_replicate,
     slice_dim,
 )
+from autopar.program.experts import split_experts
 from autopar.program.stream import StreamState
 
 Axes = tuple[AxisGroup, ...]
@@ -269,9 +270,13 @@ LOCAL_OPERATIONS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "autopar.dropout": dropout,
         "autopar.attention_dropout": attention_dropout,
         "autopar.causal_attention": causal_attention,
+        "autopar.split_experts": split_experts,
     }
 )
 """Function of each `autopar.*` target that is a single call."""
+
+NEEDS_MEMBERS = ("autopar.split_experts",)
+"""Targets that also take the keyword argument `core`: the calls inside the region as one function."""
 
 NEEDS_STREAM = ("autopar.dropout", "autopar.attention_dropout")
 """Targets that also take the keyword arguments `axes` (all of the mesh) and `stream`."""

@@ -6,7 +6,7 @@ Every node carries in `meta` what it stands for: `value` and `sharding`, and for
 
 from __future__ import annotations
 
-import operator
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ from autopar.ir.graph import Op
 from autopar.ir.placement import Sharding, format_sharding
 from autopar.program.collectives import STEP_FUNCTIONS, AxisGroup
 from autopar.program.gathered import GatherScope, gather_parameter
-from autopar.program.local_ops import LOCAL_OPERATIONS, NEEDS_STREAM
+from autopar.program.local_ops import LOCAL_OPERATIONS, NEEDS_MEMBERS, NEEDS_STREAM
 from autopar.program.stage import LOSS_OUTPUT, Segment
 from autopar.program.stream import StreamState, buffer_for_update
 from autopar.rewrite.layout import Layout
-from autopar.rewrite.region import member_call
+from autopar.rewrite.region import experts_module, member_call, result_nodes
 from autopar.rewrite.torch_args import fill, resolve_target
 from autopar.rules.local import LocalCall
 from autopar.rules.local_call import local_call
@@ -53,6 +53,7 @@ class SegmentBuilder:
     inputs: dict[str, fx.Node] = field(default_factory=dict)
     held: dict[tuple[str, Sharding], fx.Node] = field(default_factory=dict)
     objects: dict[str, fx.Node] = field(default_factory=dict)
+    modules: dict[str, fx.GraphModule] = field(default_factory=dict)
     gathers: bool = False
 
     def build(self, name: str, ops: Sequence[Op], outputs: Sequence[str], *, with_loss: bool) -> Segment:
@@ -71,7 +72,7 @@ class SegmentBuilder:
             names = (*names, LOSS_OUTPUT)
         self.graph.output(tuple(results))
         self.graph.lint()
-        module = fx.GraphModule(self.attributes.by_name(), self.graph, class_name=_identifier(name))
+        module = fx.GraphModule(self.attributes.by_name() | self.modules, self.graph, class_name=_identifier(name))
         return Segment(name, module, tuple(self.inputs), names, self.gathers)
 
     def _add_inputs(self, ops: Sequence[Op], outputs: Sequence[str], *, with_loss: bool) -> None:
@@ -164,7 +165,7 @@ class SegmentBuilder:
             self._redistribute(name, self.layout.made(name), self.layout.kept(name))
 
     def _run_one(self, op: Op, call: LocalCall, inputs: Sequence[fx.Node]) -> dict[str, fx.Node]:
-        return self._results(op, self._call(op, call, inputs))
+        return result_nodes(self.graph, op, self._call(op, call, inputs))
 
     def _call(self, op: Op, call: LocalCall, inputs: Sequence[fx.Node]) -> fx.Node:
         device = self.attributes.device
@@ -174,6 +175,8 @@ class SegmentBuilder:
         if call.target in LOCAL_OPERATIONS:
             target = LOCAL_OPERATIONS[call.target]
             kwargs |= self._split_aware_kwargs(call)
+            if call.target in NEEDS_MEMBERS:
+                kwargs["core"] = self._experts(op, call)
         else:
             target = resolve_target(call.target, self.attributes.device)
         node = self.graph.create_node("call_function", target, args, kwargs, name=_identifier(op.name))
@@ -192,19 +195,23 @@ class SegmentBuilder:
             found |= {"axes": axes, "stream": self._object("stream")}
         return found
 
-    def _results(self, op: Op, node: fx.Node) -> dict[str, fx.Node]:
-        """Nodes of the op's outputs: the node itself, or its items `name:i`."""
-        if op.outputs == (op.name,):
-            return {op.name: node}
-        items = {name: int(name.rpartition(":")[2]) for name in op.outputs}
-        return {name: self.graph.call_function(operator.getitem, (node, index)) for name, index in items.items()}
+    def _experts(self, op: Op, call: LocalCall) -> fx.Node:
+        """The region's calls over the experts of one rank, as a module of the segment."""
+        axes, total = call.kwargs["expert_axes"], call.kwargs["num_experts"]
+        assert isinstance(axes, tuple)
+        assert isinstance(total, int)
+        ranks = math.prod(self.layout.axis_sizes[i] for i in axes if isinstance(i, int))
+        name = f"experts_{_identifier(op.name)}"
+        self.modules[name] = experts_module(op, total // ranks, self.attributes.device)
+        return self._object(name)
 
     def _run_members(self, region: Op, call: LocalCall, inputs: Sequence[fx.Node]) -> dict[str, fx.Node]:
         """The region's own calls on this rank's tokens."""
         nodes: dict[str, fx.Node] = dict(zip(region.inputs, inputs, strict=True))
         for member in region.members:
             local = member_call(member, call.kwargs)
-            nodes |= self._results(member, self._call(member, local, [nodes[name] for name in member.inputs]))
+            node = self._call(member, local, [nodes[name] for name in member.inputs])
+            nodes |= result_nodes(self.graph, member, node)
         return nodes
 
 

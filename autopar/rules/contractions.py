@@ -6,7 +6,7 @@ from autopar.ir.graph import Op
 from autopar.ir.placement import INVARIANT, PARTIAL, shard
 from autopar.ir.strategy import AxisStrategy
 from autopar.rules.call import Values, argument, input_index, input_metas, integer, output_metas
-from autopar.rules.labels import Dims, Labels, dim_labels, split, split_each
+from autopar.rules.labels import Dims, Labels, dim_labels, split_each
 
 
 def linear(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
@@ -106,19 +106,3 @@ def embedding(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
     by_label = split_each(Labels(((None, "columns"), ids), ((*ids, "columns"),)))
     rows = AxisStrategy("rows", (shard(0), INVARIANT), (PARTIAL,), splits_work=True)
     return (*by_label, rows)
-
-
-def moe_experts(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
-    """A region that permutes tokens and undoes it: every value indexed by token in dim 0 splits there together."""
-    counts = op.kwargs["token_counts"]
-    if not isinstance(counts, tuple):
-        raise TypeError(f"{op.name}: token_counts is {counts!r}, expected a tuple")
-
-    def labels(name: str) -> Dims:
-        value = values[name]
-        is_token = value.origin != "parameter" and value.meta.shape[:1] != () and value.meta.shape[0] in counts
-        rest: Dims = (None,) * (len(value.meta.shape) - 1)
-        return ("tokens", *rest) if is_token else (None,) * len(value.meta.shape)
-
-    regions = Labels(tuple(map(labels, op.inputs)), tuple(map(labels, op.outputs)))
-    return (split(regions, "tokens"),)

@@ -31,6 +31,8 @@ class LocalCall:
       the same rule, for the mask of the (batch, head, row, column) weights; row_axes as below.
     * `autopar.causal_attention` (row_axes): the queries are this rank's run of rows, keys and values are whole.
     * `autopar.moe_experts`: the members of the region run on the local tokens (`token_counts` are local).
+    * `autopar.split_experts` (expert_axes, is_exchanged, ids, pairs_per_row, num_experts): the members run on the pairs
+      of this rank's experts; see `rules.experts`.
     """
 
     target: str

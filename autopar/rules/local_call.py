@@ -10,6 +10,7 @@ from autopar.ir.graph import Arg, Op
 from autopar.ir.placement import Sharding, format_sharding
 from autopar.ir.strategy import Strategy, output_sharding
 from autopar.rules.call import Values, argument
+from autopar.rules.experts import EXCHANGE, EXPERTS, expert_ids, num_experts, pairs_per_row, token_counts
 from autopar.rules.local import LocalCall
 from autopar.rules.strategies import local_metas
 from autopar.rules.table import packet
@@ -37,7 +38,7 @@ def local_call(op: Op, strategy: Strategy, axis_sizes: Sequence[int], values: Va
     if name in SIZE_ARGUMENT:
         return _with_sizes(op, *SIZE_ARGUMENT[name], metas[1][0].shape)
     if op.target == "autopar.moe_experts":
-        return _region(op, strategy, axis_sizes)
+        return _region(op, strategy, axis_sizes, values)
     return LocalCall(op.target, op.args, op.kwargs, _mean_scale(op, name, strategy, axis_sizes))
 
 
@@ -99,10 +100,20 @@ def _tuple(arg: Arg) -> tuple[Arg, ...]:
     return arg if isinstance(arg, tuple) else (arg,)
 
 
-def _region(op: Op, strategy: Strategy, axis_sizes: Sequence[int]) -> LocalCall:
-    """Every axis whose strategy is `tokens` divides the token counts."""
+def _region(op: Op, strategy: Strategy, axis_sizes: Sequence[int], values: Values) -> LocalCall:
+    """Every axis whose strategy is `tokens` divides the token counts; where experts split, pairs are counted anew."""
+    axes = axes_labelled(strategy, EXPERTS) + axes_labelled(strategy, EXCHANGE)
+    if axes:
+        split: dict[str, Arg] = {
+            "expert_axes": tuple(sorted(axes)),
+            "is_exchanged": tuple(strategy[i].label == EXCHANGE for i in sorted(axes)),
+            "ids": expert_ids(op),
+            "pairs_per_row": pairs_per_row(op, values),
+            "num_experts": num_experts(op, values),
+        }
+        return LocalCall("autopar.split_experts", op.args, split)
     ranks = math.prod(axis_sizes[i] for i in axes_labelled(strategy, "tokens"))
-    counts = tuple(c // ranks for c in _tuple(op.kwargs["token_counts"]) if isinstance(c, int))
+    counts = tuple(count // ranks for count in token_counts(op))
     return LocalCall(op.target, op.args, {**op.kwargs, "local_token_counts": counts})
 
 

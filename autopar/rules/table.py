@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from autopar.ir.graph import Op
 from autopar.ir.strategy import AxisStrategy
-from autopar.rules import contractions, elementwise, shapes
+from autopar.rules import contractions, elementwise, experts, shapes
 from autopar.rules.call import Values
 
 Family: TypeAlias = Callable[[Op, Values], tuple[AxisStrategy, ...]]
@@ -26,7 +26,7 @@ FAMILIES: Mapping[Family, str] = {
     contractions.transposed_convolution: "conv_transpose1d conv_transpose2d conv_transpose3d",
     contractions.attention: "scaled_dot_product_attention",
     contractions.embedding: "embedding",
-    contractions.moe_experts: "autopar.moe_experts",
+    experts.moe_experts: "autopar.moe_experts",
     shapes.view: "view reshape flatten unflatten unsqueeze squeeze _unsafe_view view_as reshape_as",
     shapes.permutation: "transpose permute t numpy_T",
     shapes.expand: "expand expand_as broadcast_to",

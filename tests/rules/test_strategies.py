@@ -7,13 +7,15 @@ by what their placements mean. Collectives are not needed, because a placement d
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 
+from autopar.ir.graph import Op, Value
 from autopar.ir.strategy import Strategy, input_sharding, output_sharding, skewed_parts
 from autopar.program.collectives import AxisGroup
-from autopar.program.local_ops import LOCAL_OPERATIONS
+from autopar.program.local_ops import LOCAL_OPERATIONS, NEEDS_MEMBERS
 from autopar.rules.local import LocalCall
 from autopar.rules.local_call import local_call
 from autopar.rules.strategies import axis_strategies, has_rule, local_metas
@@ -28,18 +30,31 @@ def strategies_on(case: Case, sizes: tuple[int, ...]) -> list[Strategy]:
 
 
 def check(case: Case, strategy: Strategy, sizes: tuple[int, ...]) -> None:
-    torch.manual_seed(1)
     op, values, tensors = build(case)
+    check_op(op, values, tensors, strategy, sizes, lambda wholes: call(op.target, op.args, dict(op.kwargs), wholes))
+
+
+def check_op(  # noqa: PLR0917 - one case
+    op: Op,
+    values: Mapping[str, Value],
+    tensors: list[torch.Tensor],
+    strategy: Strategy,
+    sizes: tuple[int, ...],
+    run_whole: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+    core: object = None,
+) -> None:
+    """The local calls of all ranks, put together, against the whole op: results and gradients."""
+    torch.manual_seed(1)
     grads = [values[name].requires_grad for name in op.inputs]
     wholes = [t.clone().requires_grad_(g) for t, g in zip(tensors, grads, strict=True)]
-    expected = call(op.target, op.args, dict(op.kwargs), wholes)
+    expected = run_whole(wholes)
     held = [place(t, input_sharding(strategy, i), sizes, "P") for i, t in enumerate(tensors)]
     ranks = [
         [t.detach().clone().requires_grad_(g) for t, g in zip(r, grads, strict=True)] for r in zip(*held, strict=True)
     ]
     local = local_call(op, strategy, sizes, values)
     results = [
-        [y * local.scale if local.scale != 1.0 else y for y in run_local(local, r, rank, sizes)]
+        [y * local.scale if local.scale != 1.0 else y for y in run_local(local, r, rank, sizes, core)]
         for rank, r in enumerate(ranks)
     ]
     for i, whole in enumerate(expected):
@@ -51,7 +66,9 @@ def check(case: Case, strategy: Strategy, sizes: tuple[int, ...]) -> None:
         check_gradients(strategy, sizes, wholes, ranks)
 
 
-def run_local(local: LocalCall, tensors: list[torch.Tensor], rank: int, sizes: tuple[int, ...]) -> list[torch.Tensor]:
+def run_local(
+    local: LocalCall, tensors: list[torch.Tensor], rank: int, sizes: tuple[int, ...], core: object = None
+) -> list[torch.Tensor]:
     """The call of one rank; its axes have a position but no processes, so nothing may be communicated inside."""
     if local.target not in LOCAL_OPERATIONS:
         return call(local.target, local.args, dict(local.kwargs), tensors)
@@ -63,6 +80,8 @@ def run_local(local: LocalCall, tensors: list[torch.Tensor], rank: int, sizes: t
         key: tuple(axes[i] for i in arg) if key.endswith("_axes") else fill(arg, tensors)
         for key, arg in local.kwargs.items()
     }
+    if local.target in NEEDS_MEMBERS:
+        kwargs["core"] = core
     return [LOCAL_OPERATIONS[local.target](*fill(local.args, tensors), **kwargs)]
 
 
