@@ -1,9 +1,11 @@
 """Prediction: the figures of one plan, from the same cost table that the search minimised over.
 
 Stage times are sums over the table. The step time is that of the simulated schedule (`ir.timeline`), with each
-transfer at the speed of the link it really crosses. Energy is the sum of dynamic energy over all devices plus
-blocked power of every device used, and host power of every node used, for the whole step. Unused devices cost
-nothing. Uncertainties are those of the device file; they are half widths of the whole model, not of single inputs.
+transfer at the speed of the link it really crosses, and at least the plan's `pace_s`. Energy is the sum of dynamic
+energy over all devices plus blocked power of every device used, and host power of every node used, for the whole step,
+waiting included. Unused devices cost nothing. Peak power is that fixed power plus the hungriest op or redistribution
+of any stage, on all devices used at once. Uncertainties are those of the device file; they are half widths of the
+whole model, not of single inputs.
 """
 
 from __future__ import annotations
@@ -189,7 +191,7 @@ def predict(tables: CostTables, decisions: Decisions) -> Prediction:
     if table is None:
         raise PlanMismatchError(f"the batch does not divide into {decisions.num_microbatches} microbatches")
     costs = stage_costs(tables, table, decisions)
-    time_s = timeline_of(tables, costs, decisions).makespan_s
+    time_s = max(timeline_of(tables, costs, decisions).makespan_s, decisions.pace_s)
     return _prediction(tables.cluster, decisions, costs, time_s, table.labels)
 
 
@@ -207,7 +209,7 @@ def _prediction(
         "host": spec.host_w_per_node * nodes * time_s,
     }
     energy_j = sum(energy.values())
-    highest = sum(n * min(c.peak_w, dynamic_limit_w(spec)) for c in costs)
+    highest = used * min(max(c.peak_w for c in costs), dynamic_limit_w(spec))
     peak_w = max(highest + spec.blocked_w * used + spec.host_w_per_node * nodes, energy_j / time_s)
     memory = [memory_by_cause(costs, k, decisions) for k in range(len(costs))]
     peaks = tuple(_quantity(sum(m.values()), "B", spec.memory_uncertainty) for m in memory)

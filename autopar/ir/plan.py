@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autopar.ir.quantity import Quantity
-from autopar.ir.solution import Alternative, Decisions, Objective
+from autopar.ir.solution import Alternative, Decisions, Limits, Objective
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,27 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """The best plan of a well-known family, searched and simulated like the plan itself.
+
+    Attributes:
+        name: `data parallel`, `fsdp` or `tensor x pipeline x data`.
+        description: its mesh, stages and microbatches; "" where there is none.
+        num_gpus: devices it uses; 0 where there is none.
+        step_time_s, energy_j, peak_memory_bytes: simulated; memory of the fullest device. None where it does not fit.
+        reason: "" if it fits and keeps the limits, else why not.
+    """
+
+    name: str
+    description: str
+    num_gpus: int
+    step_time_s: Quantity | None
+    energy_j: Quantity | None
+    peak_memory_bytes: Quantity | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class SolverReport:
     """How the decisions were found. `objective` and `bound` are formula values in the objective's unit."""
 
@@ -100,6 +121,8 @@ class Plan:
     """See the module docstring.
 
     Attributes:
+        limits: what the figures keep besides memory.
+        baselines: what well-known ways to split the model would cost on the same devices.
         rule_free_ops: target -> number of ops that have no sharding rule and are therefore replicated.
         notes: sentences for the reader (assumptions, defaults taken, warnings).
         created: when and by which versions; the only part that may differ between equal runs.
@@ -109,10 +132,12 @@ class Plan:
     model: ModelReference
     cluster: ClusterReference
     objective: Objective
+    limits: Limits
     decisions: Decisions
     predicted: Prediction
     solver: SolverReport
     rule_free_ops: Mapping[str, int]
+    baselines: tuple[Baseline, ...]
     alternatives: tuple[Alternative, ...]
     notes: tuple[str, ...]
     created: Mapping[str, str]

@@ -17,9 +17,9 @@ from autopar.ir.graph import Op, OpGraph
 from autopar.ir.mesh import StageMesh
 from autopar.ir.pipeline import SCHEDULES
 from autopar.ir.placement import Sharding, format_sharding, local_shape
-from autopar.ir.plan import SCHEMA_VERSION, Plan
+from autopar.ir.plan import SCHEMA_VERSION, Plan, Prediction
 from autopar.ir.quantity import Quantity
-from autopar.ir.solution import RECOMPUTE, STATUSES, Decisions
+from autopar.ir.solution import RECOMPUTE, STATUSES, Decisions, Limits
 from autopar.ir.strategy import (
     Strategy,
     exposed_sharding,
@@ -30,6 +30,8 @@ from autopar.ir.strategy import (
 )
 
 SHOWN_ISSUES = 5
+LIMIT_SLACK = 1e-6
+"""Relative excess over a limit that counts as rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ def verify(plan: Plan, graph: OpGraph | None = None, device: Device | None = Non
         graph: captured at the plan's global batch size.
         device: the cluster that the plan is to run on.
     """
-    issues = [*_figures(plan), *_skeleton(plan)]
+    issues = [*_figures(plan), *_skeleton(plan), *_limits(plan)]
     if issues:
         return issues
     if graph is not None:
@@ -94,6 +96,39 @@ def _figures(plan: Plan) -> Iterator[Issue]:
             yield Issue(f"$.predicted.{path}", f"not a finite figure of at least 0: {quantity.value}")
     if plan.solver.status not in STATUSES:
         yield Issue("$.solver.status", f"expected one of {', '.join(STATUSES)}, found {plan.solver.status!r}")
+
+
+def limited_figures(prediction: Prediction) -> dict[str, float]:
+    """The predicted figure that each field of `Limits` bounds."""
+    return {
+        "deadline_s": prediction.step_time_s.value,
+        "energy_j": prediction.energy_j.value,
+        "average_power_w": prediction.average_power_w.value,
+        "peak_power_w": prediction.peak_power_w.value,
+    }
+
+
+def broken_limits(prediction: Prediction, limits: Limits) -> tuple[str, ...]:
+    """Names of the limits that predicted figures break."""
+    return tuple(
+        name
+        for name, figure in limited_figures(prediction).items()
+        if (most := getattr(limits, name)) is not None and figure > most * (1 + LIMIT_SLACK)
+    )
+
+
+def _limits(plan: Plan) -> Iterator[Issue]:
+    """Weights of the objective, and whether the predicted figures keep the limits."""
+    objective = plan.objective
+    weights = (objective.time_weight, objective.energy_weight, objective.gpu_second_weight)
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        yield Issue("$.objective", f"expected weights of at least 0, found {', '.join(f'{w:g}' for w in weights)}")
+    if not (math.isfinite(plan.decisions.pace_s) and plan.decisions.pace_s >= 0):
+        yield Issue("$.decisions.pace_s", f"expected at least 0, found {plan.decisions.pace_s}")
+    figures = limited_figures(plan.predicted)
+    for name in broken_limits(plan.predicted, plan.limits):
+        problem = f"the plan's figure, {figures[name]:.6g}, lies above this limit"
+        yield Issue(f"$.limits.{name}", problem)
 
 
 def _skeleton(plan: Plan) -> Iterator[Issue]:

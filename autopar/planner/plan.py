@@ -23,7 +23,7 @@ from autopar.errors import AutoparError, InputError
 from autopar.ir.graph import OpGraph
 from autopar.ir.plan import SCHEMA_VERSION, ClusterReference, ModelReference, Plan, SolverReport
 from autopar.ir.serialize_graph import graph_hash
-from autopar.ir.solution import Alternative, Objective, Pins, Solution
+from autopar.ir.solution import Alternative, Limits, Objective, Pins, Solution
 from autopar.ir.verify import verify
 from autopar.planner.detect import GpuChoice, choose_gpu
 from autopar.planner.profile import LoadedProfile, load_rows
@@ -58,6 +58,7 @@ class PlanRequest:
     gpus_per_node: int | None = None
     memory_bytes: int | None = None
     objective: Objective = field(default_factory=lambda: Objective("time"))
+    limits: Limits = field(default_factory=Limits)
     pins: Pins = field(default_factory=Pins)
     profile: str | None = None
     batch_size: int | None = None
@@ -110,37 +111,68 @@ def plan_model(source: str, options: Mapping[str, str], request: PlanRequest, pr
     return make_plan(source, options, request, progress).plan
 
 
+@dataclass(frozen=True)
+class CapturedGraph:
+    """A captured graph, and sentences for the plan's reader about its capture."""
+
+    graph: OpGraph
+    notes: tuple[str, ...]
+
+
 def make_plan(
-    source: str, options: Mapping[str, str], request: PlanRequest, progress: Progress | None = None
+    source: str,
+    options: Mapping[str, str],
+    request: PlanRequest,
+    progress: Progress | None = None,
+    *,
+    target: Target | None = None,
+    captured: CapturedGraph | None = None,
 ) -> Planned:
     """Plan the model that `source` (`model.py` or `hf:config.json`) builds.
+
+    Args:
+        target: of the request, if it is known already.
+        captured: of the model, if it is known already; then nothing is loaded.
 
     Raises:
         InputError, CaptureError: the model, a name or a number is wrong.
         InfeasibleError: no plan fits.
     """
-    target = choose_target(request)
+    target = target or choose_target(request)
+    captured = captured or capture_graph(source, options, request.batch_size, progress)
+    return _plan_captured(captured, ModelReference(source, dict(options), "", 0), request, target, progress)
+
+
+def capture_graph(
+    source: str, options: Mapping[str, str], batch_size: int | None, progress: Progress | None = None
+) -> CapturedGraph:
+    """Load and capture a model. Raises InputError and CaptureError."""
     from autopar.capture.source import load_source
 
     _tell(progress, "loading the model")
-    reference = ModelReference(source, dict(options), "", 0)
-    return _plan_source(load_source(source, options), reference, request, target, progress)
+    return _capture(load_source(source, options), batch_size, progress)
+
+
+def _capture(model: ModelSource, batch_size: int | None, progress: Progress | None) -> CapturedGraph:
+    from autopar.capture.export import capture
+
+    _tell(progress, f"capturing {model.name}")
+    captured = capture(model, batch_size=batch_size)
+    return CapturedGraph(captured.graph, captured.notes)
 
 
 def plan_source(
     model: ModelSource, request: PlanRequest, progress: Progress | None = None, name: str = "<object>"
 ) -> Planned:
     """Plan a model that is loaded already; `name` goes into the plan as its source."""
-    return _plan_source(model, ModelReference(name, {}, "", 0), request, choose_target(request), progress)
+    target = choose_target(request)
+    captured = _capture(model, request.batch_size, progress)
+    return _plan_captured(captured, ModelReference(name, {}, "", 0), request, target, progress)
 
 
-def _plan_source(
-    model: ModelSource, reference: ModelReference, request: PlanRequest, target: Target, progress: Progress | None
+def _plan_captured(
+    captured: CapturedGraph, reference: ModelReference, request: PlanRequest, target: Target, progress: Progress | None
 ) -> Planned:
-    from autopar.capture.export import capture
-
-    _tell(progress, f"capturing {model.name}")
-    captured = capture(model, batch_size=request.batch_size)
     plan = plan_graph(captured.graph, reference, request, target, progress)
     return Planned(replace(plan, notes=(*plan.notes, *captured.notes)), captured.graph)
 
@@ -155,6 +187,7 @@ def plan_graph(
         tables,
         request.objective,
         pins=request.pins,
+        limits=request.limits,
         use_all=request.use_all,
         gap_tolerance=request.gap_tolerance,
         time_limit_s=request.time_limit_s,
@@ -165,10 +198,12 @@ def plan_graph(
         model=replace(reference, graph_hash=graph_hash(graph), batch_size=graph.batch_size),
         cluster=_cluster_reference(request, target),
         objective=request.objective,
+        limits=request.limits,
         decisions=solution.decisions,
         predicted=predict(tables, solution.decisions),
         solver=_solver_report(solution),
         rule_free_ops=_rule_free_ops(graph),
+        baselines=(),
         alternatives=tuple(_finite(alternative) for alternative in solution.alternatives),
         notes=_notes(graph, request, target, solution),
         created=_created(),

@@ -16,6 +16,7 @@ def request_of(plan: Plan, pins: Pins) -> PlanRequest:
         gpus_per_node=plan.cluster.gpus_per_node,
         memory_bytes=plan.cluster.memory_bytes,
         objective=plan.objective,
+        limits=plan.limits,
         pins=pins,
         batch_size=plan.model.batch_size,
     )

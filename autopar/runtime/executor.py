@@ -1,8 +1,8 @@
 """Executor: training steps of a plan on one rank.
 
-A step runs M microbatches forward and backward (a plain loop on one stage, else a schedule of
-`torch.distributed.pipelining`), then finishes the gradients, clips, and updates. Its loss is the mean over
-microbatches.
+A step begins no sooner than the plan's pace allows. It runs M microbatches forward and backward (a plain loop on one
+stage, else a schedule of `torch.distributed.pipelining`), then finishes the gradients, clips, and updates. Its loss is
+the mean over microbatches.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from autopar.ir.pipeline import effective_schedule
 from autopar.ir.solution import Decisions
 from autopar.program.stage import BoundaryTensor, StageProgram
 from autopar.runtime.mesh import RankMesh, join_mesh, serial_mesh
+from autopar.runtime.pace import Pacer
 from autopar.runtime.parameters import ParameterStore, local_of, tied_stages
 from autopar.runtime.stage_runner import StageRunner
 from autopar.torch_adapter import dtype_of
@@ -86,6 +87,7 @@ class Executor:
         self.buffers = {name: state[name].detach().clone().to(device) for name in kept}
         self.runner = StageRunner(self.program, self.buffers | self.store.leaves)
         self.optimizer = _make_optimizer(self.store, self.options.optimizer)
+        self._pacer = Pacer(decisions.pace_s)
         self._schedule = _make_schedule(self.program, self.runner, decisions, mesh, device) if mesh.pipeline else None
 
     def step(self, batch: Sequence[Tensor]) -> float:
@@ -100,6 +102,7 @@ class Executor:
 
     def compute_gradients(self, batch: Sequence[Tensor]) -> float:
         """Forward and backward of all microbatches; gradients are finished but nothing is updated."""
+        self._pacer.wait()
         self.store.zero_gradients()
         self.runner.feed(self._microbatches(batch))
         losses = self._run_pipelined() if self._schedule is not None else self._run_loop()

@@ -91,6 +91,19 @@ def test_energy_and_power_are_consistent() -> None:
     assert predicted.tdp_energy_j == pytest.approx(4 * 150 * predicted.step_time_s.value)
 
 
+def test_waiting_for_the_pace_costs_fixed_power_alone() -> None:
+    tables = CostTables(GRAPHS["residual"], plain_cluster())
+    plan = whole_plan(tables)
+    free = predict(tables, plan)
+    paced = predict(tables, replace(plan, pace_s=3 * free.step_time_s.value))
+    assert paced.step_time_s.value == 3 * free.step_time_s.value
+    waited_s = 2 * free.step_time_s.value
+    assert paced.energy_j.value - free.energy_j.value == pytest.approx((4 * 50 + 200) * waited_s)
+    assert paced.average_power_w.value < free.average_power_w.value
+    assert paced.peak_power_w.value == free.peak_power_w.value
+    assert predict(tables, replace(plan, pace_s=0.5 * free.step_time_s.value)) == free
+
+
 def test_every_figure_is_labelled_and_bracketed() -> None:
     tables = CostTables(GRAPHS["residual"], plain_cluster())
     predicted = predict(tables, whole_plan(tables))

@@ -7,11 +7,21 @@ from hypothesis import strategies as st
 from autopar.ir.graph import Block, Op, OpGraph, Ref, Value
 from autopar.ir.mesh import stage_mesh
 from autopar.ir.placement import INVARIANT, PARTIAL, REPLICATE, shard
-from autopar.ir.plan import ClusterReference, ModelReference, Plan, Prediction, SolverReport, StageFigures
+from autopar.ir.plan import (
+    SCHEMA_VERSION,
+    Baseline,
+    ClusterReference,
+    ModelReference,
+    Plan,
+    Prediction,
+    SolverReport,
+    StageFigures,
+)
 from autopar.ir.quantity import LABELS, Quantity
-from autopar.ir.solution import OBJECTIVES, RECOMPUTE, STATUSES, Alternative, Decisions, Objective, StageChoice
+from autopar.ir.solution import OBJECTIVES, RECOMPUTE, STATUSES, Alternative, Decisions, Limits, Objective, StageChoice
 from autopar.ir.strategy import PARAMETER_LABELS, AxisStrategy, ParameterAxisStrategy
 from autopar.ir.tensor import TensorMeta
+from autopar.ir.verify import limited_figures
 
 finite = st.floats(min_value=0, max_value=1e30, allow_nan=False)
 counts = st.integers(1, 10**6)
@@ -60,6 +70,7 @@ def decisions(draw: st.DrawFn) -> Decisions:
         ops=draw(st.dictionaries(names, op_strategies(len(sizes)), max_size=4)),
         hubs=draw(st.dictionaries(names, hub, max_size=3)),
         parameters=draw(st.dictionaries(names, parameter_strategies(len(sizes)), max_size=3)),
+        pace_s=draw(finite),
     )
 
 
@@ -82,23 +93,35 @@ def predictions(draw: st.DrawFn, num_stages: int) -> Prediction:
 
 
 @st.composite
+def limits(draw: st.DrawFn, predicted: Prediction) -> Limits:
+    """Limits that the predicted figures keep."""
+    figures = limited_figures(predicted)
+    return Limits(**{name: draw(st.none() | st.just(2 * figure or 1.0)) for name, figure in figures.items()})
+
+
+@st.composite
 def plans(draw: st.DrawFn) -> Plan:
     """Plans that are consistent in themselves, of any content."""
     chosen = draw(decisions())
     texts = st.dictionaries(names, names, max_size=3)
     maybe = st.none() | finite
+    predicted = draw(predictions(len(chosen.stages)))
+    figure = st.none() | quantities("s")
+    baseline = st.builds(Baseline, names, names, st.integers(0, 9), figure, figure, figure, names)
     alternative = st.builds(Alternative, names, maybe, maybe, maybe, maybe, names)
     return Plan(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         model=ModelReference(draw(names), draw(texts), draw(names), chosen.num_microbatches * draw(counts)),
         cluster=ClusterReference(
             draw(names), chosen.num_gpus + draw(st.integers(0, 9)), draw(counts), draw(counts), draw(names), "flag"
         ),
-        objective=Objective(draw(st.sampled_from(OBJECTIVES)), draw(finite), draw(finite)),
+        objective=Objective(draw(st.sampled_from(OBJECTIVES)), draw(finite), draw(finite), draw(finite)),
+        limits=draw(limits(predicted)),
         decisions=chosen,
-        predicted=draw(predictions(len(chosen.stages))),
+        predicted=predicted,
         solver=SolverReport(draw(st.sampled_from(STATUSES)), *draw(st.tuples(*[finite] * 4)), draw(names)),
         rule_free_ops=draw(st.dictionaries(names, counts, max_size=2)),
+        baselines=tuple(draw(st.lists(baseline, max_size=2))),
         alternatives=tuple(draw(st.lists(alternative, max_size=3))),
         notes=tuple(draw(st.lists(names, max_size=3))),
         created=draw(texts),
@@ -148,10 +171,11 @@ def tiny_plan() -> Plan:
         figure(0.001, "s"), figure(0.002, "s"), figure(0.0005, "s"), figure(2.0**30, "B"), {"parameters": 2.0**29}
     )
     return Plan(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         model=ModelReference("tiny.py", {"layers": "1"}, "0" * 64, 8),
         cluster=ClusterReference("h100-sxm-80gb", 4, 8, 80 * 2**30, "1" * 64, "flag"),
         objective=Objective("energy"),
+        limits=Limits(deadline_s=0.02),
         decisions=Decisions(
             mesh=stage_mesh(2, 1),
             num_microbatches=2,
@@ -174,6 +198,10 @@ def tiny_plan() -> Plan:
         ),
         solver=SolverReport("optimal", 12.4, 12.39, 0.0008, 1.25, "highs"),
         rule_free_ops={"aten.sort.default": 2},
+        baselines=(
+            Baseline("data parallel", "dp=4", 4, figure(0.012, "s"), figure(13.5, "J"), figure(2.0**30, "B"), ""),
+            Baseline("fsdp", "", 0, None, None, None, "does not fit: needs 90 GiB of 80 GiB"),
+        ),
         alternatives=(
             Alternative("pp=1 dp=4 tp=1 m=1", 0.011, 13.0, 13.0, 12.9, "4.8 % worse"),
             Alternative("pp=1 dp=1 tp=4 m=1", None, None, None, None, "memory"),

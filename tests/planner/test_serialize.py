@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import InputError, PlanMismatchError
-from autopar.ir.plan import Plan
+from autopar.ir.plan import SCHEMA_VERSION, Plan
 from autopar.ir.serialize import (
     check_writable,
     dump_plan,
@@ -115,7 +115,7 @@ def test_a_truncated_file_is_refused(length: int) -> None:
         "null",
         "[]",
         "1",
-        '{"schema_version": 1}',
+        '{"schema_version": 2}',
         "[" * 100000,
         '{"a": NaN}',
         '{"a": 1, "a": 2}',
@@ -130,7 +130,7 @@ def test_other_json_is_refused(text: str) -> None:
 
 def test_a_newer_schema_says_to_upgrade() -> None:
     with pytest.raises(PlanMismatchError, match="upgrade autopar"):
-        parse_plan(json.dumps({**CONTENT, "schema_version": 2}))
+        parse_plan(json.dumps({**CONTENT, "schema_version": SCHEMA_VERSION + 1}))
 
 
 @pytest.mark.parametrize(
