@@ -121,6 +121,22 @@ def sequence_strategies(graph: OpGraph, label: str) -> dict[str, AxisStrategy]:
     return chosen
 
 
+def expert_parallel(graph: OpGraph, mesh: StageMesh, labels: Sequence[str], num_microbatches: int = 1) -> Decisions:
+    """The batch split on every axis, but experts as the label of the axis says; their weights are stored so."""
+    base = data_parallel(graph, mesh, "replicated", num_microbatches)
+    ops = dict(base.ops)
+    parameters = dict(base.parameters)
+    for op in (op for op in graph.ops if op.target == "autopar.moe_experts"):
+        options = {s.label: s for s in axis_strategies(op, graph.values)}
+        ops[op.name] = tuple(options[label] for label in labels)
+        for i, name in enumerate(op.inputs):
+            if graph.values[name].origin == "parameter":
+                stored = {s.exposed: s for s in reversed(parameter_axis_strategies(graph.values[name]))}
+                parameters[name] = tuple(stored[axis.inputs[i]] for axis in ops[op.name])
+    chosen = replace(base, ops=ops, parameters=parameters)
+    return replace(chosen, hubs=_choose_hubs(graph, chosen, random.Random(0)))
+
+
 def tensor_parallel(graph: OpGraph, mesh: StageMesh, num_microbatches: int = 1) -> Decisions:
     """Every op that reads a parameter and works on it is split otherwise than by samples, where it divides."""
     dims = batch_dims(graph)

@@ -63,5 +63,10 @@ def test_a_split_of_the_sequence_passes_through_whole_models(num_processes: int)
     check(errors_on(num_processes, "sequence_cases", models=("gpt2", "llama")), at_least=2 * num_processes)
 
 
+@pytest.mark.parametrize(("num_processes", "cases"), [(2, 3), (4, 12)])
+def test_experts_split_over_ranks_by_sum_and_by_exchange(num_processes: int, cases: int) -> None:
+    check(errors_on(num_processes, "expert_cases"), at_least=cases)
+
+
 def test_optimizer_steps_with_clipping_follow_the_serial_ones() -> None:
     check(errors_on(2, "training_cases", models=("toy/transformer", "toy/conv")), at_least=28)

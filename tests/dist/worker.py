@@ -20,7 +20,14 @@ from autopar.planner.assemble import make_executor, make_serial_executor
 from autopar.runtime.compare import compare, relative_error
 from autopar.runtime.executor import OptimizerOptions, RunOptions, join_plan
 from autopar.runtime.mesh import RankMesh
-from tests.dist.decisions import cut_evenly, data_parallel, random_decisions, sequence_parallel, tensor_parallel
+from tests.dist.decisions import (
+    cut_evenly,
+    data_parallel,
+    expert_parallel,
+    random_decisions,
+    sequence_parallel,
+    tensor_parallel,
+)
 from tests.dist.models import BATCH, as_double, captured, global_batch
 from tests.dist.rule_graph import decisions_with, rule_graph, strategies_on
 from tests.rules_cases import CASES, COLLECTIVE_CASES
@@ -115,6 +122,20 @@ def sequence_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
         bench = Bench(name, 2)
         decisions = sequence_parallel(bench.graph, mesh, label, 2)
         results.append({"case": f"{name} {label} {mesh.sizes}", "error": bench.error_of(decisions)})
+    return results
+
+
+def expert_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Experts split over all ranks, and over each axis of two in each way."""
+    results = []
+    world = dist.get_world_size()
+    bench = Bench("mixtral", 2)
+    meshes = [stage_mesh(world), *([stage_mesh(2, world // 2)] if world > 2 else [])]
+    for mesh in meshes:
+        for labels in itertools.product(("tokens", "experts", "exchange"), repeat=len(mesh.axes)):
+            decisions = expert_parallel(bench.graph, mesh, labels, 2)
+            case = f"mixtral {'/'.join(labels)} {mesh.sizes}"
+            results.append({"case": case, "error": bench.error_of(decisions)})
     return results
 
 
