@@ -56,17 +56,6 @@ def without_gradient(codes: Codes) -> Codes:
     return np.where(codes == REPLICATE_CODE, INVARIANT_CODE, codes)
 
 
-def divisors(codes: Codes, shape: Sequence[int], sizes: Sequence[int]) -> tuple[NDArray[np.float64], Mask]:
-    """Into how many parts each choice cuts a tensor, and whether it does so evenly."""
-    split = np.ones((len(codes), len(shape)), dtype=np.int64)
-    dims = np.arange(len(shape))
-    for axis, size in enumerate(sizes):
-        if size > 1:
-            split *= np.where(codes[:, axis, None] - SHARD_CODE == dims, size, 1)
-    even = np.all(np.asarray(shape, dtype=np.int64) % split == 0, axis=1)
-    return split.prod(axis=1).astype(np.float64), even
-
-
 @dataclass(frozen=True)
 class Grid:
     """Every combination of per-axis choices of one node.

@@ -40,11 +40,9 @@ def memory_rate(spec: DeviceSpec) -> float:
 
 
 def kernel_time_s(
-    spec: DeviceSpec, kind: str, dtype: str, *, flops: Array, num_bytes: Array, num_kernels: float
+    spec: DeviceSpec, kind: str, dtype: str, *, flops: Array, num_bytes: Array, num_kernels: Array | float
 ) -> Array:
-    """Seconds of `num_kernels` kernels that share the FLOPs and bytes; 0 where there is no kernel."""
-    if num_kernels == 0:
-        return np.zeros_like(num_bytes)
+    """Seconds of `num_kernels` > 0 kernels that share the FLOPs and bytes."""
     ramp = spec.gemm_ramp_s * num_kernels if kind != "other" else 0.0
     compute = np.where(flops > 0, flops / flop_rate(spec, kind, dtype) + ramp, 0.0) / spec.clock_share
     return np.maximum(compute, num_bytes / memory_rate(spec)) + num_kernels * spec.launch_overhead_s

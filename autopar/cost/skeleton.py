@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 from autopar.ir.graph import Op, OpGraph
@@ -66,13 +67,34 @@ class CrossingTemplate:
 
 @dataclass(frozen=True)
 class Skeleton:
+    """See the module docstring.
+
+    Attributes:
+        pinned_whole: parameters that shared ops read, stored whole.
+        kept_shared: values made by shared ops whose storage other ops read, so that they stay alive.
+        hubs: indices of hub nodes.
+        hub_neighbours: of each hub: (node, slot, whether the slot is an output) of its producer and readers.
+    """
+
     nodes: tuple[NodeTemplate, ...]
     edges: tuple[EdgeTemplate, ...]
     crossings: tuple[CrossingTemplate, ...]
     pinned_whole: frozenset[str]
     kept_shared: frozenset[str]
-    """`pinned_whole`: parameters that shared ops read, stored whole. `kept_shared`: values made by shared ops whose
-    storage other ops read, so that they stay alive."""
+
+    @cached_property
+    def hubs(self) -> tuple[int, ...]:
+        return tuple(index for index, template in enumerate(self.nodes) if template.kind == "hub")
+
+    @cached_property
+    def hub_neighbours(self) -> Mapping[int, tuple[tuple[int, int, bool], ...]]:
+        found: dict[int, list[tuple[int, int, bool]]] = {index: [] for index in self.hubs}
+        for edge in self.edges:
+            if edge.target in found:
+                found[edge.target].append((edge.source, edge.source_slot, True))
+            if edge.source in found:
+                found[edge.source].append((edge.target, edge.target_slot, False))
+        return {index: tuple(around) for index, around in found.items()}
 
 
 def make_skeleton(graph: OpGraph) -> Skeleton:

@@ -1,28 +1,30 @@
 """CostTables: makes the cost table of any stage mesh and microbatch size of one graph on one cluster.
 
-The work is divided by what it depends on: `skeleton` (graph), `choices` (which axes are longer than 1), `pricing`
-(sizes) and `transfers` (redistributions, linear in bytes). Only templates are priced, one per op of each distinct
-block; everything over pairs of choices is array arithmetic on the few distinct shardings of both ends.
+The work is divided by what it depends on: `skeleton` (graph), `choices` and `sheets` (which axes are longer than 1),
+`wiring` (which choices remain), `pricing` (sizes) and `transfers` (redistributions, linear in bytes). Only templates
+are priced, one per op of each distinct block, and all of them at once, as flat arrays that the nodes and edges of the
+table are views of.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autopar.cost.choices import ChoiceMaker
 from autopar.cost.collective import send_cost
 from autopar.cost.hardware import Cluster
-from autopar.cost.layouts import Codes, divisors, sharding_ids, sharding_of
+from autopar.cost.layouts import Codes
 from autopar.cost.measured import OpLookup, apply_profile
 from autopar.cost.memory import optimizer_states
-from autopar.cost.pricing import NodePrice, Pricer, free_node, lay_out
-from autopar.cost.skeleton import EdgeTemplate, NodeTemplate, make_skeleton
+from autopar.cost.pricing import NodePrice, Pricer, free_node
+from autopar.cost.shards import Sizes, Tensors
+from autopar.cost.sheets import Kept, ParameterSheet, make_op_sheet, make_parameter_sheet
+from autopar.cost.skeleton import SHARED, EdgeTemplate, NodeTemplate, make_skeleton
 from autopar.cost.transfers import Transfers, price
+from autopar.cost.wiring import Form, Frame, Wiring
 from autopar.errors import InputError
 from autopar.ir.cost import Array, CostEdge, CostNode, CostTable, Crossing
 from autopar.ir.graph import Op, OpGraph, Value
@@ -31,18 +33,6 @@ from autopar.ir.solution import Pins
 from autopar.rules.batch import batch_dims
 
 KEPT_TABLES = 4
-
-
-@dataclass
-class _Node:
-    """A node while a table is made. `outgoing[slot]`, `incoming[slot]`: sharding ids per choice."""
-
-    template: NodeTemplate
-    choices: tuple[object, ...]
-    outgoing: tuple[Codes, ...]
-    incoming: tuple[Codes, ...]
-    price: NodePrice
-    measured: int = 0
 
 
 class CostTables:
@@ -63,13 +53,16 @@ class CostTables:
         self.profile = profile
         self.dims = batch_dims(graph)
         self.skeleton = make_skeleton(graph)
-        self._choices = ChoiceMaker(graph, self.pins, self.dims)
         self.training = training
         self.optimizer_states = optimizer_states(graph.optimizer)
-        self._pricer = Pricer(cluster, graph.optimizer, training, self.skeleton.kept_shared)
-        self._ops: Mapping[str, Op] = {op.name: op for op in graph.ops}
+        self.pricer = Pricer(cluster, graph.optimizer, training)
+        self.tensors = Tensors(graph, self.dims)
+        self.edge_tensors = np.array([self.tensors.index[edge.value] for edge in self.skeleton.edges], dtype=np.int64)
+        self.heads = tuple(_node_head(template) for template in self.skeleton.nodes)
+        self.edge_heads = tuple(_edge_head(edge, self.skeleton.nodes) for edge in self.skeleton.edges)
+        self._choices = ChoiceMaker(graph, self.pins, self.dims)
+        self._frames: dict[tuple[bool, ...], Frame] = {}
         self._transfers: dict[int, Transfers] = {}
-        self._values: dict[int, dict[str, Value] | None] = {}
         self._tables: dict[tuple[StageMesh, int], CostTable | None] = {}
         self._clocked: dict[tuple[StageMesh, int, int], CostTable] = {}
 
@@ -99,24 +92,16 @@ class CostTables:
 
     def _at_clock(self, base: CostTable, clock: int) -> CostTable:
         """Op nodes scaled by what the model makes of the clock, so that measured rows keep their level."""
+        axis_sizes, count = base.mesh.sizes, base.num_microbatches
+        frame, sizes = self.frame(tuple(size > 1 for size in axis_sizes)), self.tensors.at(count)
+        kept = frame.ops.keep(sizes, axis_sizes)
+        pricers = (self.pricer, Pricer(self.cluster.at_clock(clock), self.graph.optimizer, self.training))
         fast, slow = (
-            self._pricer,
-            Pricer(self.cluster.at_clock(clock), self.graph.optimizer, self.training, self.skeleton.kept_shared),
+            _parts(pricer.ops(frame.ops, kept, sizes, base.mesh, count), kept, frame.op_nodes) for pricer in pricers
         )
-        values = self.microbatch_values(base.num_microbatches)
-        if values is None:
-            raise AssertionError("a table exists, so the batch divides")
-        nodes = []
-        for node, template in zip(base.nodes, self.skeleton.nodes, strict=True):
-            if template.kind != "op":
-                nodes.append(node)
-                continue
-            op = self._ops[template.representative]
-            choices = self._choices.op(op, tuple(size > 1 for size in base.mesh.sizes))
-            layout = lay_out(op, choices, values, base.mesh.sizes)
-            count = base.num_microbatches if has_batch(op, self.dims) else 1
-            prices = [pricer.op(op, layout, values, count, base.mesh) for pricer in (fast, slow)]
-            nodes.append(_scaled(node, *prices))
+        nodes = list(base.nodes)
+        for (index, of), (_, to) in zip(fast, slow, strict=True):
+            nodes[index] = _scaled(nodes[index], of, to)
         return replace(base, nodes=tuple(nodes))
 
     def _at_highest(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
@@ -124,41 +109,69 @@ class CostTables:
         if key not in self._tables:
             while len(self._tables) >= KEPT_TABLES:
                 self._tables.pop(next(iter(self._tables)))
-            values = self.microbatch_values(num_microbatches)
             pinned_dp = mesh.sizes[0] if self.pins.dp is not None and mesh.sizes else 1
-            divides = values is not None and self.graph.batch_size // num_microbatches % pinned_dp == 0
-            self._tables[key] = self._make(mesh, num_microbatches, values) if values and divides else None
+            divides = self.tensors.divides(num_microbatches)
+            divides = divides and self.graph.batch_size // num_microbatches % pinned_dp == 0
+            self._tables[key] = self._make(mesh, num_microbatches) if divides else None
         return self._tables[key]
 
-    def microbatch_values(self, num_microbatches: int) -> dict[str, Value] | None:
-        """The graph's values at the size of one microbatch, or None where the batch does not divide."""
-        if num_microbatches not in self._values:
-            self._values[num_microbatches] = self._divide(num_microbatches)
-        return self._values[num_microbatches]
-
-    def _divide(self, num_microbatches: int) -> dict[str, Value] | None:
-        if self.graph.batch_size % num_microbatches:
-            return None
+    def microbatch_values(self, num_microbatches: int) -> dict[str, Value]:
+        """The graph's values at the size of one microbatch, into which the batch divides."""
         found = dict(self.graph.values)
         for name, dim in self.dims.items():
             if dim is not None:
                 shape = list(found[name].meta.shape)
-                if shape[dim] % num_microbatches:
-                    return None
                 shape[dim] //= num_microbatches
                 found[name] = replace(found[name], meta=found[name].meta.with_shape(tuple(shape)))
         return found
 
-    def _make(self, mesh: StageMesh, num_microbatches: int, values: dict[str, Value]) -> CostTable:
-        return _TableMaker(self, mesh, num_microbatches, values).make()
+    def _make(self, mesh: StageMesh, num_microbatches: int) -> CostTable:
+        return _TableMaker(self, mesh, num_microbatches).make()
 
-    def transfers(self, num_axes: int) -> Transfers:
-        return self._transfers.setdefault(num_axes, Transfers(num_axes))
+    def frame(self, active: tuple[bool, ...]) -> Frame:
+        """What tables with these axes longer than 1 share."""
+        if active not in self._frames:
+            self._frames[active] = self._make_frame(active)
+        return self._frames[active]
+
+    def _make_frame(self, active: tuple[bool, ...]) -> Frame:
+        skeleton = self.skeleton
+        by_name: Mapping[str, Op] = {op.name: op for op in self.graph.ops}
+        op_nodes = tuple(i for i, template in enumerate(skeleton.nodes) if template.kind == "op")
+        ops = [by_name[skeleton.nodes[i].representative] for i in op_nodes]
+        choices = [self._choices.op(op, active) for op in ops]
+        sheet = make_op_sheet(ops, choices, self.tensors, skeleton.kept_shared, training=self.training)
+        nodes = tuple(i for i, template in enumerate(skeleton.nodes) if template.kind == "param")
+        parameters = self._parameter_sheet(nodes, active) if nodes else None
+        transfers = self._transfers.setdefault(len(active), Transfers(len(active)))
+        gathering = np.zeros(0, dtype=np.int64)
+        if parameters is not None:
+            trained = np.repeat(parameters.requires_grad, np.diff(parameters.owners.offsets))
+            gathering = transfers.each(parameters.gathered_from, parameters.exposed_ids, trained)
+        return Frame(
+            self.graph, skeleton, self.tensors, transfers, op_nodes, tuple(ops), nodes, sheet, parameters, gathering
+        )
+
+    def _parameter_sheet(self, nodes: Sequence[int], active: tuple[bool, ...]) -> ParameterSheet:
+        templates = [self.skeleton.nodes[i] for i in nodes]
+        parameters = [self.graph.values[template.representative] for template in templates]
+        whole = [any(name in self.skeleton.pinned_whole for name in template.names) for template in templates]
+        choices = [self._choices.parameter(v.name, active, w) for v, w in zip(parameters, whole, strict=True)]
+        return make_parameter_sheet(parameters, [t.blocks[0] for t in templates], choices, self.tensors)
 
 
-def has_batch(op: Op, dims: Mapping[str, int | None]) -> bool:
-    """Whether the op touches any value that counts samples."""
-    return any(dims[name] is not None for name in (*op.inputs, *op.outputs))
+def _node_head(template: NodeTemplate) -> tuple[tuple[str, str], tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Fields of a `CostNode` before and after its choices."""
+    prefix = "" if template.kind == "op" else f"{template.kind}:"
+    return (prefix + template.representative, template.kind), (tuple(template.blocks), tuple(template.names))
+
+
+def _edge_head(
+    edge: EdgeTemplate, nodes: Sequence[NodeTemplate]
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], bool]:
+    """Blocks and cuts of a `CostEdge`, and whether it is kept even where it costs nothing (parameters read abroad)."""
+    crosses_home = nodes[edge.source].kind == "param" and any(a != b for a, b in edge.cut_pairs)
+    return tuple(edge.blocks), tuple(edge.cut_pairs), crosses_home
 
 
 def _scaled(node: CostNode, fast: NodePrice, slow: NodePrice) -> CostNode:
@@ -175,209 +188,166 @@ def _scaled(node: CostNode, fast: NodePrice, slow: NodePrice) -> CostNode:
     )
 
 
+@dataclass(frozen=True)
+class _Node:
+    """A node while a table is made; the arrays of `price` are views."""
+
+    form: Form
+    price: NodePrice
+
+
 class _TableMaker:
     """Makes one table."""
 
-    def __init__(self, source: CostTables, mesh: StageMesh, num_microbatches: int, values: dict[str, Value]) -> None:
+    def __init__(self, source: CostTables, mesh: StageMesh, num_microbatches: int) -> None:
         self.source = source
         self.mesh = mesh
-        self.sizes = mesh.sizes
-        self.active = tuple(size > 1 for size in self.sizes)
+        self.axis_sizes = mesh.sizes
         self.num_microbatches = num_microbatches
-        self.values = values
-        self.transfers = source.transfers(len(self.sizes))
+        self.frame = source.frame(tuple(size > 1 for size in mesh.sizes))
+        self.sizes: Sizes = source.tensors.at(num_microbatches)
 
     def make(self) -> CostTable:
-        source, skeleton = self.source, self.source.skeleton
-        nodes: list[_Node | None] = [self._op(t) if t.kind == "op" else None for t in skeleton.nodes]
-        self._add_parameters(nodes)
-        self._add_hubs(nodes)
-        complete = [node for node in nodes if node is not None]
-        pairs = [self._pairs(edge, complete) for edge in skeleton.edges]
-        self._gather_loss(complete)
-        terms = self.transfers.terms(source.cluster, self.mesh)
-        self._set_boundaries(complete)
+        source, frame, sizes, axis_sizes = self.source, self.frame, self.sizes, self.axis_sizes
+        op_kept = frame.ops.keep(sizes, axis_sizes)
+        parameter_kept = frame.parameters.keep(sizes, axis_sizes) if frame.parameters is not None else None
+        forms = frame.forms(op_kept, parameter_kept.stored if parameter_kept else None, sizes, axis_sizes)
+        wiring = frame.wiring(forms)
+        loss = self._loss_pairs(forms)
+        terms = frame.transfers.terms(source.cluster, self.mesh)
+        flat = [source.pricer.ops(frame.ops, op_kept, sizes, self.mesh, self.num_microbatches)]
+        prices = dict(_parts(flat[0], op_kept, frame.op_nodes))
+        if frame.parameters is not None and parameter_kept is not None:
+            gathering = terms[frame.gathering]
+            flat.append(source.pricer.parameters(frame.parameters, parameter_kept, sizes, self.mesh, gathering))
+            prices |= _parts(flat[1], parameter_kept.stored, frame.parameter_nodes)
+        prices |= {index: self._hub(index, forms[index]) for index in source.skeleton.hubs}
+        nodes = [_Node(form, prices[index]) for index, form in enumerate(forms)]
+        measured = self._apply_profile(nodes) if source.profile is not None else 0
+        self._gather_loss(nodes, terms, loss)
+        self._set_boundaries(nodes)
+        self._check(flat, nodes)
         send = send_cost(source.cluster, same_node=2 * self.mesh.num_devices <= source.cluster.gpus_per_node)
         return CostTable(
             self.mesh, self.num_microbatches, len(source.graph.blocks),
-            tuple(_finish(node) for node in complete),
-            self._edges(complete, pairs, terms),
-            self._crossings(complete),
+            tuple(CostNode(*head, node.form.choices, *rest, **vars(node.price))
+                  for (head, rest), node in zip(source.heads, nodes, strict=True)),
+            self._edges(wiring, terms, nodes),
+            self._crossings(nodes),
             send.latency_s, send.s_per_byte, send.j_per_byte,
-            _labels(complete),
+            self._labels(nodes, measured),
         )  # fmt: skip
 
-    def _op(self, template: NodeTemplate) -> _Node:
-        op = self.source._ops[template.representative]
-        choices = self.source._choices.op(op, self.active)
-        layout = lay_out(op, choices, self.values, self.sizes)
-        count = self.num_microbatches if has_batch(op, self.source.dims) else 1
-        priced = self.source._pricer.op(op, layout, self.values, count, self.mesh)
-        strategies = tuple(choices.grid.choices[i] for i in layout.kept)
-        measured = 0
-        if self.source.profile is not None:
-            measured = apply_profile(
-                self.source.profile, op, strategies=strategies, sizes=self.sizes, values=self.values, price=priced
-            )
-        if op.is_shared:
-            priced.activation_bytes = priced.activation_bytes + self._kept_shared(op)
-        return _Node(template, strategies, _ids(layout.outputs), _ids(layout.inputs), priced, measured)
+    def _hub(self, index: int, form: Form) -> NodePrice:
+        """A hub keeps a buffer: the redistributed copy."""
+        price = free_node(len(form.choices))
+        value = self.source.skeleton.nodes[index].representative
+        price.workspace_bytes = self._local_bytes(value, form, 0)
+        return price
 
-    def _kept_shared(self, op: Op) -> float:
-        kept = self.source.skeleton.kept_shared
-        return float(sum(self.values[name].meta.num_bytes for name in op.outputs if name in kept))
+    def _local_bytes(self, value: str, form: Form, slot: int) -> Array:
+        return self.frame.local_bytes(value, form, slot, self.sizes, self.axis_sizes)
 
-    def _add_parameters(self, nodes: list[_Node | None]) -> None:
-        """Parameters need terms of their own gathers before they can be priced."""
-        templates = [(i, t) for i, t in enumerate(self.source.skeleton.nodes) if t.kind == "param"]
-        found = []
-        for index, template in templates:
-            whole = any(name in self.source.skeleton.pinned_whole for name in template.names)
-            value = self.values[template.representative]
-            choices = self.source._choices.parameter(value.name, self.active, whole)
-            ends = (sharding_ids(choices.gathered_from), sharding_ids(choices.exposed))
-            found.append((index, template, value, choices, self.transfers.each(*ends, value.requires_grad)))
-        terms = self.transfers.terms(self.source.cluster, self.mesh)
-        in_block: dict[int, int] = {}
-        for _, template, value, _, _ in found:
-            in_block[template.blocks[0]] = in_block.get(template.blocks[0], 0) + value.meta.num_bytes
-        for index, template, value, choices, pairs in found:
-            kept, priced = self.source._pricer.parameter(
-                value, choices, self.mesh, traffic=terms[pairs], block_bytes=in_block[template.blocks[0]]
-            )
-            strategies = tuple(choices.grid.choices[i] for i in kept)
-            nodes[index] = _Node(template, strategies, (sharding_ids(choices.exposed)[kept],), (), priced)
+    def _apply_profile(self, nodes: Sequence[_Node]) -> int:
+        """Puts measured figures into the prices; returns how many choices were measured."""
+        source, count = self.source, 0
+        assert source.profile is not None
+        values = source.microbatch_values(self.num_microbatches)
+        for index, op in zip(self.frame.op_nodes, self.frame.op_list, strict=True):
+            count += apply_profile(
+                source.profile, op, strategies=nodes[index].form.choices, sizes=self.axis_sizes, values=values,
+                price=nodes[index].price,
+            )  # fmt: skip
+        return count
 
-    def _add_hubs(self, nodes: list[_Node | None]) -> None:
-        """A hub may take every placement that its producer makes or a consumer accepts, axis by axis."""
-        skeleton = self.source.skeleton
-        seen: dict[int, list[Codes]] = {}
-        for edge in skeleton.edges:
-            source, target = skeleton.nodes[edge.source], skeleton.nodes[edge.target]
-            if target.kind == "hub" and (node := nodes[edge.source]) is not None:
-                seen.setdefault(edge.target, []).append(node.outgoing[edge.source_slot])
-            if source.kind == "hub" and (node := nodes[edge.target]) is not None:
-                seen.setdefault(edge.source, []).append(node.incoming[edge.target_slot])
-        for index, template in enumerate(skeleton.nodes):
-            if template.kind == "hub":
-                nodes[index] = self._hub(template, seen.get(index, []))
+    def _loss_pairs(self, forms: Sequence[Form]) -> Mapping[int, Codes]:
+        """Pair numbers of gathering the loss, by node that makes it."""
+        loss = self.source.graph.values[self.source.graph.loss]
+        found = {}
+        for index, op in zip(self.frame.op_nodes, self.frame.op_list, strict=True):
+            if loss.name in op.outputs:
+                out = forms[index].outgoing[op.outputs.index(loss.name)]
+                grads = np.full(len(out), loss.requires_grad)
+                found[index] = self.frame.transfers.each(out, np.zeros_like(out), grads)
+        return found
 
-    def _hub(self, template: NodeTemplate, seen: list[Codes]) -> _Node:
-        num_axes, value = len(self.sizes), self.values[template.representative]
-        codes = np.zeros((1, num_axes), dtype=np.int64)
-        if seen:
-            ids = np.unique(np.concatenate(seen))
-            per_axis = [sorted({_code(i, axis, num_axes) for i in ids.tolist()}) for axis in range(num_axes)]
-            codes = np.asarray(list(itertools.product(*per_axis)), dtype=np.int64)
-            codes = codes[divisors(codes, value.meta.shape, self.sizes)[1]]
-        placed = sharding_ids(codes)
-        return _Node(
-            template, tuple(sharding_of(i, num_axes) for i in placed.tolist()), (placed,), (placed,),
-            free_node(len(placed)),
-        )  # fmt: skip
-
-    def _pairs(self, edge: EdgeTemplate, nodes: list[_Node]) -> tuple[NDArray[np.int64], Codes, Codes]:
-        """Pair numbers of distinct shardings, and of which distinct one each choice is."""
-        sources, of_source = np.unique(nodes[edge.source].outgoing[edge.source_slot], return_inverse=True)
-        targets, of_target = np.unique(nodes[edge.target].incoming[edge.target_slot], return_inverse=True)
-        requires_grad = self.values[edge.value].requires_grad
-        return self.transfers.matrix(sources, targets, requires_grad), of_source, of_target
-
-    def _edges(
-        self, nodes: list[_Node], pairs: list[tuple[NDArray[np.int64], Codes, Codes]], terms: Array
-    ) -> tuple[CostEdge, ...]:
-        """One edge per pair of nodes and set of occurrences; edges that are free for every pair are left out."""
-        merged: dict[object, CostEdge] = {}
-        for edge, (numbers, of_source, of_target) in zip(self.source.skeleton.edges, pairs, strict=True):
-            crosses_home = nodes[edge.source].template.kind == "param" and any(a != b for a, b in edge.cut_pairs)
-            if not crosses_home and not np.any(terms[numbers]):
-                continue
-            prices = price(terms, numbers, self.values[edge.value].meta.num_bytes)
-            grid = np.ix_(of_source, of_target)
-            arrays = [prices.forward_s[grid], prices.backward_s[grid], prices.energy_j[grid]]
-            if edge.earlier_slots:
-                target = nodes[edge.target]
-                again = np.zeros(len(target.choices), dtype=np.bool_)
-                for slot in edge.earlier_slots:
-                    again |= target.incoming[slot] == target.incoming[edge.target_slot]
-                arrays = [np.where(again & np.isfinite(a), 0.0, a) for a in arrays]
-            blocks, cuts = tuple(edge.blocks), tuple(edge.cut_pairs)
-            key = (edge.source, edge.target, cuts)
-            if key in merged:
-                old = merged[key]
-                arrays = [a + b for a, b in zip((old.forward_s, old.backward_s, old.microbatch_j), arrays, strict=True)]
-            merged[key] = CostEdge(edge.source, edge.target, blocks, cuts, *arrays)
-        return tuple(merged.values())
-
-    def _gather_loss(self, nodes: list[_Node]) -> None:
+    def _gather_loss(self, nodes: Sequence[_Node], terms: Array, pairs: Mapping[int, Codes]) -> None:
         """The loss leaves whole on every axis: its producer pays for that."""
-        for template, node in zip(self.source.skeleton.nodes, nodes, strict=True):
-            op = self.source._ops.get(template.representative) if template.kind == "op" else None
-            if op is None or self.source.graph.loss not in op.outputs:
-                continue
-            value = self.values[self.source.graph.loss]
-            out = node.outgoing[op.outputs.index(value.name)]
-            pairs = self.transfers.each(out, np.zeros_like(out), value.requires_grad)
-            prices = price(self.transfers.terms(self.source.cluster, self.mesh), pairs, value.meta.num_bytes)
-            node.price.forward_s = node.price.forward_s + prices.forward_s
-            node.price.backward_s = node.price.backward_s + prices.backward_s
-            node.price.microbatch_j = node.price.microbatch_j + prices.energy_j
+        num_bytes = float(self.sizes.num_bytes[self.source.tensors.index[self.source.graph.loss]])
+        for index, numbers in pairs.items():
+            found, own = price(terms, numbers, num_bytes), nodes[index].price
+            own.forward_s += found.forward_s
+            own.backward_s += found.backward_s
+            own.microbatch_j += found.energy_j
 
-    def _local_bytes(self, name: str, ids: Codes) -> Array:
-        value, num_axes = self.values[name], len(self.sizes)
-        distinct, of = np.unique(ids, return_inverse=True)
-        codes = np.asarray([[_code(i, axis, num_axes) for axis in range(num_axes)] for i in distinct.tolist()])
-        parts, _ = divisors(codes.reshape(len(distinct), num_axes), value.meta.shape, self.sizes)
-        local: Array = (value.meta.num_bytes / parts)[of]
-        return local
-
-    def _set_boundaries(self, nodes: list[_Node]) -> None:
-        """Also the buffer of a hub: the redistributed copy."""
+    def _set_boundaries(self, nodes: Sequence[_Node]) -> None:
         crossing = {c.node: c for c in self.source.skeleton.crossings}
-        for index, node in enumerate(nodes):
-            if node.template.carries_boundary:
-                ids = node.outgoing[crossing[index].slot]
-                node.price.boundary_bytes = self._local_bytes(crossing[index].value, ids)
-            if node.template.kind == "hub":
-                node.price.workspace_bytes = self._local_bytes(node.template.representative, node.outgoing[0])
+        for index, c in crossing.items():
+            if self.source.skeleton.nodes[index].carries_boundary:
+                nodes[index].price.boundary_bytes[:] = self._local_bytes(c.value, nodes[index].form, c.slot)
 
-    def _crossings(self, nodes: list[_Node]) -> tuple[Crossing, ...]:
+    def _crossings(self, nodes: Sequence[_Node]) -> tuple[Crossing, ...]:
         cache: dict[tuple[int, int], Array] = {}
         found = []
         for c in self.source.skeleton.crossings:
             key = (c.node, c.slot)
             if key not in cache:
-                cache[key] = self._local_bytes(c.value, nodes[c.node].outgoing[c.slot])
+                cache[key] = self._local_bytes(c.value, nodes[c.node].form, c.slot)
             found.append(Crossing(c.value, c.node, c.producer_block, c.last_block, cache[key]))
         return tuple(found)
 
+    def _edges(self, wiring: Wiring, terms: Array, nodes: Sequence[_Node]) -> tuple[CostEdge, ...]:
+        """One edge per pair of nodes and set of occurrences; edges that are free for every pair are left out."""
+        if not len(wiring.numbers):
+            return ()
+        edge_bytes = self.sizes.num_bytes[self.source.edge_tensors]
+        prices = price(terms, wiring.numbers, edge_bytes[wiring.edge])
+        arrays = [prices.forward_s[wiring.expand], prices.backward_s[wiring.expand], prices.energy_j[wiring.expand]]
+        if len(wiring.again):
+            again = wiring.again[np.isfinite(arrays[0][wiring.again])]
+            for array in arrays:
+                array[again] = 0.0
+        costs = np.logical_or.reduceat(np.any(terms[wiring.numbers], axis=1), wiring.starts)
+        merged: dict[object, CostEdge] = {}
+        for i, (edge, (blocks, cuts, is_kept)) in enumerate(
+            zip(self.source.skeleton.edges, self.source.edge_heads, strict=True)
+        ):
+            if not (is_kept or costs[i]):
+                continue
+            shape = (len(nodes[edge.source].form.choices), len(nodes[edge.target].form.choices))
+            span = slice(wiring.offsets[i], wiring.offsets[i + 1])
+            own = [array[span].reshape(shape) for array in arrays]
+            key = (edge.source, edge.target, cuts)
+            if key in merged:
+                old = merged[key]
+                own = [a + b for a, b in zip((old.forward_s, old.backward_s, old.microbatch_j), own, strict=True)]
+            merged[key] = CostEdge(edge.source, edge.target, blocks, cuts, *own)
+        return tuple(merged.values())
 
-def _ids(codes: tuple[Codes, ...]) -> tuple[Codes, ...]:
-    return tuple(sharding_ids(c) for c in codes)
+    def _labels(self, nodes: Sequence[_Node], measured: int) -> Mapping[str, int]:
+        """Counted once per distinct op of a block, but for every shared op."""
+        total = 0
+        for template, node in zip(self.source.skeleton.nodes, nodes, strict=True):
+            times = template.blocks.count(SHARED) if template.blocks[0] == SHARED else 1
+            total += times * len(node.form.choices)
+        return {"measured": measured, "modelled": total - measured}
+
+    def _check(self, flat: Sequence[NodePrice], nodes: Sequence[_Node]) -> None:
+        if all(_is_price(array) for prices in flat for array in vars(prices).values()):
+            return
+        for template, node in zip(self.source.skeleton.nodes, nodes, strict=True):
+            for field, array in vars(node.price).items():
+                if not _is_price(array):
+                    name, found = template.representative, array.tolist()
+                    raise InputError(f"cost of {name!r} is not a finite, non-negative number: {field} = {found}")
 
 
-def _code(sharding_id: int, axis: int, num_axes: int) -> int:
-    return (sharding_id >> (4 * (num_axes - 1 - axis))) & 15
+def _is_price(array: Array) -> bool:
+    return bool(np.all(np.isfinite(array) & (array >= 0)))
 
 
-def _labels(nodes: list[_Node]) -> Mapping[str, int]:
-    measured = sum(node.measured for node in nodes)
-    return {"measured": measured, "modelled": sum(len(node.choices) for node in nodes) - measured}
-
-
-def _finish(node: _Node) -> CostNode:
-    """The node, checked."""
-    name = node.template.representative
-    arrays = vars(node.price)
-    for field, array in arrays.items():
-        if not bool(np.all(np.isfinite(array) & (array >= 0))):
-            raise InputError(f"cost of {name!r} is not a finite, non-negative number: {field} = {array.tolist()}")
-    prefix = "" if node.template.kind == "op" else f"{node.template.kind}:"
-    return CostNode(
-        f"{prefix}{name}",
-        node.template.kind,
-        node.choices,
-        tuple(node.template.blocks),
-        tuple(node.template.names),
-        **arrays,
-    )
+def _parts(price: NodePrice, kept: Kept, nodes: Sequence[int]) -> Iterator[tuple[int, NodePrice]]:
+    """Each node's part of flat prices."""
+    bounds = kept.starts.tolist()
+    for node, start, stop in zip(nodes, bounds, bounds[1:], strict=False):
+        yield node, price.part(start, stop)

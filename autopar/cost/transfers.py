@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from autopar.cost.collective import COLLECTIVES, collective_cost
 from autopar.cost.hardware import Cluster
-from autopar.cost.layouts import Codes, sharding_of
+from autopar.cost.layouts import Codes, Mask, sharding_of
 from autopar.ir.cost import Array
 from autopar.ir.mesh import StageMesh
 from autopar.ir.placement import Sharding
@@ -29,7 +29,7 @@ NUM_TERMS = 5
 
 @dataclass(frozen=True)
 class Prices:
-    """Matrices [source, target]; forbidden pairs are inf in `forward_s`."""
+    """One entry per pair; forbidden pairs are inf in `forward_s`."""
 
     forward_s: Array
     backward_s: Array
@@ -45,6 +45,7 @@ class Transfers:
         self._matrices: dict[tuple[bytes, bytes, bool], NDArray[np.int64]] = {}
         self._forbidden: list[bool] = []
         self._entries: list[tuple[int, int, int, int, int]] = []
+        self._columns: NDArray[np.int64] = np.zeros((0, 5), dtype=np.int64)
 
     def matrix(self, sources: Codes, targets: Codes, requires_grad: bool) -> NDArray[np.int64]:
         """Pair numbers of all sources with all targets (sharding ids, each without duplicates)."""
@@ -55,15 +56,16 @@ class Transfers:
             found = self._matrices[key] = np.asarray(rows, dtype=np.int64).reshape(len(sources), len(targets))
         return found
 
-    def each(self, sources: Codes, targets: Codes, requires_grad: bool) -> NDArray[np.int64]:
+    def each(self, sources: Codes, targets: Codes, requires_grad: Mask) -> NDArray[np.int64]:
         """Pair numbers of source i with target i."""
-        pairs = zip(sources.tolist(), targets.tolist(), strict=True)
-        return np.asarray([self._pair(s, t, requires_grad) for s, t in pairs], dtype=np.int64)
+        pairs = zip(sources.tolist(), targets.tolist(), requires_grad.tolist(), strict=True)
+        return np.asarray([self._pair(*pair) for pair in pairs], dtype=np.int64)
 
     def terms(self, cluster: Cluster, mesh: StageMesh) -> Array:
         """[pair, NUM_TERMS] of every pair numbered so far; forbidden pairs have inf forward latency."""
         terms = np.zeros((len(self._forbidden), NUM_TERMS))
-        entries = np.asarray(self._entries, dtype=np.int64).reshape(-1, 5)
+        if len(self._columns) < len(self._entries):
+            self._columns = np.asarray(self._entries, dtype=np.int64).reshape(-1, 5)
         costs = [
             [collective_cost(cluster, kind, mesh.group(axis)) for kind in COLLECTIVES] for axis in range(self.num_axes)
         ]
@@ -73,11 +75,13 @@ class Transfers:
             )
             for name in ("latency_s", "s_per_byte", "j_per_byte")
         )
-        pair, phase, axis, kind, sharded = entries.T
+        pair, phase, axis, kind, sharded = self._columns.T
         share = 1 / _parts(mesh.sizes)[sharded]
-        np.add.at(terms, (pair, 2 * phase), latency[axis, kind])
-        np.add.at(terms, (pair, 2 * phase + 1), slope[axis, kind] * share)
-        np.add.at(terms, (pair, np.full_like(pair, 4)), energy[axis, kind] * share)
+        for column, cell in (
+            (2 * phase, latency[axis, kind]), (2 * phase + 1, slope[axis, kind] * share),
+            (4, energy[axis, kind] * share),
+        ):  # fmt: skip
+            terms += np.bincount(pair * NUM_TERMS + column, cell, terms.size).reshape(terms.shape)
         terms[np.asarray(self._forbidden, dtype=bool), 0] = np.inf
         return terms
 
@@ -111,8 +115,8 @@ def _parts(sizes: Sequence[int]) -> Array:
     return parts
 
 
-def price(terms: Array, pairs: NDArray[np.int64], num_bytes: float) -> Prices:
-    """Prices of a value of `num_bytes` (whole) for a matrix of pair numbers."""
+def price(terms: Array, pairs: NDArray[np.int64], num_bytes: Array | float) -> Prices:
+    """Prices of values of `num_bytes` (whole) for an array of pair numbers."""
     found = terms[pairs]
     return Prices(
         found[..., 0] + num_bytes * found[..., 1],

@@ -77,8 +77,10 @@ def pairs_per_row(op: Op, values: Values) -> tuple[int, ...]:
     return tuple(0 if values[name].origin == "parameter" else pairs // values[name].meta.shape[0] for name in op.inputs)
 
 
-def exchanged_bytes(op: Op, values: Values) -> int:
-    """What an exchange sends in forward, whole: the rows of all pairs there, their results back; backward the same."""
-    counts = pairs_per_row(op, values)
-    there = sum(values[n].meta.num_bytes * count for n, count in zip(op.inputs, counts, strict=True))
-    return there + sum(values[name].meta.num_bytes for name in op.outputs)
+def exchanged_values(op: Op, values: Values) -> tuple[tuple[str, int], ...]:
+    """(value, times) that an exchange sends in forward: the rows of all pairs there, their results back.
+
+    Backward sends the same.
+    """
+    there = zip(op.inputs, pairs_per_row(op, values), strict=True)
+    return (*there, *((name, 1) for name in op.outputs))

@@ -1,0 +1,343 @@
+"""Sheets: all choices of all ops, and of all parameters, under one set of active axes, as flat arrays.
+
+A sheet depends on the graph, the pins and on which axes are longer than 1; `pricing` fills in sizes. Choices stand
+op after op; the rows of one choice (its operands, then its results) stand together, so sums over operands and results
+are `reduceat` over rows, and no op is visited by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.cost.choices import OpChoices, ParameterChoices, Preference, keep
+from autopar.cost.kernels import backward_kind, forward_bytes_weight, is_view, work_kind
+from autopar.cost.layouts import Codes, Mask, sharding_ids
+from autopar.cost.shards import ShardRows, Sizes, Tensors, shard_rows
+from autopar.ir.cost import Array
+from autopar.ir.graph import Op, Value
+from autopar.rules.experts import exchanged_values
+
+BACKWARD_PASSES = {"none": 0.0, "whole": 1.0, "double": 2.0}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Choices of a sheet that remain at given sizes.
+
+    Attributes:
+        choices: positions in the sheet.
+        owner: [kept], op or parameter of each.
+        starts: [owners + 1], where each owner's begin.
+        parts: [all rows], into how many parts each row cuts its tensor.
+        keys: per owner, which of its choices remain, as bytes.
+    """
+
+    choices: Codes
+    owner: Codes
+    starts: Codes
+    parts: Array
+    keys: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Choices by owner: `offsets` is [owners + 1], `preferences` those of the owners that have any."""
+
+    offsets: Codes
+    preferences: Mapping[int, tuple[Preference, ...]]
+
+    def keep(self, even: Mask, parts: Array) -> Kept:
+        """Applies preferences to the choices that divide evenly."""
+        for owner, preferences in self.preferences.items():
+            span = slice(self.offsets[owner], self.offsets[owner + 1])
+            even[span] = keep(even[span], preferences)
+        count = np.add.reduceat(even.astype(np.int64), self.offsets[:-1]) if len(self.offsets) > 1 else self.offsets[1:]
+        packed, bounds = even.tobytes(), self.offsets.tolist()
+        return Kept(
+            np.flatnonzero(even),
+            np.repeat(np.arange(len(count)), count),
+            np.concatenate([[0], np.cumsum(count)]),
+            parts,
+            tuple(packed[start:stop] for start, stop in itertools.pairwise(bounds)),
+        )
+
+
+def _owners(counts: Sequence[int], preferences: Sequence[tuple[Preference, ...]]) -> Owners:
+    return Owners(
+        np.concatenate([[0], np.cumsum(np.array(counts, dtype=np.int64))]).astype(np.int64),
+        {owner: found for owner, found in enumerate(preferences) if found},
+    )
+
+
+@dataclass(frozen=True)
+class OpFacts:
+    """What pricing must know of each op, whatever its choices. Arrays are [op] unless stated.
+
+    Attributes:
+        kinds: (kind of work, dtype) -> ops of it.
+        is_view, has_backward, has_batch: has_batch says that the op's figures divide by the microbatches.
+        forward_kernels, backward_kernels: launches.
+        backward_passes: how often backward moves operands and results.
+        flops_forward, flops_backward, saved_extra_bytes: of the whole batch.
+        inner: (op, tensor) for the values inside a region op.
+        whole_saved: (op, tensor) for batch inputs that the op saves, which every rank holds whole, and shared
+            values that it makes and others keep alive.
+    """
+
+    kinds: Mapping[tuple[str, str], Codes]
+    is_view: Mask
+    has_backward: Mask
+    has_batch: Mask
+    forward_kernels: Array
+    backward_kernels: Array
+    backward_passes: Array
+    flops_forward: Array
+    flops_backward: Array
+    saved_extra_bytes: Array
+    inner: Codes
+    whole_saved: Codes
+
+
+@dataclass(frozen=True)
+class OpSheet:
+    """Choices of ops. Weights are [row]; bytes of a row times its weight add up to what the name says.
+
+    Attributes:
+        row_starts: [choice], first row.
+        rows_per_choice: [op].
+        ids: [row], sharding id.
+        moved: 1, but 0 for a tensor that the op has named before.
+        read: moved, but 0 for tables of which only rows are read.
+        written: moved results.
+        gradients: moved operands that need a gradient.
+        saved_root: tensor whose storage is kept because of this row, or -1.
+        splits_work, is_skewed: [choice, axis].
+        is_exchanged: [choice, axis], the op sends its operands to other ranks of the axis and its results back.
+        exchanged: (op, tensor, times), what an exchange sends in forward.
+    """
+
+    facts: OpFacts
+    choices: tuple[OpChoices, ...]
+    owners: Owners
+    row_starts: Codes
+    rows_per_choice: Codes
+    rows: ShardRows
+    ids: Codes
+    moved: Array
+    read: Array
+    written: Array
+    gradients: Array
+    saved_root: Codes
+    splits_work: Mask
+    is_skewed: Mask
+    is_exchanged: Mask
+    exchanged: Codes
+
+    def keep(self, sizes: Sizes, axis_sizes: Sequence[int]) -> Kept:
+        """Keeps what divides evenly (never nothing: `replicate` always divides)."""
+        parts, even = self.rows.parts(sizes, axis_sizes)
+        return self.owners.keep(np.logical_and.reduceat(even, self.row_starts), parts)
+
+    def slot_ids(self, op: int, kept: bytes) -> tuple[Codes, ...]:
+        """Sharding ids of every operand and result of one op, over its kept choices."""
+        first, last = int(self.owners.offsets[op]), int(self.owners.offsets[op + 1])
+        width, start = int(self.rows_per_choice[op]), int(self.row_starts[first])
+        block = self.ids[start : start + (last - first) * width].reshape(-1, width)
+        return tuple(block[np.frombuffer(kept, dtype=np.bool_)].T)
+
+
+def make_op_sheet(
+    ops: Sequence[Op], choices: Sequence[OpChoices], tensors: Tensors, kept_shared: frozenset[str], *, training: bool
+) -> OpSheet:
+    """The sheet of `ops`, whose choices are given in the same order; `kept_shared` as in `skeleton.Skeleton`."""
+    blocks = [_rows_of(op, found, tensors, kept_shared) for op, found in zip(ops, choices, strict=True)]
+    counts = [len(found.grid.choices) for found in choices]
+    widths = np.array([block.width for block in blocks], dtype=np.int64)
+    codes = np.concatenate([block.codes for block in blocks])
+    weights = np.concatenate([block.weights for block in blocks], axis=1)
+    exchanged = [
+        (i, tensors.index[name], times)
+        for i, found in enumerate(choices)
+        if found.is_exchanged.any()
+        for name, times in exchanged_values(ops[i], tensors.values)
+    ]
+    if not training:
+        weights[GRADIENTS] = 0.0
+    return OpSheet(
+        facts=_facts(ops, tensors, kept_shared, training=training),
+        choices=tuple(choices),
+        owners=_owners(counts, [found.preferences for found in choices]),
+        row_starts=np.concatenate([[0], np.cumsum(np.repeat(widths, counts))])[:-1],
+        rows_per_choice=widths,
+        rows=shard_rows(np.concatenate([block.tensor for block in blocks]), codes, tensors.width),
+        ids=sharding_ids(codes),
+        moved=weights[MOVED], read=weights[READ], written=weights[WRITTEN], gradients=weights[GRADIENTS],
+        saved_root=np.concatenate([block.saved_root for block in blocks]),
+        splits_work=np.concatenate([found.splits_work for found in choices]),
+        is_skewed=np.concatenate([found.is_skewed for found in choices]),
+        is_exchanged=np.concatenate([found.is_exchanged for found in choices]),
+        exchanged=np.array(exchanged, dtype=np.int64).reshape(-1, 3),
+    )  # fmt: skip
+
+
+MOVED, READ, WRITTEN, GRADIENTS = range(4)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    width: int
+    tensor: Codes
+    codes: Codes
+    weights: Array
+    saved_root: Codes
+
+
+def _rows_of(op: Op, choices: OpChoices, tensors: Tensors, kept_shared: frozenset[str]) -> _Rows:
+    """Rows of one op, choice after choice."""
+    values = tensors.values
+    names = (*op.inputs, *op.outputs)
+    weights = np.zeros((4, len(names)))
+    for slot, name in enumerate(names):
+        is_input = slot < len(op.inputs)
+        own = op.inputs if is_input else op.outputs
+        if own.index(name) == slot - (0 if is_input else len(op.inputs)):
+            read = forward_bytes_weight(op, slot) if is_input else 1.0
+            needs = 1.0 if is_input and values[name].requires_grad else 0.0
+            weights[:, slot] = (1.0, read, 0.0 if is_input else 1.0, needs)
+    saved = np.full(len(names), -1, dtype=np.int64)
+    slot_of = {name: slot for slot, name in enumerate(names)}
+    for name in op.saved:
+        root = values[values[name].root]
+        if root.origin == "op" and root.name not in kept_shared and name in slot_of:
+            saved[slot_of[name]] = tensors.index[root.name]
+    stacked = np.stack([*choices.inputs, *choices.outputs], axis=1)
+    count = len(choices.grid.choices)
+    return _Rows(
+        len(names),
+        np.tile(np.array([tensors.index[name] for name in names], dtype=np.int64), count),
+        stacked.reshape(count * len(names), -1),
+        np.tile(weights, count),
+        np.tile(saved, count),
+    )
+
+
+def _facts(ops: Sequence[Op], tensors: Tensors, kept_shared: frozenset[str], *, training: bool) -> OpFacts:
+    values, dims = tensors.values, tensors.dims
+    kinds: dict[tuple[str, str], list[int]] = {}
+    inner: list[tuple[int, int]] = []
+    whole: list[tuple[int, int]] = []
+    view = np.array([is_view(op, values) for op in ops], dtype=np.bool_)
+    wanted = [sum(values[name].requires_grad for name in dict.fromkeys(op.inputs)) for op in ops]
+    backward = np.zeros(len(ops), dtype=np.bool_)
+    kernels = np.zeros(len(ops))
+    for i, op in enumerate(ops):
+        kind, dtype = work_kind(op), _compute_dtype(op, values)
+        kinds.setdefault((kind, "float32" if kind == "other" else dtype), []).append(i)
+        backward[i] = training and wanted[i] > 0 and any(values[name].requires_grad for name in op.outputs)
+        kernels[i] = (0.0 if view[i] and backward_kind(op) == "none" else 1.0) * (1 if kind == "other" else wanted[i])
+        made = {name for member in op.members for name in member.outputs} - set(op.outputs)
+        inner += [(i, tensors.index[name]) for name in sorted(made) if values[name].root == name]
+        if backward[i]:
+            roots = [values[values[name].root] for name in op.saved]
+            whole += [(i, tensors.index[root.name]) for root in roots if root.origin == "input"]
+        if op.is_shared:
+            whole += [(i, tensors.index[name]) for name in op.outputs if name in kept_shared]
+    return OpFacts(
+        kinds={key: np.array(found, dtype=np.int64) for key, found in sorted(kinds.items())},
+        is_view=view,
+        has_backward=backward,
+        has_batch=np.array([any(dims[name] is not None for name in (*op.inputs, *op.outputs)) for op in ops]),
+        forward_kernels=np.where(view, 0.0, 1.0),
+        backward_kernels=kernels,
+        backward_passes=np.array([BACKWARD_PASSES[backward_kind(op)] for op in ops]),
+        flops_forward=np.array([op.flops_forward for op in ops], dtype=np.float64),
+        flops_backward=np.array([op.flops_backward for op in ops], dtype=np.float64),
+        saved_extra_bytes=np.array([op.saved_extra_bytes for op in ops], dtype=np.float64),
+        inner=np.array(inner, dtype=np.int64).reshape(-1, 2),
+        whole_saved=np.array(whole, dtype=np.int64).reshape(-1, 2),
+    )
+
+
+def _compute_dtype(op: Op, values: Mapping[str, Value]) -> str:
+    """Dtype of the first floating operand, else of the first result."""
+    metas = [values[name].meta for name in (*op.inputs, *op.outputs)]
+    return next((meta.dtype for meta in metas if meta.is_floating), "float32")
+
+
+@dataclass(frozen=True)
+class KeptParameters:
+    """`stored` with its own parts; parts [all choices] of what ops read and of the optimizer's state."""
+
+    stored: Kept
+    exposed_parts: Array
+    optimizer_parts: Array
+
+
+@dataclass(frozen=True)
+class ParameterSheet:
+    """Choices of parameters. Arrays are [choice] or [choice, axis] as in `ParameterChoices`, [parameter] where stated.
+
+    Attributes:
+        storage, exposed, optimizer: how each choice cuts its parameter.
+        exposed_ids: sharding ids of what ops read.
+        gathered_from, gathered_to: sharding ids of the gather that exposes it.
+        requires_grad, block_bytes: [parameter]; block_bytes are those of all parameters of its block.
+        tensor: [parameter], row in `Tensors`.
+    """
+
+    choices: tuple[ParameterChoices, ...]
+    owners: Owners
+    storage: ShardRows
+    exposed: ShardRows
+    optimizer: ShardRows
+    exposed_ids: Codes
+    gathered_from: Codes
+    reduced: Mask
+    scattered: Mask
+    regathered: Mask
+    requires_grad: Mask
+    block_bytes: Array
+    tensor: Codes
+
+    def keep(self, sizes: Sizes, axis_sizes: Sequence[int]) -> KeptParameters:
+        """Keeps what divides evenly."""
+        (stored, a), (exposed, b), (optimizer, c) = (
+            rows.parts(sizes, axis_sizes) for rows in (self.storage, self.exposed, self.optimizer)
+        )
+        return KeptParameters(self.owners.keep(a & b & c, stored), exposed, optimizer)
+
+
+def make_parameter_sheet(
+    parameters: Sequence[Value], homes: Sequence[int], choices: Sequence[ParameterChoices], tensors: Tensors
+) -> ParameterSheet:
+    """The sheet of `parameters`, at home in the given blocks."""
+    counts = [len(found.grid.choices) for found in choices]
+    tensor = np.array([tensors.index[value.name] for value in parameters], dtype=np.int64)
+    in_block: dict[int, int] = {}
+    for value, home in zip(parameters, homes, strict=True):
+        in_block[home] = in_block.get(home, 0) + value.meta.num_bytes
+
+    exposed = np.concatenate([c.exposed for c in choices])
+
+    def rows(codes: Codes) -> ShardRows:
+        return shard_rows(np.repeat(tensor, counts), codes, tensors.width)
+
+    return ParameterSheet(
+        tuple(choices),
+        _owners(counts, [found.preferences for found in choices]),
+        storage=rows(np.concatenate([c.storage for c in choices])),
+        exposed=rows(exposed),
+        optimizer=rows(np.concatenate([c.optimizer for c in choices])),
+        exposed_ids=sharding_ids(exposed),
+        gathered_from=sharding_ids(np.concatenate([c.gathered_from for c in choices])),
+        reduced=np.concatenate([c.reduced for c in choices]),
+        scattered=np.concatenate([c.scattered for c in choices]),
+        regathered=np.concatenate([c.regathered for c in choices]),
+        requires_grad=np.array([value.requires_grad for value in parameters], dtype=np.bool_),
+        block_bytes=np.array([in_block[home] for home in homes], dtype=np.float64),
+        tensor=tensor,
+    )  # fmt: skip
