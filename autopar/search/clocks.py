@@ -15,7 +15,7 @@ power is then drawn until that time whatever the clocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -30,6 +30,12 @@ PLAN_TRIES = 300
 FRONTIER_TRIES = 60
 MOST_VISITS = 150_000
 """Tries times instructions: large pipelines get fewer tries."""
+OVERSHOOTS = (8e-4, 4e-4, 12e-4, 2e-4, 6e-4, 10e-4)
+"""Shares by which the deadlines of further relaxations lie later."""
+MOST_OVERSHOOTS = 5_000
+"""Further relaxations times instructions."""
+GOOD_GAP, FAIR_GAP = 1e-3, 1.5e-3
+"""Over the bound; a rounding as good as this needs no further relaxation, in a single plan and in a frontier."""
 BINDING = 1e-9
 """A relaxed step this share shorter than the deadline does not feel it."""
 
@@ -119,6 +125,12 @@ class ClockPlan:
         return max(0.0, self.energy_j - self.bound_j) / self.energy_j if self.energy_j > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class _Effort:
+    tries: int
+    enough_gap: float
+
+
 class ClockPlanner:
     """Plans for one pipeline; what does not depend on the deadline is computed once.
 
@@ -160,25 +172,32 @@ class ClockPlanner:
             InfeasibleError: if the fastest options miss the deadline, or the straggler does.
         """
         relaxed = self._relax(deadline_s)
-        return self._describe(deadline_s, relaxed, self._choose(deadline_s, relaxed, None, tries))
+        choices = self._choose(deadline_s, relaxed, _Effort(tries, GOOD_GAP))
+        return self._describe(deadline_s, relaxed, choices)
 
     def frontier(self, deadlines_s: Iterable[float], *, tries: int = FRONTIER_TRIES) -> tuple[ClockPlan, ...]:
         """One plan per distinct deadline, ascending; energy never rises with the deadline.
 
-        Every plan starts from the previous one too, and deadlines that no longer bind cost nothing.
+        A plan also starts from the plan before and from the relaxation after it, and deadlines that no longer bind cost
+        nothing.
 
         Raises:
             InfeasibleError: as for `plan`.
         """
+        ordered = sorted(set(deadlines_s))
+        relaxations: list[Relaxed] = []
+        for deadline_s in ordered:
+            is_loose = bool(relaxations) and not _binds(relaxations[-1], ordered[len(relaxations) - 1])
+            relaxations.append(relaxations[-1] if is_loose else self._relax(deadline_s))
         plans: list[ClockPlan] = []
         choices: list[int] | None = None
-        relaxed: Relaxed | None = None
-        for deadline_s in sorted(set(deadlines_s)):
-            if relaxed is not None and not _binds(relaxed, plans[-1].deadline_s):
+        for index, (deadline_s, relaxed) in enumerate(zip(ordered, relaxations, strict=True)):
+            if index and relaxed is relaxations[index - 1]:
                 plans.append(replace(plans[-1], deadline_s=deadline_s))
                 continue
-            relaxed = self._relax(deadline_s)
-            choices = self._choose(deadline_s, relaxed, choices, tries)
+            following = relaxations[index + 1 : index + 2]
+            near = [other for other in following if other.step_s <= deadline_s * (1 + max(OVERSHOOTS))]
+            choices = self._choose(deadline_s, relaxed, _Effort(tries, FAIR_GAP), near=near, previous=choices)
             plans.append(self._describe(deadline_s, relaxed, choices))
         return tuple(plans)
 
@@ -189,25 +208,50 @@ class ClockPlanner:
             raise InfeasibleError("deadline", f"{need_s!r} s at the fastest clocks", f"{deadline_s!r} s", (remedy,))
         return self._relaxation.solve(deadline_s)
 
-    def _choose(self, deadline_s: float, relaxed: Relaxed, previous: list[int] | None, tries: int) -> list[int]:
+    def _choose(
+        self,
+        deadline_s: float,
+        relaxed: Relaxed,
+        effort: _Effort,
+        *,
+        near: Sequence[Relaxed] = (),
+        previous: list[int] | None = None,
+    ) -> list[int]:
+        """The best of several roundings, improved.
+
+        A relaxation for a slightly later deadline can stand closer to real options; sped up until it meets this one, it
+        may then beat the rounding of this deadline's own.
+        """
         network = self._network
         target_s = deadline_s
         if not _binds(relaxed, deadline_s):
             target_s = min(deadline_s, max(relaxed.step_s * (1 + BINDING), self.fastest_s))
-        starts = [
-            round_down(network, relaxed.durations_s.tolist()),
-            round_to_finishes(network, (relaxed.starts_s + relaxed.durations_s).tolist()),
-        ]
-        found = [] if previous is None else [previous]
-        for start in [*starts, *found]:
-            for by_rate in (False, True):
-                filled = list(start)
-                repair(network, filled, target_s)
-                fill(network, filled, target_s, by_rate=by_rate)
-                found.append(filled)
-        feasible = [choices for choices in found if network.makespan_s(choices) <= deadline_s]
-        best = min(feasible or [[0] * len(network.order)], key=network.energy_j)
-        return improve(network, best, target_s, min(tries, MOST_VISITS // len(best)))
+        found = [] if previous is None else [previous, *self._fitted(previous, target_s)]
+        for one in (relaxed, *near):
+            for start in self._roundings(one):
+                found += self._fitted(start, target_s)
+        best = min(found, key=network.energy_j)
+        if target_s == deadline_s:
+            for overshoot in OVERSHOOTS[: 1 + MOST_OVERSHOOTS // len(network.order)]:
+                if network.energy_j(best) <= relaxed.bound_j * (1 + effort.enough_gap):
+                    break
+                later = self._relaxation.solve(deadline_s * (1 + overshoot))
+                fitted = (plan for start in self._roundings(later) for plan in self._fitted(start, target_s))
+                best = min([best, *fitted], key=network.energy_j)
+        return improve(network, best, target_s, min(effort.tries, MOST_VISITS // len(best)))
+
+    def _roundings(self, relaxed: Relaxed) -> tuple[list[int], list[int]]:
+        ends_s = (relaxed.starts_s + relaxed.durations_s).tolist()
+        return round_down(self._network, relaxed.durations_s.tolist()), round_to_finishes(self._network, ends_s)
+
+    def _fitted(self, start: list[int], target_s: float) -> list[list[int]]:
+        """The start sped up to meet the target and slowed down again where it can be, in two orders."""
+        fast = list(start)
+        repair(self._network, fast, target_s)
+        plans = [list(fast), list(fast)]
+        for by_rate, plan in zip((False, True), plans, strict=True):
+            fill(self._network, plan, target_s, by_rate=by_rate)
+        return plans
 
     def _describe(self, deadline_s: float, relaxed: Relaxed, choices: list[int]) -> ClockPlan:
         instructions = self._problem.instructions
