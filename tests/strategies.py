@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -41,6 +41,7 @@ class FakeSource:
     with_shared: bool = False
     forbid: float = 0.15
     reverse_labels: bool = False
+    num_clocks: int = 1
     made: dict[tuple[tuple[int, ...], int], CostTable | None] = field(default_factory=dict, compare=False)
 
     @property
@@ -51,13 +52,34 @@ class FakeSource:
         values = {op.name: Value(op.name, meta, "op", True, op.name) for op in ops}
         return OpGraph("fake", ops, values, blocks, ops[-1].name, self.batch_size)
 
-    def table(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
+    @property
+    def clocks_hz(self) -> tuple[float, ...]:
+        return tuple(1e9 - 1e8 * clock for clock in range(self.num_clocks))
+
+    def table(self, mesh: StageMesh, num_microbatches: int, clock: int = 0) -> CostTable | None:
         if self.batch_size % num_microbatches:
             return None
         key = (mesh.sizes, num_microbatches)
         if key not in self.made:
             self.made[key] = self._make(mesh, num_microbatches)
-        return self.made[key]
+        table = self.made[key]
+        return self._slowed(table, clock) if clock and table is not None else table
+
+    def _slowed(self, table: CostTable, clock: int) -> CostTable:
+        """Ops slower and thriftier by random factors that grow with the clock's index, forward and backward alike."""
+        nodes = []
+        for index, node in enumerate(table.nodes):
+            rng = np.random.default_rng([self.seed, index])
+            slow, thrifty = rng.random((2, len(node.choices)))
+            times, joules = 1 + 0.5 * clock * slow, 1 / (1 + 0.5 * clock * thrifty)
+            changed = replace(
+                node,
+                forward_s=node.forward_s * times,
+                backward_s=node.backward_s * times,
+                microbatch_j=node.microbatch_j * joules,
+            )
+            nodes.append(changed if node.kind == "op" else node)
+        return replace(table, nodes=tuple(nodes))
 
     def _make(self, mesh: StageMesh, num_microbatches: int) -> CostTable:
         rng = np.random.default_rng([self.seed, *mesh.sizes, len(mesh.sizes), num_microbatches])
@@ -162,4 +184,5 @@ def fake_sources(draw: st.DrawFn, *, memory: tuple[int, int] = (3_000, 40_000)) 
         with_parameter=draw(st.booleans()),
         with_shared=draw(st.booleans()),
         forbid=draw(st.sampled_from([0.0, 0.15, 0.4])),
+        num_clocks=draw(st.sampled_from([1, 1, 3])),
     )

@@ -103,11 +103,12 @@ class Pins:
 
 @dataclass(frozen=True, slots=True)
 class StageChoice:
-    """Blocks `start..stop-1` on one stage."""
+    """Blocks `start..stop-1` on one stage, its devices locked at `clock_hz` (0: left alone)."""
 
     start: int
     stop: int
     recompute: str
+    clock_hz: float = 0.0
 
 
 @dataclass(frozen=True)

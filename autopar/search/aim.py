@@ -84,7 +84,7 @@ class Aim:
 
     def quick(self, planes: Sequence[Plane]) -> float:
         """A bound without looking for the corner: <= `bound`."""
-        natural, limits = self.natural, self.limits
+        natural = self.natural
         least_s = max((p.level for p in planes if p.prices == Prices(1.0, 0.0)), default=0.0)
         least_j = max((p.level for p in planes if p.prices == Prices(0.0, 1.0)), default=0.0)
         if math.isinf(max((p.level for p in planes), default=0.0)):

@@ -73,12 +73,13 @@ def enumerate_plans(
     """Every admissible plan, whether it fits or not."""
     schedule = pins.schedule or "1f1b"
     cases = {
-        (s.sizes, s.num_stages, s.num_microbatches)
+        (s.sizes, s.num_stages, s.num_microbatches, clock)
         for s in list_skeletons(tables, pins, use_all=use_all, max_microbatches=max_microbatches)
+        for clock in range(len(tables.clocks_hz))
     }
-    for sizes, num_stages, num_microbatches in sorted(cases):
-        skeleton = Skeleton(num_stages, sizes, num_microbatches, "none")
-        table = tables.table(skeleton.mesh, num_microbatches)
+    for sizes, num_stages, num_microbatches, clock in sorted(cases):
+        skeleton = Skeleton(num_stages, sizes, num_microbatches, "none", (clock, clock))
+        table = tables.table(skeleton.mesh, num_microbatches, clock)
         if table is None:
             continue
         for layout in layouts(table.num_blocks, num_stages, pins.recompute, schedule):

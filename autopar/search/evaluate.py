@@ -51,9 +51,9 @@ class Layout:
         """Stage of every block."""
         return [k for k in range(self.num_stages) for _ in range(self.starts[k], self.stop(k))]
 
-    def choices(self) -> tuple[StageChoice, ...]:
+    def choices(self, clock_hz: float = 0.0) -> tuple[StageChoice, ...]:
         return tuple(
-            StageChoice(start, self.stop(k), "full" if self.recompute[k] else "none")
+            StageChoice(start, self.stop(k), "full" if self.recompute[k] else "none", clock_hz)
             for k, start in enumerate(self.starts)
         )
 

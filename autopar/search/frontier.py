@@ -19,7 +19,7 @@ from autopar.ir.cost import TableSource
 from autopar.ir.solution import Limits, Objective, Pins, Solution
 from autopar.search.infeasible import no_plan_error
 from autopar.search.shared import Progress, Space
-from autopar.search.solve import SEARCH_SHARE, check_request, make_space, solution_of
+from autopar.search.solve import SEARCH_SHARE, check_request, make_space, solution_of, useful_clocks
 from autopar.search.space import list_skeletons
 from autopar.search.stages import Question
 
@@ -61,7 +61,8 @@ def frontier(
     if num_points < 1:
         raise InputError(f"a frontier needs at least 1 point, got {num_points}")
     limits = Limits() if limits is None else limits
-    skeletons = list_skeletons(tables, pins, use_all=use_all, max_microbatches=max_microbatches)
+    clocks = useful_clocks(tables, Objective("energy"), limits)
+    skeletons = list_skeletons(tables, pins, use_all=use_all, max_microbatches=max_microbatches, clocks=clocks)
     space = make_space(tables, skeletons, pins, limits, min(END_TOLERANCE, gap_tolerance) * SEARCH_SHARE)
     space.deadline_s = None if time_limit_s is None else started + time_limit_s
     space.progress = progress

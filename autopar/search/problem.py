@@ -17,7 +17,7 @@ and WORKSPACE in bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -214,6 +214,17 @@ def make_problem(table: CostTable) -> Problem | None:
         foreign=foreign_reads(table),
         cache={},
     )
+
+
+def with_nodes(problem: Problem, table: CostTable) -> Problem:
+    """The problem of a table that differs from `problem.table` in the finite figures of its nodes alone."""
+    return replace(problem, table=table, values=_node_values(table, problem.kept), cache={})
+
+
+def between(fast: Problem, slow: Problem) -> Problem:
+    """A problem whose every figure is at most that of both, which have the same strategies."""
+    values = np.minimum(fast.values, slow.values)
+    return replace(fast, values=values, edge_values=np.minimum(fast.edge_values, slow.edge_values), cache={})
 
 
 def _plan(sizes: tuple[int, ...], scopes: Sequence[tuple[int, int]]) -> Plan:

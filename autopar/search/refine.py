@@ -86,7 +86,8 @@ class Refiner:
     def offer(self, relax: Relaxation, choice: tuple[int, ...]) -> float:
         """Make the best plan of these shardings in this direction; returns the horizon."""
         space, key = self.space, (self.skeleton, choice, relax.prices)
-        if key in space.offered:
+        is_range = self.skeleton.clocks[0] != self.skeleton.clocks[1]
+        if key in space.offered or (is_range and space.peak_power_w is not None):
             return self.asker.horizon(relax.prices)
         space.offered.add(key)
         found = best_cuts(relax.problem, choice, self.rules(), relax.prices)
@@ -96,7 +97,9 @@ class Refiner:
             figures = evaluate(relax.problem.table, space.device, layout, original)
             if figures.fits(relax.memory_bytes) and math.isfinite(figures.time_s):
                 mode = "mixed" if len(set(layout.recompute)) > 1 else "full" if layout.recompute[0] else "none"
-                self.asker.met(Plan(replace(self.skeleton, mode=mode), layout, original, figures))
+                fastest = self.skeleton.clocks[0]
+                skeleton = replace(self.skeleton, mode=mode, clocks=(fastest, fastest))
+                self.asker.met(Plan(skeleton, layout, original, figures))
         return self.asker.horizon(relax.prices)
 
     def spread(self, relax: Relaxation) -> tuple[float, tuple[int, ...] | None]:
@@ -229,8 +232,9 @@ def coarser_bound(space: Space, skeleton: Skeleton, prices: Prices) -> float:
         return -math.inf
     made = [
         (count, problem)
-        for (sizes, count), problem in space.problems.items()
+        for (sizes, count, clock), problem in space.problems.items()
         if sizes == skeleton.sizes
+        and skeleton.clocks == (clock, clock)
         and problem is not None
         and count < skeleton.num_microbatches
         and skeleton.num_microbatches % count == 0

@@ -16,12 +16,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from autopar.ir.cost import Array, CostEdge, CostNode, CostTable, Device, TableSource
+from autopar.ir.cost import CostEdge, CostNode, CostTable, Device, TableSource
 from autopar.search.aim import Plane
 from autopar.search.cuts import Prices
 from autopar.search.evaluate import MEMORY_TOLERANCE, Figures, Layout, fixed_power_w
 from autopar.search.optimist import Blocks
-from autopar.search.problem import Problem, make_problem
+from autopar.search.problem import Problem, between, make_problem, with_nodes
 from autopar.search.relax import least_bottleneck
 from autopar.search.space import FEW_TABLES, IdealBound, Skeleton
 
@@ -60,10 +60,13 @@ class Space:
     deadline_s: float | None = None
     progress: Progress | None = None
     peak_power_w: float | None = None
-    problems: dict[tuple[tuple[int, ...], int], Problem | None] = field(default_factory=dict)
-    capped: dict[tuple[tuple[int, ...], int, int], Problem | None] = field(default_factory=dict)
+    problems: dict[tuple[tuple[int, ...], int, int], Problem | None] = field(default_factory=dict)
+    ranges: dict[tuple[tuple[int, ...], int, tuple[int, int]], Problem | None] = field(default_factory=dict)
+    capped: dict[tuple[tuple[int, ...], int, int, int], Problem | None] = field(default_factory=dict)
     parts: dict[int, Blocks] = field(default_factory=dict)
-    sums: dict[tuple[tuple[int, ...], int, int], tuple[float, float, float] | None] = field(default_factory=dict)
+    sums: dict[tuple[tuple[int, ...], int, int, tuple[int, int]], tuple[float, float, float] | None] = field(
+        default_factory=dict
+    )
     planes: dict[Skeleton, list[Plane]] = field(default_factory=dict)
     met: list[Plan] = field(default_factory=list)
     offered: set[tuple[Skeleton, tuple[int, ...], Prices]] = field(default_factory=set)
@@ -86,20 +89,39 @@ class Space:
     def fixed_w(self, num_gpus: int) -> float:
         return fixed_power_w(self.device, num_gpus)
 
-    def uncapped(self, sizes: tuple[int, ...], num_microbatches: int) -> Problem | None:
+    def uncapped(self, sizes: tuple[int, ...], num_microbatches: int, clock: int = 0) -> Problem | None:
         """The problem of a table, whatever its strategies draw."""
-        key = (sizes, num_microbatches)
+        key = (sizes, num_microbatches, clock)
         if key not in self.problems:
-            table = self.source.table(Skeleton(1, sizes, num_microbatches, "none").mesh, num_microbatches)
-            self.problems[key] = make_problem(table) if table is not None else None
+            mesh = Skeleton(1, sizes, num_microbatches, "none").mesh
+            fast = self.uncapped(sizes, num_microbatches) if clock else None
+            table = None if clock and fast is None else self.source.table(mesh, num_microbatches, clock)
+            if table is None:
+                self.problems[key] = None
+            else:
+                self.problems[key] = make_problem(table) if fast is None else with_nodes(fast, table)
         return self.problems[key]
 
+    def _range(self, skeleton: Skeleton) -> Problem | None:
+        """What bounds every clock of a range: times of the first, energies of the last."""
+        key = (skeleton.sizes, skeleton.num_microbatches, skeleton.clocks)
+        if key not in self.ranges:
+            fast, slow = (self.uncapped(skeleton.sizes, skeleton.num_microbatches, c) for c in skeleton.clocks)
+            self.ranges[key] = between(fast, slow) if fast is not None and slow is not None else None
+        return self.ranges[key]
+
     def problem(self, skeleton: Skeleton) -> Problem | None:
-        """The problem of a skeleton without what breaks the peak power limit; None: nothing is admissible."""
-        problem = self.uncapped(skeleton.sizes, skeleton.num_microbatches)
+        """The problem of a skeleton; that of a leaf without what breaks the peak power limit.
+
+        None: nothing is admissible.
+        """
+        first, last = skeleton.clocks
+        if first != last:
+            return self._range(skeleton)
+        problem = self.uncapped(skeleton.sizes, skeleton.num_microbatches, first)
         if problem is None or self.peak_power_w is None:
             return problem
-        key = (skeleton.sizes, skeleton.num_microbatches, skeleton.num_gpus)
+        key = (skeleton.sizes, skeleton.num_microbatches, skeleton.num_gpus, first)
         if key not in self.capped:
             free_w = self.peak_power_w - self.fixed_w(skeleton.num_gpus)
             self.capped[key] = below_power(problem, free_w / skeleton.num_gpus) if free_w >= 0 else None
@@ -107,13 +129,15 @@ class Space:
 
     def ideal_sums(self, skeleton: Skeleton) -> tuple[float, float, float] | None:
         """(seconds of all stages, joules, seconds of the slowest stage) of perfect splits; None where nothing fits."""
-        key = (skeleton.sizes, skeleton.num_microbatches, skeleton.num_stages)
+        key = (skeleton.sizes, skeleton.num_microbatches, skeleton.num_stages, skeleton.clocks)
         if key not in self.sums:
             self.sums[key] = self._ideal_sums(skeleton)
         return self.sums[key]
 
     def _ideal_sums(self, skeleton: Skeleton) -> tuple[float, float, float] | None:
-        blocks = self.ideal.blocks(skeleton.sizes, skeleton.num_microbatches) if self.ideal is not None else None
+        if self.ideal is None:
+            return None
+        blocks = self.ideal.blocks(skeleton.sizes, skeleton.num_microbatches, skeleton.clocks)
         if blocks is None:
             return None
         stages = skeleton.num_stages

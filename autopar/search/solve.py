@@ -55,9 +55,15 @@ def search(
     """
     started = time.monotonic()
     check_request(pins, gap_tolerance)
-    skeletons = list_skeletons(tables, pins, use_all=use_all, max_microbatches=max_microbatches)
-    deadline = None if time_limit_s is None else started + time_limit_s
     limits = Limits() if limits is None else limits
+    skeletons = list_skeletons(
+        tables,
+        pins,
+        use_all=use_all,
+        max_microbatches=max_microbatches,
+        clocks=useful_clocks(tables, objective, limits),
+    )
+    deadline = None if time_limit_s is None else started + time_limit_s
     space = make_space(tables, skeletons, pins, limits, gap_tolerance * SEARCH_SHARE)
     space.deadline_s, space.progress = deadline, progress
     question = Question(space, objective, limits)
@@ -67,6 +73,14 @@ def search(
             raise SolverLimitError(f"no plan found within {time_limit_s} s; allow more time or pin more choices")
         raise no_plan_error(space, pins, limits)
     return solution_of(question, gap_tolerance, time.monotonic() - started)
+
+
+def useful_clocks(tables: TableSource, objective: Objective, limits: Limits) -> tuple[int, int]:
+    """First and last clock worth looking at: none but the highest where joules and watts do not matter."""
+    watts = (limits.energy_j, limits.average_power_w, limits.peak_power_w)
+    if objective.kind == "time" and all(limit is None for limit in watts):
+        return 0, 0
+    return 0, len(tables.clocks_hz) - 1
 
 
 def make_space(
@@ -122,13 +136,14 @@ def check_request(pins: Pins, gap_tolerance: float) -> None:
 
 def decisions_of(space: Space, plan: Plan) -> Decisions:
     """Spell a plan out by op, value and parameter name."""
-    problem = space.uncapped(plan.skeleton.sizes, plan.skeleton.num_microbatches)
+    clock = plan.skeleton.clocks[0]
+    problem = space.uncapped(plan.skeleton.sizes, plan.skeleton.num_microbatches, clock)
     if problem is None:
         raise SolverLimitError("the table of the chosen mesh is gone")
-    return spell_out(problem.table, plan, space.schedule)
+    return spell_out(problem.table, plan, space.schedule, space.source.clocks_hz[clock] if clock else 0.0)
 
 
-def spell_out(table: CostTable, plan: Plan, schedule: str) -> Decisions:
+def spell_out(table: CostTable, plan: Plan, schedule: str, clock_hz: float = 0.0) -> Decisions:
     """Decisions of a choice of strategies: every concrete op, hub and parameter of tied nodes gets its own entry."""
     found: dict[str, dict[str, object]] = {"op": {}, "hub": {}, "param": {}}
     for node, p in zip(table.nodes, plan.choice, strict=True):
@@ -139,7 +154,7 @@ def spell_out(table: CostTable, plan: Plan, schedule: str) -> Decisions:
         mesh=table.mesh,
         num_microbatches=table.num_microbatches,
         schedule=schedule,
-        stages=plan.layout.choices(),
+        stages=plan.layout.choices(clock_hz),
         ops=ordered["op"],  # type: ignore[arg-type]
         hubs=ordered["hub"],  # type: ignore[arg-type]
         parameters=ordered["param"],  # type: ignore[arg-type]

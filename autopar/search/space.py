@@ -40,12 +40,17 @@ MODES = {"none": (False,), "full": (True,), "mixed": (False, True)}
 
 @dataclass(frozen=True, order=True)
 class Skeleton:
-    """One corner of the space; `order` makes ties deterministic."""
+    """One corner of the space; `order` makes ties deterministic.
+
+    `clocks` is a range, first to last inclusive, of indices into the source's `clocks_hz`: all stages run at one of
+    them. A range of one is a leaf; a longer one stands for all its leaves and is split by the search.
+    """
 
     num_stages: int
     sizes: tuple[int, ...]
     num_microbatches: int
     mode: str
+    clocks: tuple[int, int] = (0, 0)
 
     @property
     def mesh(self) -> StageMesh:
@@ -115,9 +120,14 @@ def _meshes(graph: OpGraph, limit: int, pins: Pins, *, exactly: bool) -> Iterato
 
 
 def list_skeletons(
-    source: TableSource, pins: Pins, *, use_all: bool, max_microbatches: int | None
+    source: TableSource,
+    pins: Pins,
+    *,
+    use_all: bool,
+    max_microbatches: int | None,
+    clocks: tuple[int, int] = (0, 0),
 ) -> tuple[Skeleton, ...]:
-    """All skeletons in a fixed order.
+    """All skeletons in a fixed order, each with the whole range of `clocks`.
 
     Raises:
         InputError: if the pins ask for more devices, stages or microbatches than there are.
@@ -133,7 +143,7 @@ def list_skeletons(
             continue
         modes = [pins.recompute] if pins.recompute else ["none", "full", "mixed"][: 2 + (num_stages > 1)]
         for sizes in _meshes(source.graph, num_gpus // num_stages, pins, exactly=use_all):
-            found += [Skeleton(num_stages, sizes, count, mode) for count in counts for mode in modes]
+            found += [Skeleton(num_stages, sizes, count, mode, clocks) for count in counts for mode in modes]
     if not found:
         raise InputError(_empty_space(num_gpus, pins, use_all=use_all))
     if pins.pp is not None and pins.pp > num_blocks:
@@ -150,29 +160,30 @@ def _empty_space(num_gpus: int, pins: Pins, *, use_all: bool) -> str:
 class IdealBound:
     """Per-block time, energy and state of perfect splits; see the module docstring.
 
-    `blocks(sizes, M)` gives [3, num_blocks + 1]: loaded seconds of one stage device, joules of a step over all
-    devices, state bytes of one device; the last column is shared entries.
+    `blocks(sizes, M, clocks)` gives [3, num_blocks + 1]: loaded seconds of one stage device at the first clock, joules
+    of a step over all devices at the last, state bytes of one device; the last column is shared entries.
     """
 
     def __init__(self, source: TableSource) -> None:
         self._source = source
         self._dims = _dims_by_op(source.graph)
-        self._base: dict[int, tuple[Array, Array, list[str]] | None] = {}
+        self._base: dict[tuple[int, int], tuple[Array, Array, list[str]] | None] = {}
         self._splits: dict[tuple[int, ...], Array] = {}
-        self._blocks: dict[tuple[tuple[int, ...], int], Array | None] = {}
+        self._blocks: dict[tuple[tuple[int, ...], int, tuple[int, int]], Array | None] = {}
 
-    def blocks(self, sizes: tuple[int, ...], num_microbatches: int) -> Array | None:
+    def blocks(self, sizes: tuple[int, ...], num_microbatches: int, clocks: tuple[int, int] = (0, 0)) -> Array | None:
         """None where even one device has no table."""
-        key = (sizes, num_microbatches)
+        key = (sizes, num_microbatches, clocks)
         if key not in self._blocks:
-            self._blocks[key] = self._make(sizes, num_microbatches)
+            self._blocks[key] = self._make(sizes, num_microbatches, clocks)
         return self._blocks[key]
 
-    def _make(self, sizes: tuple[int, ...], num_microbatches: int) -> Array | None:
-        base = self._one_device(num_microbatches)
-        if base is None:
+    def _make(self, sizes: tuple[int, ...], num_microbatches: int, clocks: tuple[int, int]) -> Array | None:
+        fast, slow = (self._one_device(num_microbatches, clock) for clock in clocks)
+        if fast is None or slow is None:
             return None
-        values, count, names = base
+        values, count, names = fast
+        values = np.array([values[0], slow[0][1], values[2]])
         num_devices = math.prod(sizes)
         if sizes not in self._splits:
             self._splits[sizes] = np.array([self._split(name, sizes) for name in names], dtype=np.float64)
@@ -186,11 +197,12 @@ class IdealBound:
             return math.prod(sizes)
         return math.prod(size for size in sizes if any(dim % size == 0 for dim in dims))
 
-    def _one_device(self, num_microbatches: int) -> tuple[Array, Array, list[str]] | None:
-        if num_microbatches not in self._base:
-            table = self._source.table(stage_mesh(1), num_microbatches)
+    def _one_device(self, num_microbatches: int, clock: int) -> tuple[Array, Array, list[str]] | None:
+        key = (num_microbatches, clock)
+        if key not in self._base:
+            table = self._source.table(stage_mesh(1), num_microbatches, clock)
             if table is None:
-                self._base[num_microbatches] = None
+                self._base[key] = None
                 return None
             count = np.zeros((len(table.nodes), table.num_blocks + 1))
             for row, node in enumerate(table.nodes):
@@ -202,8 +214,8 @@ class IdealBound:
                     [np.min(n.state_bytes) for n in table.nodes],
                 ]
             )
-            self._base[num_microbatches] = values, count, [n.name for n in table.nodes]
-        return self._base[num_microbatches]
+            self._base[key] = values, count, [n.name for n in table.nodes]
+        return self._base[key]
 
 
 def _dims_by_op(graph: OpGraph) -> dict[str, frozenset[int]]:

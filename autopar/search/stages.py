@@ -5,14 +5,14 @@ Each skeleton carries a lower bound on the objective, and the one with the least
 (`aim`); a plain question needs one direction, others add directions where the corner of the least objective lies.
 
 A skeleton is closed when its bound reaches incumbent * (1 - tolerance); the least bound of all closed skeletons is the
-answer's.
+answer's. One that stands for a range of clocks is split in two after its table.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autopar.ir.solution import Limits, Objective
 from autopar.search.aim import Aim, Plane
@@ -26,6 +26,13 @@ ROUNDING = 1e-9
 MOST_PLANES = 24
 """Planes made per skeleton for one question."""
 LEVELS = ("coarser", "table", "memory", "layouts")
+
+
+def _halves(skeleton: Skeleton) -> tuple[Skeleton, Skeleton]:
+    """The faster and the slower half of a range of clocks."""
+    first, last = skeleton.clocks
+    middle = (first + last) // 2
+    return replace(skeleton, clocks=(first, middle)), replace(skeleton, clocks=(middle + 1, last))
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,10 @@ class Question:
                 return self.run()
             if level == len(LEVELS) - 1 or refined >= self.cutoff:
                 self.bounds[skeleton] = refined
+            elif LEVELS[level] == "table" and skeleton.clocks[0] != skeleton.clocks[1]:
+                del self.bounds[skeleton]
+                for half in _halves(skeleton):
+                    heapq.heappush(heap, (max(refined, self._quick(half)), 0, half))
             else:
                 heapq.heappush(heap, (refined, level + 1, skeleton))
         best_bound = min([*self.bounds.values(), self.value])
