@@ -18,8 +18,9 @@ from typing import Any, TypeAlias, TypeVar, overload
 from autopar.errors import InputError
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import load_plan
-from autopar.ir.solution import Objective, Pins
+from autopar.ir.solution import Limits, Objective, Pins
 from autopar.planner.detect import choose_gpu
+from autopar.planner.objective import cost_objective
 from autopar.planner.plan import PlanRequest, plan_model, plan_source
 from autopar.planner.session import Session, TrainingOptions, open_session
 from autopar.planner.sources import source_of, step_source
@@ -41,6 +42,9 @@ def plan(
     options: Mapping[str, str] | None = None,
     example_batch: Any = None,
     pins: Pins | None = None,
+    limits: Limits | None = None,
+    gpu_hour_price: float | None = None,
+    energy_price: float | None = None,
     use_all: bool = False,
     time_limit_s: float | None = None,
 ) -> Plan:
@@ -52,6 +56,8 @@ def plan(
         gpu: name of a device (`autopar gpus`); None: what this machine has.
         options: of a source file, as text, like `--set`.
         example_batch: for an `nn.Module`: a tensor, tuple or dict.
+        limits: deadline, energy budget and power caps of a step.
+        gpu_hour_price, energy_price: for the objective `cost`: per GPU and hour, and per kWh.
 
     Raises:
         InputError, CaptureError: the model or an argument is wrong.
@@ -62,7 +68,8 @@ def plan(
         gpu=gpu,
         gpus_per_node=gpus_per_node,
         memory_bytes=memory_bytes,
-        objective=_objective(objective),
+        objective=_objective(objective, gpu_hour_price, energy_price),
+        limits=limits or Limits(),
         pins=pins or Pins(),
         batch_size=batch_size,
         use_all=use_all,
@@ -198,9 +205,13 @@ def _request_here(settings: Mapping[str, Any]) -> PlanRequest:
     return PlanRequest(**{"num_gpus": 1, **settings, "gpu": gpu})
 
 
-def _objective(objective: str | Objective) -> Objective:
+def _objective(
+    objective: str | Objective, gpu_hour_price: float | None = None, energy_price: float | None = None
+) -> Objective:
     if isinstance(objective, Objective):
         return objective
+    if objective == "cost":
+        return cost_objective(gpu_hour_price, energy_price)
     try:
         return Objective(objective)
     except ValueError as error:

@@ -29,6 +29,7 @@ NAMES = [
 ]
 
 PLANNING = {"--batch", "--energy-weight", "--gap", "--gpu", "--gpus", "--gpus-per-node", "--memory", "--objective"}
+PLANNING |= {"--deadline", "--energy-budget", "--energy-price", "--gpu-hour-price", "--peak-power", "--power-cap"}
 PLANNING |= {"--pin", "--profile", "--time-limit", "--time-weight", "--use-all"}
 OPTIONS = {
     "plan": PLANNING | {"--json", "--out", "--set"},

@@ -8,66 +8,68 @@ from typing import Any, TypeVar
 
 import click
 
+from autopar.cli.quantities import parse_bytes, parse_joules, parse_seconds, parse_watts
 from autopar.errors import InputError
 from autopar.ir.pipeline import SCHEDULES
-from autopar.ir.solution import OBJECTIVES, RECOMPUTE, Objective, Pins
+from autopar.ir.solution import OBJECTIVES, RECOMPUTE, Limits, Objective, Pins
 from autopar.planner.detect import detect_gpus
+from autopar.planner.objective import cost_objective
 from autopar.planner.plan import PlanRequest
-from autopar.units import GB, GIB, KB, KIB, MB, MIB, TB, TIB
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-BYTES_BY_SUFFIX = {
-    "": 1,
-    "b": 1,
-    "mb": MB,
-    "mib": MIB,
-    "kb": KB,
-    "kib": KIB,
-    "gb": GB,
-    "gib": GIB,
-    "g": GIB,
-    "tb": TB,
-    "tib": TIB,
-}
-SECONDS_BY_SUFFIX = {"": 1.0, "s": 1.0, "ms": 1e-3, "m": 60.0, "min": 60.0, "h": 3600.0}
+N = TypeVar("N", int, float)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there.")
+cache_option = click.option(
+    "--no-cache", "use_cache", is_flag=True, default=True, flag_value=False, help="Neither use nor keep cached results."
+)
 set_option = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the model, e.g. layers=8. Repeatable."
 )
 
 
+SPACE_OPTIONS = (
+    click.option(
+        "--gpus", type=int, metavar="N", help="Ceiling on the number of GPUs; default: those found here, or 1."
+    ),
+    click.option("--gpu", metavar="NAME", help="GPU to plan for (see 'autopar gpus'); default: what is found here."),
+    click.option("--gpus-per-node", type=int, metavar="N", help="GPUs that share the fast link."),
+    click.option("--memory", metavar="SIZE", help="Usable memory of one GPU, e.g. 46GiB."),
+    click.option("--batch", type=int, metavar="N", help="Global batch; default: that of example_batch()."),
+    click.option(
+        "--pin", "pin_text", metavar="KEY=VALUE,...", help="Fix dp, tp, pp, m, mbs, recompute, schedule, zero."
+    ),
+    click.option("--use-all", is_flag=True, help="Use exactly --gpus GPUs, even where fewer are better."),
+    click.option("--time-limit", metavar="TIME", help="Stop the search after this long, e.g. 30s; the best is kept."),
+    click.option(
+        "--profile",
+        metavar="FILE",
+        help="Measured rows to prefer to the model; 'none': no rows. Default: the store of 'autopar profile'.",
+    ),
+)
+OBJECTIVE_OPTIONS = (
+    click.option("--objective", default="time", show_default=True, metavar="|".join(OBJECTIVES)),
+    click.option("--time-weight", type=float, default=1.0, show_default=True, help="Per second, for weighted."),
+    click.option("--energy-weight", type=float, default=1.0, show_default=True, help="Per joule, for weighted."),
+    click.option("--gpu-hour-price", type=float, metavar="PRICE", help="Per GPU and hour, for cost."),
+    click.option("--energy-price", type=float, metavar="PRICE", help="Per kWh in the same currency, for cost."),
+    click.option("--gap", type=float, default=1e-3, show_default=True, help="Relative gap at which to stop."),
+)
+LIMIT_OPTIONS = (
+    click.option("--deadline", metavar="TIME", help="Longest step allowed, e.g. 2.5s."),
+    click.option("--energy-budget", metavar="ENERGY", help="Most energy a step may take, e.g. 1.2kJ."),
+    click.option("--power-cap", metavar="POWER", help="Most average power, e.g. 40kW; steps are paced to keep it."),
+    click.option("--peak-power", metavar="POWER", help="Most power at any moment, e.g. 50kW."),
+)
+
+
 def request_options(command: F) -> F:
     """The options that `build_request` reads."""
-    options = (
-        click.option(
-            "--gpus", type=int, metavar="N", help="Ceiling on the number of GPUs; default: those found here, or 1."
-        ),
-        click.option(
-            "--gpu", metavar="NAME", help="GPU to plan for (see 'autopar gpus'); default: what is found here."
-        ),
-        click.option("--gpus-per-node", type=int, metavar="N", help="GPUs that share the fast link."),
-        click.option("--memory", metavar="SIZE", help="Usable memory of one GPU, e.g. 46GiB."),
-        click.option("--objective", default="time", show_default=True, metavar="|".join(OBJECTIVES)),
-        click.option("--time-weight", type=float, default=1.0, show_default=True, help="Per second, for weighted."),
-        click.option("--energy-weight", type=float, default=1.0, show_default=True, help="Per joule, for weighted."),
-        click.option("--batch", type=int, metavar="N", help="Global batch; default: that of example_batch()."),
-        click.option(
-            "--pin", "pin_text", metavar="KEY=VALUE,...", help="Fix dp, tp, pp, m, mbs, recompute, schedule, zero."
-        ),
-        click.option("--use-all", is_flag=True, help="Use exactly --gpus GPUs, even where fewer are better."),
-        click.option(
-            "--time-limit", metavar="TIME", help="Stop the search after this long, e.g. 30s; the best is kept."
-        ),
-        click.option("--gap", type=float, default=1e-3, show_default=True, help="Relative gap at which to stop."),
-        click.option(
-            "--profile",
-            metavar="FILE",
-            help="Measured rows to prefer to the model; 'none': no rows. Default: the store of 'autopar profile'.",
-        ),
-    )
-    for option in reversed(options):
+    return _with_options(command, SPACE_OPTIONS, OBJECTIVE_OPTIONS, LIMIT_OPTIONS)
+
+
+def _with_options(command: F, *groups: tuple[Callable[[F], F], ...]) -> F:
+    for option in reversed([option for group in groups for option in group]):
         command = option(command)
     return command
 
@@ -75,29 +77,53 @@ def request_options(command: F) -> F:
 def build_request(options: Mapping[str, Any]) -> PlanRequest:
     """The request that the options of `request_options` describe. Raises InputError."""
     batch = options["batch"]
-    memory = options["memory"]
-    limit = options["time_limit"]
     if not 0 <= options["gap"] < 1:
         raise InputError(f"--gap must be at least 0 and below 1, got {options['gap']}")
     return PlanRequest(
         num_gpus=max(1, len(detect_gpus())) if options["gpus"] is None else options["gpus"],
         gpu=options["gpu"],
         gpus_per_node=options["gpus_per_node"],
-        memory_bytes=None if memory is None else parse_bytes(memory),
+        memory_bytes=_quantity(options, "memory", parse_bytes),
         objective=_objective(options),
+        limits=_limits(options),
         pins=parse_pins(options["pin_text"] or "", batch),
         profile=options["profile"],
         batch_size=batch,
         use_all=options["use_all"],
-        time_limit_s=None if limit is None else parse_seconds(limit),
+        time_limit_s=_quantity(options, "time_limit", parse_seconds),
         gap_tolerance=options["gap"],
     )
+
+
+def _limits(options: Mapping[str, Any]) -> Limits:
+    return Limits(
+        deadline_s=_quantity(options, "deadline", parse_seconds),
+        energy_j=_quantity(options, "energy_budget", parse_joules),
+        average_power_w=_quantity(options, "power_cap", parse_watts),
+        peak_power_w=_quantity(options, "peak_power", parse_watts),
+    )
+
+
+def _quantity(options: Mapping[str, Any], name: str, parse: Callable[[str], N]) -> N | None:
+    """The option as a number, None if it is not given; an error names the flag."""
+    text = options[name]
+    if text is None:
+        return None
+    try:
+        return parse(text)
+    except InputError as error:
+        raise InputError(f"--{name.replace('_', '-')}: {error}") from error
 
 
 def _objective(options: Mapping[str, Any]) -> Objective:
     kind = options["objective"]
     if kind not in OBJECTIVES:
         raise InputError(f"unknown objective {kind!r}; one of {', '.join(OBJECTIVES)}")
+    prices = (options["gpu_hour_price"], options["energy_price"])
+    if kind == "cost":
+        return cost_objective(*prices)
+    if prices != (None, None):
+        raise InputError("--gpu-hour-price and --energy-price are for --objective cost")
     if kind != "weighted":
         return Objective(kind)
     weights = (options["time_weight"], options["energy_weight"])
@@ -157,20 +183,3 @@ def _num_microbatches(microbatch_size: int, batch_size: int | None) -> int:
             f"--pin mbs={microbatch_size}: a batch of {batch_size} does not divide into microbatches of it"
         )
     return batch_size // microbatch_size
-
-
-def parse_bytes(text: str) -> int:
-    """`46GiB`, `80GB`, `1024` to bytes. Raises InputError."""
-    return int(_parse_scaled(text, BYTES_BY_SUFFIX, "a size such as 46GiB or 80GB"))
-
-
-def parse_seconds(text: str) -> float:
-    """`30s`, `500ms`, `2min` to seconds. Raises InputError."""
-    return _parse_scaled(text, SECONDS_BY_SUFFIX, "a time such as 30s or 2min")
-
-
-def _parse_scaled(text: str, factors: Mapping[str, float], expected: str) -> float:
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].lower() not in factors or float(match[1]) == 0:
-        raise InputError(f"{text!r} is not {expected}")
-    return float(match[1]) * factors[match[2].lower()]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from autopar.cli.options import parse_bytes, parse_pins, parse_seconds
+from autopar.cli.options import parse_pins
+from autopar.cli.quantities import parse_bytes, parse_joules, parse_seconds, parse_watts
 from autopar.errors import InputError
 from autopar.ir.serialize import load_plan, plan_digest
 from autopar.ir.solution import Pins
@@ -47,6 +48,28 @@ def test_same_inputs_give_the_same_plan(objective: str, cli: Cli) -> None:
     for name in ("a.json", "b.json"):
         assert cli(*PLAN, "--objective", objective, "--out", name).code == 0
     assert plan_digest(load_plan("a.json")) == plan_digest(load_plan("b.json"))
+
+
+def test_limits_are_kept_and_written(cli: Cli) -> None:
+    free = cli(*PLAN, "--json").json["predicted"]
+    watts = 0.8 * free["average_power_w"]["value"]
+    flags = ("--power-cap", f"{watts:.3f}W", "--deadline", "1s", "--energy-budget", "1kJ", "--peak-power", "2kW")
+    content = cli(*PLAN, *flags, "--json").json
+    assert content["limits"]["average_power_w"] == pytest.approx(watts, rel=1e-4)
+    assert content["limits"] | {"average_power_w": 0} == {
+        "deadline_s": 1.0, "energy_j": 1000.0, "average_power_w": 0, "peak_power_w": 2000.0,
+    }  # fmt: skip
+    assert content["predicted"]["average_power_w"]["value"] <= watts * (1 + 1e-6)
+
+
+def test_cost_is_gpu_hours_and_energy_at_the_prices_given(cli: Cli) -> None:
+    priced = ("--objective", "cost", "--gpu-hour-price", "2", "--energy-price", "0.36")
+    content = cli(*PLAN, *priced, "--json").json
+    predicted, used = content["predicted"], 1
+    for axis in content["decisions"]["mesh"].split(","):
+        used *= int(axis.partition("=")[2])
+    cost = 2 / 3600 * used * predicted["step_time_s"]["value"] + 1e-7 * predicted["energy_j"]["value"]
+    assert content["solver"]["objective"] == pytest.approx(cost)
 
 
 def test_pins_are_obeyed(cli: Cli) -> None:
@@ -121,6 +144,23 @@ def test_bad_pins(text: str) -> None:
 @pytest.mark.parametrize(("text", "size"), [("46GiB", 46 * 2**30), ("80 GB", 80 * 10**9), ("1.5kb", 1500), ("7", 7)])
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(("text", "joules"), [("1.2kJ", 1200), ("2 MJ", 2e6), ("3mJ", 3e-3), ("1kWh", 3.6e6), ("7", 7)])
+def test_energies(text: str, joules: float) -> None:
+    assert parse_joules(text) == pytest.approx(joules)
+
+
+@pytest.mark.parametrize(("text", "watts"), [("40kW", 40e3), ("700W", 700), ("0.5MW", 5e5)])
+def test_powers(text: str, watts: float) -> None:
+    assert parse_watts(text) == pytest.approx(watts)
+
+
+@pytest.mark.parametrize("text", ["1KJ", "1kj", "40 kilowatts", "-3W", "inf", "1e3W"])
+def test_ambiguous_units_are_refused(text: str) -> None:
+    for parse in (parse_joules, parse_watts):
+        with pytest.raises(InputError):
+            parse(text)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("500ms", 0.5), ("2min", 120), ("1", 1)])
