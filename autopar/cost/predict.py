@@ -114,6 +114,31 @@ def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> t
     return tuple(stages)
 
 
+def _at_clocks(tables: CostTables, decisions: Decisions) -> tuple[StageCost, ...]:
+    """Sums of every stage at the clock of its devices."""
+    clocks = [_clock_index(tables, stage.clock_hz) for stage in decisions.stages]
+    by_clock: dict[int, tuple[StageCost, ...]] = {}
+    for clock in sorted(set(clocks)):
+        table = tables.table(decisions.mesh, decisions.num_microbatches, clock)
+        if table is not None:
+            by_clock[clock] = stage_costs(tables, table, decisions)
+    return tuple(by_clock[clock][k] for k, clock in enumerate(clocks))
+
+
+def _clock_index(tables: CostTables, clock_hz: float) -> int:
+    """Index into the clocks of the cluster; 0 for devices left alone.
+
+    Raises:
+        PlanMismatchError: the cluster's devices have no such clock.
+    """
+    known = tables.clocks_hz
+    if not clock_hz:
+        return 0
+    if clock_hz not in known:
+        raise PlanMismatchError(f"the plan locks clocks at {clock_hz / 1e6:.0f} MHz, which these devices have not")
+    return known.index(clock_hz)
+
+
 def _occurrences(table: CostTable, stage_of: list[int]) -> Iterator[tuple[int, int, int]]:
     """(node, stage, block) of everything a stage computes or holds."""
     readers: dict[tuple[int, int], set[int]] = {}
@@ -190,7 +215,7 @@ def predict(tables: CostTables, decisions: Decisions) -> Prediction:
     table = tables.table(decisions.mesh, decisions.num_microbatches)
     if table is None:
         raise PlanMismatchError(f"the batch does not divide into {decisions.num_microbatches} microbatches")
-    costs = stage_costs(tables, table, decisions)
+    costs = _at_clocks(tables, decisions)
     time_s = max(timeline_of(tables, costs, decisions).makespan_s, decisions.pace_s)
     return _prediction(tables.cluster, decisions, costs, time_s, table.labels)
 

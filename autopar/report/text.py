@@ -25,7 +25,7 @@ def plan_report(plan: Plan, graph: OpGraph | None = None, path: str | None = Non
     parts = [_header(plan), _decision(plan), _figures(plan), _stage_table(plan)]
     if graph is not None:
         parts.append(describe_blocks(plan.decisions, graph))
-    parts += [_closing(plan), _hints(path) if path is not None else []]
+    parts += [_closing(plan), closing_hints(path) if path is not None else []]
     return "\n".join("\n".join(part) for part in parts if part)
 
 
@@ -85,8 +85,24 @@ def _decision(plan: Plan) -> list[str]:
     recompute = Counter(stage.recompute for stage in decisions.stages)
     words = ", ".join(f"{name} on {count} stage{'s' * (count > 1)}" for name, count in sorted(recompute.items()))
     lines += wrapped("", f"recompute: {words}")
+    lines += _clocks(plan)
     lines += [line for i in range(len(decisions.mesh.axes)) for line in _parameters_on_axis(plan, i)]
     return [*lines, ""]
+
+
+def _clocks(plan: Plan) -> list[str]:
+    """Locked clocks and waiting, where there are any."""
+    lines = []
+    clocks = Counter(stage.clock_hz for stage in plan.decisions.stages)
+    if set(clocks) != {0.0}:
+        words = ", ".join(
+            f"{f'{hz / 1e6:.0f} MHz' if hz else 'the highest'} on {count} stage{'s' * (count > 1)}"
+            for hz, count in sorted(clocks.items())
+        )
+        lines += wrapped("", f"clocks locked at {words}")
+    if plan.decisions.pace_s:
+        lines += wrapped("", f"steps begin {format_seconds(plan.decisions.pace_s)} apart, to keep the average power")
+    return lines
 
 
 def _parameters_on_axis(plan: Plan, axis: int) -> list[str]:
@@ -159,7 +175,8 @@ def _notes(notes: Sequence[str]) -> Iterator[str]:
         yield from wrapped("Note", note)
 
 
-def _hints(path: str) -> list[str]:
+def closing_hints(path: str) -> list[str]:
+    """What to do next with the plan file."""
     commands = [f"autopar {verb} {path}" for verb in ("run", "verify", "explain")]
     return [
         "",

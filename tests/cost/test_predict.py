@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from autopar.cost.hardware import load_cluster
 from autopar.cost.predict import predict, stage_costs, timeline_of, transfers_s
 from autopar.cost.table import CostTables
 from autopar.errors import PlanMismatchError
@@ -102,6 +103,19 @@ def test_waiting_for_the_pace_costs_fixed_power_alone() -> None:
     assert paced.average_power_w.value < free.average_power_w.value
     assert paced.peak_power_w.value == free.peak_power_w.value
     assert predict(tables, replace(plan, pace_s=0.5 * free.step_time_s.value)) == free
+
+
+def test_each_stage_is_priced_at_its_own_clock() -> None:
+    tables = CostTables(GRAPHS["residual"], load_cluster("h100-sxm-80gb", 4))
+    plan, slow = whole_plan(tables), tables.clocks_hz[-1]
+    first = replace(plan, stages=(replace(plan.stages[0], clock_hz=slow), plan.stages[1]))
+    both = replace(plan, stages=tuple(replace(stage, clock_hz=slow) for stage in plan.stages))
+    free, mixed, locked = (predict(tables, decisions) for decisions in (plan, first, both))
+    assert (mixed.stages[0], mixed.stages[1]) == (locked.stages[0], free.stages[1])
+    assert locked.stages[0].forward_s.value > free.stages[0].forward_s.value
+    assert locked.energy_by_cause["dynamic"] < mixed.energy_by_cause["dynamic"] < free.energy_by_cause["dynamic"]
+    with pytest.raises(PlanMismatchError, match="clocks"):
+        predict(tables, replace(plan, stages=tuple(replace(stage, clock_hz=7.0) for stage in plan.stages)))
 
 
 def test_every_figure_is_labelled_and_bracketed() -> None:

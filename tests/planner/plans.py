@@ -66,7 +66,10 @@ def decisions(draw: st.DrawFn) -> Decisions:
         mesh=stage_mesh(*sizes),
         num_microbatches=draw(st.sampled_from([1, 2, 4])),
         schedule=draw(st.sampled_from(["1f1b", "gpipe"])),
-        stages=tuple(StageChoice(s, s + w, r) for s, w, r in zip(starts, widths, recompute, strict=True)),
+        stages=tuple(
+            StageChoice(s, s + w, r, draw(st.sampled_from([0.0, 1.2e9])))
+            for s, w, r in zip(starts, widths, recompute, strict=True)
+        ),
         ops=draw(st.dictionaries(names, op_strategies(len(sizes)), max_size=4)),
         hubs=draw(st.dictionaries(names, hub, max_size=3)),
         parameters=draw(st.dictionaries(names, parameter_strategies(len(sizes)), max_size=3)),
