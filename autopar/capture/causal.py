@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from autopar import torch_adapter
+from autopar.capture.flops import causal_scores
 from autopar.capture.saved import ATTENTION
 from autopar.ir.graph import Arg, Op, Ref, Value
 
@@ -49,6 +50,8 @@ def _without_mask(op: Op, values: Mapping[str, Value]) -> Op:
     """The mask is the last input; a boolean one was counted as saved in the query's dtype (see `capture.saved`)."""
     query, mask = values[op.inputs[0]].meta, values[op.inputs[-1]].meta
     kept = mask.numel * (query.num_bytes // query.numel) if values[op.outputs[0]].requires_grad else 0
+    rows, columns = query.shape[-2], mask.shape[-1]
+    share = causal_scores(rows, columns) / (rows * columns)
     kwargs: dict[str, Arg] = {key: arg for key, arg in op.kwargs.items() if key != "attn_mask"}
     return replace(
         op,
@@ -56,6 +59,8 @@ def _without_mask(op: Op, values: Mapping[str, Value]) -> Op:
         args=op.args[:3],
         kwargs={**kwargs, "is_causal": True},
         saved_extra_bytes=op.saved_extra_bytes - kept,
+        flops_forward=round(op.flops_forward * share),
+        flops_backward=round(op.flops_backward * share),
     )
 
 

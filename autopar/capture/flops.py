@@ -4,6 +4,7 @@
 |--------------------------------------------|--------------------------------|---------------------------------------|
 | matmul family, convolutions, grouped       | 2 m n k (torch's flop counter) | the forward's, per operand with grad  |
 | scaled_dot_product_attention               | 4 B H L S E (E = Ev)           | 2.5 x forward (recomputes the scores) |
+| the same, is_causal, L = S                 | 2 B H L (L + 1) E              | the same                              |
 | every other op that makes new storage      | 1 per output element           | 1 per output element with gradient    |
 | views                                      | 0                              | 0                                     |
 
@@ -66,5 +67,12 @@ def _matrix_operands_with_grad(args: Any) -> int:
 def _attention_flops(args: Any, kwargs: dict[str, Any]) -> int:
     given = attention_arguments(args, kwargs)
     query, key, value = given["query"], given["key"], given["value"]
-    rows = math.prod(query.shape[:-1])
-    return int(2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
+    rows, columns = query.shape[-2], key.shape[-2]
+    seen = causal_scores(rows, columns) if given["is_causal"] else rows * columns
+    return int(2 * math.prod(query.shape[:-2]) * seen * (query.shape[-1] + value.shape[-1]))
+
+
+def causal_scores(rows: int, columns: int) -> int:
+    """How many pairs of a row and a column that is not later: row i sees min(i + 1, columns)."""
+    square = min(rows, columns)
+    return square * (square + 1) // 2 + (rows - square) * columns

@@ -141,11 +141,11 @@ def test_tied_parameters_are_one_value() -> None:
 
 
 def test_flops_of_gpt2_match_the_hand_formula() -> None:
-    """2 m n k per matrix product: per layer 12 h^2 weights, attention 4 s h per token, head h v."""
+    """2 m n k per matrix product: per layer 12 h^2 weights, causal attention 2 (s + 1) h per token, head h v."""
     graph = planned("gpt2").graph
     layers, hidden, vocab, seq, tokens = 4, 64, 128, 16, 4 * 16
     matrices = 2 * tokens * (layers * 12 * hidden**2 + hidden * vocab)
-    attention = layers * 4 * tokens * seq * hidden
+    attention = layers * 2 * tokens * (seq + 1) * hidden
     products = [op for op in graph.ops if op.target.split(".")[1] in ("addmm", "linear")]
     scores = [op for op in graph.ops if "attention" in op.target]
     assert sum(op.flops_forward for op in products) == matrices
