@@ -4,7 +4,7 @@ A template node stands for one op, hub or parameter in every block of its class;
 
 - Every op gets an `op` node. Shared ops have only `replicate`: they are small (masks, positions), and their results
   can be sliced freely. Their results and all values from outside are available whole (`I`) on every rank, so edges
-  from them are free and left out.
+  from them are free and left out. Shared ops that cost the same stand in one node, and so do their hubs.
 - A value that is no parameter and is read by two or more (op, operand) pairs gets a `hub` node. That of a shared or
   outside value has `I` as its only choice.
 - A parameter read within one block is tied over the blocks of the class; one that several blocks read (tied weights)
@@ -97,15 +97,18 @@ class Skeleton:
         return {index: tuple(around) for index, around in found.items()}
 
 
-def make_skeleton(graph: OpGraph) -> Skeleton:
-    """Nodes in execution order: of each op its parameters, then the op, then the hubs of its results."""
-    return _Builder(graph).build()
+def make_skeleton(graph: OpGraph, dims: Mapping[str, int | None]) -> Skeleton:
+    """Nodes in execution order: of each op its parameters, then the op, then the hubs of its results.
+
+    `dims` are the batch dims of values (see `rules.batch`).
+    """
+    return _Builder(graph, dims).build()
 
 
 class _Builder:
     """Walks the ops once, adding nodes on first sight and counting occurrences."""
 
-    def __init__(self, graph: OpGraph) -> None:
+    def __init__(self, graph: OpGraph, dims: Mapping[str, int | None]) -> None:
         self.graph = graph
         self.nodes: list[NodeTemplate] = []
         self.node_index: dict[Key, int] = {}
@@ -119,7 +122,12 @@ class _Builder:
         for op in graph.ops:
             for slot, name in enumerate(op.inputs):
                 self.reads.setdefault(name, []).append((op, slot))
-        self.op_keys = _op_keys(graph)
+        self.shared = {op.name for op in graph.ops if op.is_shared}
+        self.kept_shared = frozenset(
+            value.root for name, value in graph.values.items()
+            if name in self.producer and self.producer[name][0].is_shared and self._readers(name) - self.shared
+        )  # fmt: skip
+        self.op_keys = _op_keys(graph, dims, self.kept_shared)
 
     def build(self) -> Skeleton:
         for value in self.graph.values.values():
@@ -138,14 +146,10 @@ class _Builder:
         self._add_edges()
         crossings = tuple(self._crossings())
         self._mark_boundaries(crossings)
-        shared = {op.name for op in self.graph.ops if op.is_shared}
         return Skeleton(
             tuple(self.nodes), tuple(self.edges.values()), crossings,
-            frozenset(v.name for v in self.graph.parameters if self._readers(v.name) & shared),
-            frozenset(
-                value.root for name, value in self.graph.values.items()
-                if name in self.producer and self.producer[name][0].is_shared and self._readers(name) - shared
-            ),
+            frozenset(v.name for v in self.graph.parameters if self._readers(v.name) & self.shared),
+            self.kept_shared,
         )  # fmt: skip
 
     def _readers(self, name: str) -> set[str]:
@@ -228,15 +232,30 @@ class _Builder:
             self.nodes[node].carries_boundary = 2 * len(blocks) > len(self.nodes[node].blocks)
 
 
-def _op_keys(graph: OpGraph) -> Mapping[str, Key]:
-    """(class, position in block) of each op; the op's own name for shared ops."""
+def _op_keys(graph: OpGraph, dims: Mapping[str, int | None], kept_shared: frozenset[str]) -> Mapping[str, Key]:
+    """(class, position in block) of each op; for shared ops all that their price depends on."""
     counts: dict[int, int] = {}
     keys: dict[str, Key] = {}
     for op in graph.ops:
         if op.block == SHARED:
-            keys[op.name] = (op.name,)
+            keys[op.name] = _shared_key(op, graph, dims, kept_shared)
             continue
         position = counts.get(op.block, 0)
         counts[op.block] = position + 1
         keys[op.name] = (graph.blocks[op.block].class_id, position)
     return keys
+
+
+def _shared_key(op: Op, graph: OpGraph, dims: Mapping[str, int | None], kept_shared: frozenset[str]) -> Key:
+    def look(name: str) -> Key:
+        value = graph.values[name]
+        root = graph.values[value.root]
+        is_kept = name in kept_shared, root.name in kept_shared
+        return value.meta, value.origin, value.requires_grad, dims[name], name == root.name, root.meta, dims[root.name], *is_kept
+
+    if op.members or op.mutates:
+        return (op.name,)
+    repeats = tuple(op.inputs.index(name) for name in op.inputs)
+    around = tuple(look(name) for name in (*op.inputs, *op.outputs, *op.saved))
+    work = op.flops_forward, op.flops_backward, op.saved_extra_bytes, len(op.inputs), len(op.outputs)
+    return op.target, repeats, around, work

@@ -52,7 +52,7 @@ class CostTables:
         self.pins = Pins() if pins is None else pins
         self.profile = profile
         self.dims = batch_dims(graph)
-        self.skeleton = make_skeleton(graph)
+        self.skeleton = make_skeleton(graph, self.dims)
         self.training = training
         self.optimizer_states = optimizer_states(graph.optimizer)
         self.pricer = Pricer(cluster, graph.optimizer, training)
