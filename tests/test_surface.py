@@ -32,7 +32,7 @@ PLANNING = {"--batch", "--energy-weight", "--gap", "--gpu", "--gpus", "--gpus-pe
 PLANNING |= {"--deadline", "--energy-budget", "--energy-price", "--gpu-hour-price", "--peak-power", "--power-cap"}
 PLANNING |= {"--pin", "--profile", "--time-limit", "--time-weight", "--use-all"}
 OPTIONS = {
-    "plan": PLANNING | {"--json", "--out", "--set"},
+    "plan": PLANNING | {"--json", "--no-cache", "--out", "--set"},
     "run": {"--json", "--steps"},
     "verify": {"--json"},
     "explain": {"--json", "--why-not"},

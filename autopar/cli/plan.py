@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import click
 
 from autopar.cli.console import print_json, progress_line
-from autopar.cli.options import build_request, json_option, parse_settings, request_options, set_option
-from autopar.ir.serialize import check_writable, plan_json, save_plan
-from autopar.planner.plan import make_plan
-from autopar.report.text import plan_report
+from autopar.cli.options import build_request, cache_option, json_option, parse_settings, request_options, set_option
+from autopar.ir.serialize import check_writable, write_atomic
+from autopar.planner.recall import Command, finished_plan
+from autopar.report.text import closing_hints, wrapped
 
 
 @click.command()
@@ -18,16 +19,17 @@ from autopar.report.text import plan_report
 @request_options
 @set_option
 @click.option("--out", default="plan.json", show_default=True, metavar="FILE", help="Where to write the plan.")
+@cache_option
 @json_option
-def plan(model: str, settings: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
+def plan(model: str, settings: tuple[str, ...], out: str, as_json: bool, use_cache: bool, **options: Any) -> None:
     """Plan MODEL (a Python file, or hf:config.json) and write the plan file."""
-    request = build_request(options)
-    chosen = parse_settings(settings)
+    command = Command(model, parse_settings(settings), build_request(options), use_cache)
     check_writable(out)
     with progress_line(as_json) as progress:
-        planned = make_plan(model, chosen, request, progress)
-    save_plan(planned.plan, out)
+        finished = finished_plan(command, progress)
+    write_atomic(out, finished.plan_text)
     if as_json:
-        print_json(plan_json(planned.plan))
-    else:
-        click.echo(plan_report(planned.plan, planned.graph, out))
+        print_json(json.loads(finished.plan_text))
+        return
+    told = wrapped("Cache", "made before from the same inputs; --no-cache plans anew") if finished.is_recalled else []
+    click.echo("\n".join([finished.report, *told, *closing_hints(out)]))

@@ -1,7 +1,8 @@
-"""Plan cache: plans on disk, by a key over everything that affects them.
+"""Plan cache of sessions: plans on disk, by a key over everything that affects them.
 
-The key covers the graph, the request, every number of the cluster, the options and the versions of autopar and of the
-solver; two runs with equal keys would make the same plan. A damaged entry counts as absent.
+A session captures its model in any case, so the key covers the graph itself, the request, every number of the cluster,
+the options, autopar's code and the versions of the solver; two runs with equal keys would make the same plan. A
+damaged entry counts as absent. `planner.recall` finds the plans of commands, without a graph.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from autopar.ir.graph import OpGraph
 from autopar.ir.plan import ModelReference, Plan
 from autopar.ir.serialize import load_plan, save_plan
 from autopar.ir.serialize_graph import graph_hash
+from autopar.planner.manifest import own_hash
 from autopar.planner.plan import PlanRequest, Progress, Target, installed_versions, plan_graph
 
 DIRECTORY_VARIABLE = "AUTOPAR_CACHE_DIR"
@@ -39,6 +41,7 @@ def cache_key(graph: OpGraph, reference: ModelReference, request: PlanRequest, t
         "cluster": target.input_hash,
         "origin": target.choice.origin,
         "versions": installed_versions(),
+        "code": own_hash(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
