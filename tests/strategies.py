@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from hypothesis import strategies as st
 
-from autopar.ir.cost import CostEdge, CostNode, CostTable, Crossing
+from autopar.ir.cost import ClockFigures, CostEdge, CostNode, CostTable, Crossing
 from autopar.ir.graph import Block, Op, OpGraph, Value
 from autopar.ir.mesh import StageMesh
 from autopar.ir.tensor import TensorMeta
@@ -56,14 +56,22 @@ class FakeSource:
     def clocks_hz(self) -> tuple[float, ...]:
         return tuple(1e9 - 1e8 * clock for clock in range(self.num_clocks))
 
-    def table(self, mesh: StageMesh, num_microbatches: int, clock: int = 0) -> CostTable | None:
+    def table(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
         if self.batch_size % num_microbatches:
             return None
         key = (mesh.sizes, num_microbatches)
         if key not in self.made:
             self.made[key] = self._make(mesh, num_microbatches)
-        table = self.made[key]
-        return self._slowed(table, clock) if clock and table is not None else table
+        return self.made[key]
+
+    def clock_figures(self, mesh: StageMesh, num_microbatches: int) -> ClockFigures | None:
+        table = self.table(mesh, num_microbatches)
+        if table is None:
+            return None
+        made = [self._slowed(table, clock) for clock in range(self.num_clocks)]
+        fields = ("forward_s", "backward_s", "microbatch_j")
+        flat = [[np.concatenate([getattr(node, name) for node in t.nodes]) for t in made] for name in fields]
+        return ClockFigures(*map(np.array, flat))
 
     def _slowed(self, table: CostTable, clock: int) -> CostTable:
         """Ops slower and thriftier by random factors that grow with the clock's index, forward and backward alike."""

@@ -118,10 +118,12 @@ def _at_clocks(tables: CostTables, decisions: Decisions) -> tuple[StageCost, ...
     """Sums of every stage at the clock of its devices."""
     clocks = [_clock_index(tables, stage.clock_hz) for stage in decisions.stages]
     by_clock: dict[int, tuple[StageCost, ...]] = {}
+    table = tables.table(decisions.mesh, decisions.num_microbatches)
+    figures = tables.clock_figures(decisions.mesh, decisions.num_microbatches) if any(clocks) else None
     for clock in sorted(set(clocks)):
-        table = tables.table(decisions.mesh, decisions.num_microbatches, clock)
         if table is not None:
-            by_clock[clock] = stage_costs(tables, table, decisions)
+            at_clock = table if figures is None else figures.at(table, clock)
+            by_clock[clock] = stage_costs(tables, at_clock, decisions)
     return tuple(by_clock[clock][k] for k, clock in enumerate(clocks))
 
 

@@ -17,7 +17,6 @@ from autopar.cost.shards import Sizes
 from autopar.cost.sheets import Kept, KeptParameters, OpSheet, ParameterSheet
 from autopar.ir.cost import Array
 from autopar.ir.mesh import StageMesh
-from autopar.ir.strategy import skewed_parts
 
 
 @dataclass
@@ -67,8 +66,46 @@ class Pricer:
 
     def ops(self, sheet: OpSheet, kept: Kept, sizes: Sizes, mesh: StageMesh, count: int) -> NodePrice:
         """Every op under every kept choice; `sizes` and figures are those of one of `count` microbatches."""
+        price, facts, op = free_node(len(kept.owner)), sheet.facts, kept.owner
+        work_parts = _work_parts(sheet, kept, mesh.sizes)
+        forward, backward = self._works(sheet, kept, sizes, mesh, count)
+        (price.forward_s, forward_j), (price.backward_s, backward_j) = (
+            self._kernels(sheet, kept, work) for work in (forward, backward)
+        )
+        price.microbatch_j = forward_j + backward_j
+        share = np.where(facts.has_batch, float(count), 1.0)
+        price.activation_bytes = self._saved(sheet, kept, sizes, (facts.saved_extra_bytes / share)[op] / work_parts)
+        row_bytes = sizes.num_bytes[sheet.rows.tensor] / kept.parts
+        moved = np.add.reduceat(row_bytes * (sheet.written + sheet.gradients), sheet.row_starts)[kept.choices]
+        price.workspace_bytes = np.where(facts.is_view[op], 0.0, moved)
+        self._exchange(price, sheet, kept, sizes, mesh)
+        return price
+
+    def kernels_by_clock(
+        self, sheet: OpSheet, kept: Kept, sizes: Sizes, mesh: StageMesh, count: int
+    ) -> tuple[Array, Array, Array]:
+        """Forward seconds, backward seconds and joules [clock, choice] of kernels alone, at each clock."""
+        works = self._works(sheet, kept, sizes, mesh, count)
+        (forward_s, forward_j), (backward_s, backward_j) = (self._clocked(sheet, kept, work) for work in works)
+        return forward_s, backward_s, forward_j + backward_j
+
+    def _clocked(self, sheet: OpSheet, kept: Kept, work: _Work) -> tuple[Array, Array]:
+        """As `_kernels`, at each of the cluster's clocks."""
+        specs = (self.spec, *self.slower)
+        time_s, energy_j = np.zeros((2, len(specs), len(work.owner)))
+        for (kind, dtype), ops in sheet.facts.kinds.items():
+            here = np.concatenate([np.arange(kept.starts[i], kept.starts[i + 1]) for i in ops])
+            here = here[work.kernels[here] > 0]
+            for clock, spec in enumerate(specs):
+                time_s[clock, here], energy_j[clock, here] = _at(spec, kind, dtype, work, here)
+        for clock in range(len(specs) - 2, -1, -1):
+            above = energy_j[clock] > time_s[clock] * dynamic_limit_w(self.spec)
+            time_s[clock, above], energy_j[clock, above] = time_s[clock + 1, above], energy_j[clock + 1, above]
+        return within_limit_s(self.spec, time_s, energy_j), energy_j
+
+    def _works(self, sheet: OpSheet, kept: Kept, sizes: Sizes, mesh: StageMesh, count: int) -> tuple[_Work, _Work]:
+        """What forward and backward of every kept choice do."""
         facts, op = sheet.facts, kept.owner
-        price = free_node(len(op))
         work_parts = _work_parts(sheet, kept, mesh.sizes)
         row_bytes = sizes.num_bytes[sheet.rows.tensor] / kept.parts
 
@@ -92,13 +129,7 @@ class Pricer:
             facts.backward_passes[op] * (total(sheet.moved) + inside),
             np.where(facts.has_backward, facts.backward_kernels, 0.0)[op],
         )
-        price.forward_s, forward_j = self._kernels(sheet, kept, forward)
-        price.backward_s, backward_j = self._kernels(sheet, kept, backward)
-        price.microbatch_j = forward_j + backward_j
-        price.activation_bytes = self._saved(sheet, kept, sizes, (facts.saved_extra_bytes / share)[op] / work_parts)
-        price.workspace_bytes = np.where(facts.is_view[op], 0.0, total(sheet.written) + total(sheet.gradients))
-        self._exchange(price, sheet, kept, sizes, mesh)
-        return price
+        return forward, backward
 
     def _exchange(self, price: NodePrice, sheet: OpSheet, kept: Kept, sizes: Sizes, mesh: StageMesh) -> None:
         """Adds the two all_to_alls inside the op, forward, and as many backward; the rows there need room too."""
@@ -206,6 +237,6 @@ def _at(spec: DeviceSpec, kind: str, dtype: str, work: _Work, here: Codes) -> tu
 def _work_parts(sheet: OpSheet, kept: Kept, axis_sizes: tuple[int, ...]) -> Array:
     """Into how many parts each kept choice cuts the FLOPs."""
     at = kept.choices
-    parts = np.where(sheet.is_skewed[at], [skewed_parts(size) for size in axis_sizes], np.asarray(axis_sizes, float))
+    parts = np.asarray(axis_sizes, float)
     work: Array = np.where(sheet.splits_work[at], parts, 1.0).prod(axis=1)
     return work

@@ -26,7 +26,7 @@ from autopar.cost.skeleton import SHARED, EdgeTemplate, NodeTemplate, make_skele
 from autopar.cost.transfers import Transfers, price
 from autopar.cost.wiring import Form, Frame, Wiring
 from autopar.errors import InputError
-from autopar.ir.cost import Array, CostEdge, CostNode, CostTable, Crossing
+from autopar.ir.cost import Array, ClockFigures, CostEdge, CostNode, CostTable, Crossing
 from autopar.ir.graph import Op, OpGraph, Value
 from autopar.ir.mesh import StageMesh
 from autopar.ir.solution import Pins
@@ -64,7 +64,6 @@ class CostTables:
         self._frames: dict[tuple[bool, ...], Frame] = {}
         self._transfers: dict[int, Transfers] = {}
         self._tables: dict[tuple[StageMesh, int], CostTable | None] = {}
-        self._clocked: dict[tuple[StageMesh, int, int], CostTable] = {}
 
     @property
     def device(self) -> Cluster:
@@ -74,37 +73,38 @@ class CostTables:
     def clocks_hz(self) -> tuple[float, ...]:
         return self.cluster.clocks_hz
 
-    def table(self, mesh: StageMesh, num_microbatches: int, clock: int = 0) -> CostTable | None:
-        """The table at `clocks_hz[clock]`, or None where the batch does not divide.
+    def clock_figures(self, mesh: StageMesh, num_microbatches: int) -> ClockFigures | None:
+        """Op nodes move by what the model makes of each clock; measured rows in proportion."""
+        base = self.table(mesh, num_microbatches)
+        if base is None:
+            return None
+        frame, sizes = self.frame(tuple(size > 1 for size in mesh.sizes)), self.tensors.at(num_microbatches)
+        kept = frame.ops.keep(sizes, mesh.sizes)
+        own = self.pricer.ops(frame.ops, kept, sizes, mesh, num_microbatches)
+        kernels = self.pricer.kernels_by_clock(frame.ops, kept, sizes, mesh, num_microbatches)
+        counts = [len(node.choices) for node in base.nodes]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        at = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in frame.op_nodes])
+        figures = []
+        for name, found, priced in zip(
+            ("forward_s", "backward_s", "microbatch_j"),
+            kernels,
+            (own.forward_s, own.backward_s, own.microbatch_j),
+            strict=True,
+        ):
+            flat = np.concatenate([getattr(node, name) for node in base.nodes])
+            share = np.minimum(1.0, np.divide(flat[at], priced, out=np.ones_like(priced), where=priced > 0))
+            stacked = np.repeat(flat[None, :], len(found), axis=0)
+            stacked[:, at] += (found - found[0]) * share
+            figures.append(stacked)
+        return ClockFigures(*figures)
+
+    def table(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
+        """The table at the highest clock, or None where the batch does not divide.
 
         Raises:
             InputError: if a price is negative or not a number; names the op.
         """
-        base = self._at_highest(mesh, num_microbatches)
-        if clock == 0 or base is None:
-            return base
-        key = (mesh, num_microbatches, clock)
-        if key not in self._clocked:
-            while len(self._clocked) >= KEPT_TABLES:
-                self._clocked.pop(next(iter(self._clocked)))
-            self._clocked[key] = self._at_clock(base, clock)
-        return self._clocked[key]
-
-    def _at_clock(self, base: CostTable, clock: int) -> CostTable:
-        """Op nodes scaled by what the model makes of the clock, so that measured rows keep their level."""
-        axis_sizes, count = base.mesh.sizes, base.num_microbatches
-        frame, sizes = self.frame(tuple(size > 1 for size in axis_sizes)), self.tensors.at(count)
-        kept = frame.ops.keep(sizes, axis_sizes)
-        pricers = (self.pricer, Pricer(self.cluster.at_clock(clock), self.graph.optimizer, self.training))
-        fast, slow = (
-            _parts(pricer.ops(frame.ops, kept, sizes, base.mesh, count), kept, frame.op_nodes) for pricer in pricers
-        )
-        nodes = list(base.nodes)
-        for (index, of), (_, to) in zip(fast, slow, strict=True):
-            nodes[index] = _scaled(nodes[index], of, to)
-        return replace(base, nodes=tuple(nodes))
-
-    def _at_highest(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
         key = (mesh, num_microbatches)
         if key not in self._tables:
             while len(self._tables) >= KEPT_TABLES:
@@ -172,20 +172,6 @@ def _edge_head(
     """Blocks and cuts of a `CostEdge`, and whether it is kept even where it costs nothing (parameters read abroad)."""
     crosses_home = nodes[edge.source].kind == "param" and any(a != b for a, b in edge.cut_pairs)
     return tuple(edge.blocks), tuple(edge.cut_pairs), crosses_home
-
-
-def _scaled(node: CostNode, fast: NodePrice, slow: NodePrice) -> CostNode:
-    """A node of a table at the highest clock, brought to the clock of `slow`."""
-
-    def scaled(base: Array, of: Array, to: Array) -> Array:
-        return base * np.divide(to, of, out=np.ones_like(of), where=of > 0)
-
-    return replace(
-        node,
-        forward_s=scaled(node.forward_s, fast.forward_s, slow.forward_s),
-        backward_s=scaled(node.backward_s, fast.backward_s, slow.backward_s),
-        microbatch_j=scaled(node.microbatch_j, fast.microbatch_j, slow.microbatch_j),
-    )
 
 
 @dataclass(frozen=True)

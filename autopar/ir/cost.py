@@ -15,7 +15,7 @@ the blocked power that the step pays per device and second anyway.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -106,6 +106,31 @@ class Crossing:
 
 
 @dataclass(frozen=True)
+class ClockFigures:
+    """Figures of all nodes of a table at every clock: [clock, choice], the choices of all nodes one after the other."""
+
+    forward_s: Array
+    backward_s: Array
+    microbatch_j: Array
+
+    def at(self, table: CostTable, clock: int) -> CostTable:
+        """The table at another clock."""
+        nodes, start = [], 0
+        for node in table.nodes:
+            span = slice(start, start + len(node.choices))
+            start = span.stop
+            nodes.append(
+                replace(
+                    node,
+                    forward_s=self.forward_s[clock, span],
+                    backward_s=self.backward_s[clock, span],
+                    microbatch_j=self.microbatch_j[clock, span],
+                )
+            )
+        return replace(table, nodes=tuple(nodes))
+
+
+@dataclass(frozen=True)
 class CostTable:
     """The whole problem for one (mesh, number of microbatches).
 
@@ -163,9 +188,8 @@ class TableSource(Protocol):
     def clocks_hz(self) -> tuple[float, ...]:
         """Clocks that devices may be locked at, highest first; the first is that of a device left alone."""
 
-    def table(self, mesh: StageMesh, num_microbatches: int, clock: int = 0) -> CostTable | None:
-        """The table at `clocks_hz[clock]`, or None where the batch does not divide into that many microbatches.
+    def table(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
+        """The table at the highest clock, or None where the batch does not divide into that many microbatches."""
 
-        Tables of one mesh and number of microbatches differ only in the times and energies of op nodes: a lower
-        clock takes no less time and no more energy.
-        """
+    def clock_figures(self, mesh: StageMesh, num_microbatches: int) -> ClockFigures | None:
+        """What differs in that table at each of `clocks_hz`; a lower clock takes no less time and no more energy."""

@@ -79,9 +79,11 @@ def enumerate_plans(
     }
     for sizes, num_stages, num_microbatches, clock in sorted(cases):
         skeleton = Skeleton(num_stages, sizes, num_microbatches, "none", (clock, clock))
-        table = tables.table(skeleton.mesh, num_microbatches, clock)
-        if table is None:
+        table = tables.table(skeleton.mesh, num_microbatches)
+        figures = tables.clock_figures(skeleton.mesh, num_microbatches)
+        if table is None or figures is None:
             continue
+        table = figures.at(table, clock)
         for layout in layouts(table.num_blocks, num_stages, pins.recompute, schedule):
             for choice in choices(table):
                 time_s, energy_j, peak, watts = _price(table, tables, layout, choice)

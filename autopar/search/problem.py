@@ -17,7 +17,7 @@ and WORKSPACE in bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -216,17 +216,6 @@ def make_problem(table: CostTable) -> Problem | None:
     )
 
 
-def with_nodes(problem: Problem, table: CostTable) -> Problem:
-    """The problem of a table that differs from `problem.table` in the finite figures of its nodes alone."""
-    return replace(problem, table=table, values=_node_values(table, problem.kept), cache={})
-
-
-def between(fast: Problem, slow: Problem) -> Problem:
-    """A problem whose every figure is at most that of both, which have the same strategies."""
-    values = np.minimum(fast.values, slow.values)
-    return replace(fast, values=values, edge_values=np.minimum(fast.edge_values, slow.edge_values), cache={})
-
-
 def _plan(sizes: tuple[int, ...], scopes: Sequence[tuple[int, int]]) -> Plan:
     """Full elimination, or elimination of degree <= 2 if tables grow too large (then a core remains for HiGHS)."""
     plan = make_plan(sizes, scopes, TABLE_CAP)
@@ -261,24 +250,32 @@ def _count(blocks: Sequence[tuple[int, ...]], num_blocks: int) -> Array:
     return count
 
 
-def _node_values(table: CostTable, kept: Sequence[Index]) -> Array:
+def pay_values(
+    table: CostTable, forward_s: Array, backward_s: Array, microbatch_j: Array, *, step_s: Array, step_j: Array
+) -> Array:
+    """[TIME, REDO, ENERGY, REDO_ENERGY] of strategies; any leading dims."""
     num_microbatches, num_devices = table.num_microbatches, table.mesh.num_devices
-    columns = []
-    for node, keep in zip(table.nodes, kept, strict=True):
-        energy = num_devices * num_microbatches * node.microbatch_j
-        rows = [
-            node.forward_s + node.backward_s + node.step_s / num_microbatches,
-            node.forward_s,
-            energy + num_devices * node.step_j,
-            energy * redo_share(node.forward_s, node.backward_s),
-            node.state_bytes,
-            node.activation_bytes,
-            node.boundary_bytes,
-            np.minimum(node.activation_bytes, node.boundary_bytes),
-            node.workspace_bytes,
+    energy = num_devices * num_microbatches * microbatch_j
+    return np.array(
+        [
+            forward_s + backward_s + step_s / num_microbatches,
+            np.broadcast_to(forward_s, backward_s.shape),
+            energy + num_devices * step_j,
+            energy * redo_share(forward_s, backward_s),
         ]
-        columns.append(np.array(rows, dtype=np.float64)[:, keep])
-    return np.concatenate(columns, axis=1)
+    )
+
+
+def _node_values(table: CostTable, kept: Sequence[Index]) -> Array:
+    def flat(name: str) -> Array:
+        return np.concatenate([getattr(node, name)[keep] for node, keep in zip(table.nodes, kept, strict=True)])
+
+    pay = pay_values(
+        table, flat("forward_s"), flat("backward_s"), flat("microbatch_j"), step_s=flat("step_s"), step_j=flat("step_j")
+    )
+    activations, boundary = flat("activation_bytes"), flat("boundary_bytes")
+    kept_bytes = [flat("state_bytes"), activations, boundary, np.minimum(activations, boundary)]
+    return np.concatenate([pay, np.array([*kept_bytes, flat("workspace_bytes")])])
 
 
 def _edge_values(table: CostTable, edge: CostEdge, kept: Sequence[Index]) -> Array:

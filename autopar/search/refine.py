@@ -22,20 +22,21 @@ from autopar.search.aim import Plane
 from autopar.search.bounds import LayoutBound, add_limits, make_layout_bound, tighten
 from autopar.search.branch import close_gap
 from autopar.search.cuts import CutRules, Prices, best_cuts
-from autopar.search.evaluate import Layout, evaluate
+from autopar.search.evaluate import MEMORY_TOLERANCE, Layout, evaluate
 from autopar.search.optimist import MOST_LAYOUTS, make_optimist, pay_vectors
 from autopar.search.problem import Problem, Weights
+from autopar.search.ranges import Stack, price_range
 from autopar.search.relax import (
     Relaxation,
     additive_weights,
+    cheapest_sends,
     largest_useful_tau,
-    least_bottleneck,
     least_in_flight,
     memory_relaxation,
     spread_weights,
 )
 from autopar.search.shared import Plan, Space
-from autopar.search.space import MODES, Skeleton
+from autopar.search.space import MODES, Skeleton, least_bottleneck
 
 LAYOUT_WORK = 6_000_000
 LAYOUT_OVERHEAD = 20_000
@@ -86,8 +87,7 @@ class Refiner:
     def offer(self, relax: Relaxation, choice: tuple[int, ...]) -> float:
         """Make the best plan of these shardings in this direction; returns the horizon."""
         space, key = self.space, (self.skeleton, choice, relax.prices)
-        is_range = self.skeleton.clocks[0] != self.skeleton.clocks[1]
-        if key in space.offered or (is_range and space.peak_power_w is not None):
+        if key in space.offered:
             return self.asker.horizon(relax.prices)
         space.offered.add(key)
         found = best_cuts(relax.problem, choice, self.rules(), relax.prices)
@@ -97,9 +97,7 @@ class Refiner:
             figures = evaluate(relax.problem.table, space.device, layout, original)
             if figures.fits(relax.memory_bytes) and math.isfinite(figures.time_s):
                 mode = "mixed" if len(set(layout.recompute)) > 1 else "full" if layout.recompute[0] else "none"
-                fastest = self.skeleton.clocks[0]
-                skeleton = replace(self.skeleton, mode=mode, clocks=(fastest, fastest))
-                self.asker.met(Plan(skeleton, layout, original, figures))
+                self.asker.met(Plan(replace(self.skeleton, mode=mode), layout, original, figures))
         return self.asker.horizon(relax.prices)
 
     def spread(self, relax: Relaxation) -> tuple[float, tuple[int, ...] | None]:
@@ -210,20 +208,43 @@ class Refiner:
             tighten(work, lambda p: self.offer(relax, p), self.space.tolerance / 4)
 
 
+def range_bound(space: Space, skeleton: Skeleton, prices: Prices, stack: Stack) -> tuple[float, int, tuple[int, ...]]:
+    """Bound of a range of clocks from its table, with the clock and choice that look best (no choice: infeasible)."""
+    waits, stages = stack.problem.table.num_microbatches - 1, skeleton.num_stages
+    relax = Relaxation(stack.problem, stages, skeleton.mode, space.schedule, prices, math.inf)
+    redo = skeleton.mode == "full"
+    found: list[tuple[float, int, tuple[int, ...]]] = []
+    slopes = [(1 + waits / stages, 0.0)]
+    if relax.slope > 0 and stages > 1:
+        vectors = pay_vectors(1.0, 0.0, redo=redo)
+        fastest = space.uncapped(skeleton.sizes, skeleton.num_microbatches, skeleton.clocks[0])
+        if fastest is not None:
+            minima = space.blocks(fastest).minima(*vectors)
+            slopes.append((1.0, relax.slope * least_bottleneck(minima, stages)))
+    for factor, constant in slopes:
+        weight = prices.step_weight * factor
+        priced = price_range(stack, skeleton.clocks, stages, time_weight=weight, beta=prices.beta, redo=redo)
+        run = priced.problem.solve(priced.weights(0.0))
+        if run.choice is None:
+            return math.inf, 0, ()
+        bound = run.value + cheapest_sends(relax, weight) + constant
+        found.append((bound, skeleton.clocks[0] + priced.best_clock(run.choice), run.choice))
+    return max(found)
+
+
 def ideal_bounds(space: Space, skeleton: Skeleton, prices: Prices) -> tuple[float, float]:
     """Spread and bottleneck bounds of perfect splits (see `relax` for both); -inf in small spaces."""
-    if space.ideal is None:
+    ideal = space.ideal
+    if ideal is None:
         return -math.inf, -math.inf
-    sums = space.ideal_sums(skeleton)
-    if sums is None:
+    if not ideal.fits(skeleton, space.device.memory_bytes * (1 + MEMORY_TOLERANCE)):
         return math.inf, math.inf
-    time_s, energy_j, bottleneck = sums
     waits, scale = skeleton.num_microbatches - 1, space.ideal_scale
-    spread_s, stuck_s = time_s * (1 + waits / skeleton.num_stages), time_s + waits * bottleneck
-    return (
-        scale * (prices.step_weight * spread_s + prices.beta * energy_j),
-        scale * (prices.step_weight * stuck_s + prices.beta * energy_j),
-    )
+    weight, beta = prices.step_weight, prices.beta
+    spread = scale * ideal.pay(skeleton, weight * (1 + waits / skeleton.num_stages), beta)
+    if waits == 0 or skeleton.num_stages == 1 or weight == 0:
+        return spread, spread
+    return spread, scale * (ideal.pay(skeleton, weight, beta) + weight * waits * ideal.slowest_s(skeleton))
 
 
 def coarser_bound(space: Space, skeleton: Skeleton, prices: Prices) -> float:
@@ -232,9 +253,8 @@ def coarser_bound(space: Space, skeleton: Skeleton, prices: Prices) -> float:
         return -math.inf
     made = [
         (count, problem)
-        for (sizes, count, clock), problem in space.problems.items()
+        for (sizes, count), problem in space.problems.items()
         if sizes == skeleton.sizes
-        and skeleton.clocks == (clock, clock)
         and problem is not None
         and count < skeleton.num_microbatches
         and skeleton.num_microbatches % count == 0
@@ -242,8 +262,14 @@ def coarser_bound(space: Space, skeleton: Skeleton, prices: Prices) -> float:
     if not made:
         return -math.inf
     count, problem = max(made, key=lambda entry: entry[0])
-    factor = (1 + (skeleton.num_microbatches - 1) / skeleton.num_stages) * count / skeleton.num_microbatches
-    weighted = Prices(prices.step_weight * factor, prices.beta)
-    memory = float(space.device.memory_bytes)
-    relax = Relaxation(problem, skeleton.num_stages, skeleton.mode, space.schedule, weighted, memory)
+    stages, redo = skeleton.num_stages, skeleton.mode == "full"
+    factor = (1 + (skeleton.num_microbatches - 1) / stages) * count / skeleton.num_microbatches
+    weight = prices.step_weight * factor
+    if skeleton.clocks != (0, 0):
+        stack = space.stack(skeleton.sizes, count)
+        if stack is None:
+            return -math.inf
+        priced = price_range(stack, skeleton.clocks, stages, time_weight=weight, beta=prices.beta, redo=redo)
+        return space.coarser_scale * priced.problem.solve(priced.weights(0.0)).value
+    relax = Relaxation(problem, stages, skeleton.mode, space.schedule, Prices(weight, prices.beta), math.inf)
     return space.coarser_scale * problem.solve(Weights(additive_weights(relax).blocks)).value

@@ -70,10 +70,10 @@ def _uniform(relax: Relaxation, time_weight: float) -> Weights:
     if relax.mode == "full":
         blocks[:-1, REDO], blocks[:-1, REDO_ENERGY] = time_weight, relax.prices.beta
     blocks[-1] *= relax.num_stages
-    return Weights(blocks, constant=_cheapest_sends(relax, time_weight))
+    return Weights(blocks, constant=cheapest_sends(relax, time_weight))
 
 
-def _cheapest_sends(relax: Relaxation, time_weight: float) -> float:
+def cheapest_sends(relax: Relaxation, time_weight: float) -> float:
     """Sum of the K - 1 cheapest boundaries, each value in its smallest form."""
     problem, table = relax.problem, relax.problem.table
     per_step = table.num_microbatches * table.mesh.num_devices
@@ -84,18 +84,6 @@ def _cheapest_sends(relax: Relaxation, time_weight: float) -> float:
         price += relax.prices.beta * per_step * size * table.p2p_j_per_byte
         prices[crossing.producer_block + 1 : crossing.last_block + 1] += 2 * price
     return float(np.sum(np.sort(prices[1:])[: relax.num_stages - 1]))
-
-
-def least_bottleneck(minima: Array, num_stages: int) -> float:
-    """tau*: the smallest possible largest stage; `minima` per block, the shared part last."""
-    per_block, shared = minima[:-1], float(minima[-1])
-    prefix = np.concatenate([[0.0], np.cumsum(per_block)])
-    interval = prefix[None, :] - prefix[:-1, None]
-    interval[np.tril_indices(len(per_block), 0, len(prefix))] = np.inf
-    rest = np.append(np.full(len(per_block), np.inf), 0.0)
-    for _ in range(num_stages):
-        rest = np.append(np.maximum(interval, rest).min(axis=1), np.inf)
-    return float(rest[0]) + shared
 
 
 def least_in_flight(relax: Relaxation, minima: Array, largest_tau: float) -> Array | None:

@@ -17,12 +17,13 @@ from typing import TypeVar
 import numpy as np
 
 from autopar.ir.cost import CostEdge, CostNode, CostTable, Device, TableSource
+from autopar.ir.mesh import stage_mesh
 from autopar.search.aim import Plane
 from autopar.search.cuts import Prices
-from autopar.search.evaluate import MEMORY_TOLERANCE, Figures, Layout, fixed_power_w
+from autopar.search.evaluate import Figures, Layout, fixed_power_w
 from autopar.search.optimist import Blocks
-from autopar.search.problem import Problem, between, make_problem, with_nodes
-from autopar.search.relax import least_bottleneck
+from autopar.search.problem import Problem, make_problem
+from autopar.search.ranges import Stack, make_stack
 from autopar.search.space import FEW_TABLES, IdealBound, Skeleton
 
 Entry = TypeVar("Entry", CostNode, CostEdge)
@@ -60,13 +61,11 @@ class Space:
     deadline_s: float | None = None
     progress: Progress | None = None
     peak_power_w: float | None = None
-    problems: dict[tuple[tuple[int, ...], int, int], Problem | None] = field(default_factory=dict)
-    ranges: dict[tuple[tuple[int, ...], int, tuple[int, int]], Problem | None] = field(default_factory=dict)
+    problems: dict[tuple[tuple[int, ...], int], Problem | None] = field(default_factory=dict)
+    stacks: dict[tuple[tuple[int, ...], int], Stack | None] = field(default_factory=dict)
+    leaves: dict[tuple[tuple[int, ...], int, int], Problem | None] = field(default_factory=dict)
     capped: dict[tuple[tuple[int, ...], int, int, int], Problem | None] = field(default_factory=dict)
     parts: dict[int, Blocks] = field(default_factory=dict)
-    sums: dict[tuple[tuple[int, ...], int, int, tuple[int, int]], tuple[float, float, float] | None] = field(
-        default_factory=dict
-    )
     planes: dict[Skeleton, list[Plane]] = field(default_factory=dict)
     met: list[Plan] = field(default_factory=list)
     offered: set[tuple[Skeleton, tuple[int, ...], Prices]] = field(default_factory=set)
@@ -89,35 +88,37 @@ class Space:
     def fixed_w(self, num_gpus: int) -> float:
         return fixed_power_w(self.device, num_gpus)
 
-    def uncapped(self, sizes: tuple[int, ...], num_microbatches: int, clock: int = 0) -> Problem | None:
-        """The problem of a table, whatever its strategies draw."""
-        key = (sizes, num_microbatches, clock)
+    def base(self, sizes: tuple[int, ...], num_microbatches: int) -> Problem | None:
+        """The problem of a table at the highest clock."""
+        key = (sizes, num_microbatches)
         if key not in self.problems:
-            mesh = Skeleton(1, sizes, num_microbatches, "none").mesh
-            fast = self.uncapped(sizes, num_microbatches) if clock else None
-            table = None if clock and fast is None else self.source.table(mesh, num_microbatches, clock)
-            if table is None:
-                self.problems[key] = None
-            else:
-                self.problems[key] = make_problem(table) if fast is None else with_nodes(fast, table)
+            table = self.source.table(stage_mesh(*sizes), num_microbatches)
+            self.problems[key] = make_problem(table) if table is not None else None
         return self.problems[key]
 
-    def _range(self, skeleton: Skeleton) -> Problem | None:
-        """What bounds every clock of a range: times of the first, energies of the last."""
-        key = (skeleton.sizes, skeleton.num_microbatches, skeleton.clocks)
-        if key not in self.ranges:
-            fast, slow = (self.uncapped(skeleton.sizes, skeleton.num_microbatches, c) for c in skeleton.clocks)
-            self.ranges[key] = between(fast, slow) if fast is not None and slow is not None else None
-        return self.ranges[key]
+    def stack(self, sizes: tuple[int, ...], num_microbatches: int) -> Stack | None:
+        """The problem of a table at every clock."""
+        key = (sizes, num_microbatches)
+        if key not in self.stacks:
+            problem = self.base(sizes, num_microbatches)
+            figures = None if problem is None else self.source.clock_figures(stage_mesh(*sizes), num_microbatches)
+            made = problem is not None and figures is not None
+            self.stacks[key] = make_stack(problem, figures) if made else None  # type: ignore[arg-type]
+        return self.stacks[key]
+
+    def uncapped(self, sizes: tuple[int, ...], num_microbatches: int, clock: int = 0) -> Problem | None:
+        """The problem at one clock, whatever its strategies draw."""
+        if clock == 0:
+            return self.base(sizes, num_microbatches)
+        key = (sizes, num_microbatches, clock)
+        if key not in self.leaves:
+            stack = self.stack(sizes, num_microbatches)
+            self.leaves[key] = stack.leaf(clock) if stack is not None else None
+        return self.leaves[key]
 
     def problem(self, skeleton: Skeleton) -> Problem | None:
-        """The problem of a skeleton; that of a leaf without what breaks the peak power limit.
-
-        None: nothing is admissible.
-        """
-        first, last = skeleton.clocks
-        if first != last:
-            return self._range(skeleton)
+        """The problem of a leaf without what breaks the peak power limit; None: nothing is admissible."""
+        first = skeleton.clocks[0]
         problem = self.uncapped(skeleton.sizes, skeleton.num_microbatches, first)
         if problem is None or self.peak_power_w is None:
             return problem
@@ -126,25 +127,6 @@ class Space:
             free_w = self.peak_power_w - self.fixed_w(skeleton.num_gpus)
             self.capped[key] = below_power(problem, free_w / skeleton.num_gpus) if free_w >= 0 else None
         return self.capped[key]
-
-    def ideal_sums(self, skeleton: Skeleton) -> tuple[float, float, float] | None:
-        """(seconds of all stages, joules, seconds of the slowest stage) of perfect splits; None where nothing fits."""
-        key = (skeleton.sizes, skeleton.num_microbatches, skeleton.num_stages, skeleton.clocks)
-        if key not in self.sums:
-            self.sums[key] = self._ideal_sums(skeleton)
-        return self.sums[key]
-
-    def _ideal_sums(self, skeleton: Skeleton) -> tuple[float, float, float] | None:
-        if self.ideal is None:
-            return None
-        blocks = self.ideal.blocks(skeleton.sizes, skeleton.num_microbatches, skeleton.clocks)
-        if blocks is None:
-            return None
-        stages = skeleton.num_stages
-        time_s, energy_j, state = (blocks[:, :-1].sum(axis=1) + stages * blocks[:, -1]).tolist()
-        if state > stages * self.device.memory_bytes * (1 + MEMORY_TOLERANCE):
-            return None
-        return time_s, energy_j, least_bottleneck(blocks[0], stages)
 
     def blocks(self, problem: Problem) -> Blocks:
         return self.parts.setdefault(id(problem), Blocks(problem))

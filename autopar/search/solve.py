@@ -71,7 +71,7 @@ def search(
     if answer.plan is None:
         if space.out_of_time:
             raise SolverLimitError(f"no plan found within {time_limit_s} s; allow more time or pin more choices")
-        raise no_plan_error(space, pins, limits)
+        raise no_plan_error(space, pins, limits, use_all=use_all, max_microbatches=max_microbatches)
     return solution_of(question, gap_tolerance, time.monotonic() - started)
 
 

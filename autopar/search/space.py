@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -157,65 +157,116 @@ def _empty_space(num_gpus: int, pins: Pins, *, use_all: bool) -> str:
     return f"no mesh with {', '.join(asked) or 'these settings'} uses {exactly}{num_gpus} GPUs"
 
 
-class IdealBound:
-    """Per-block time, energy and state of perfect splits; see the module docstring.
+@dataclass(frozen=True)
+class _OneDevice:
+    """Least figures of nodes on one device: seconds [clock, node] of a microbatch, joules of a step, state bytes."""
 
-    `blocks(sizes, M, clocks)` gives [3, num_blocks + 1]: loaded seconds of one stage device at the first clock, joules
-    of a step over all devices at the last, state bytes of one device; the last column is shared entries.
-    """
+    time_s: Array
+    energy_j: Array
+    state_bytes: Array
+    count: Array
+
+
+class IdealBound:
+    """Bounds of perfect splits, from one-device tables; see the module docstring."""
 
     def __init__(self, source: TableSource) -> None:
         self._source = source
         self._dims = _dims_by_op(source.graph)
-        self._base: dict[tuple[int, int], tuple[Array, Array, list[str]] | None] = {}
+        self._base: dict[int, _OneDevice | None] = {}
+        self._names: list[str] = []
         self._splits: dict[tuple[int, ...], Array] = {}
-        self._blocks: dict[tuple[tuple[int, ...], int, tuple[int, int]], Array | None] = {}
+        self._slowest: dict[tuple[tuple[int, ...], int, int, int], float] = {}
+        self._paid: dict[tuple[Skeleton, float, float], float] = {}
 
-    def blocks(self, sizes: tuple[int, ...], num_microbatches: int, clocks: tuple[int, int] = (0, 0)) -> Array | None:
-        """None where even one device has no table."""
-        key = (sizes, num_microbatches, clocks)
-        if key not in self._blocks:
-            self._blocks[key] = self._make(sizes, num_microbatches, clocks)
-        return self._blocks[key]
+    def fits(self, skeleton: Skeleton, memory_bytes: float) -> bool:
+        """Whether the state alone fits; False too where even one device has no table."""
+        base = self._one_device(skeleton.num_microbatches)
+        if base is None:
+            return False
+        num_devices, stages = math.prod(skeleton.sizes), skeleton.num_stages
+        return float(base.state_bytes @ _present(base, stages)) <= num_devices * stages * memory_bytes
 
-    def _make(self, sizes: tuple[int, ...], num_microbatches: int, clocks: tuple[int, int]) -> Array | None:
-        fast, slow = (self._one_device(num_microbatches, clock) for clock in clocks)
-        if fast is None or slow is None:
-            return None
-        values, count, names = fast
-        values = np.array([values[0], slow[0][1], values[2]])
-        num_devices = math.prod(sizes)
+    def pay(self, skeleton: Skeleton, time_weight: float, energy_weight: float) -> float:
+        """Least time_weight * (seconds of all stages) + energy_weight * joules, every node at its best clock."""
+        key = (replace(skeleton, mode="none"), time_weight, energy_weight)
+        if key not in self._paid:
+            base = self._one_device(skeleton.num_microbatches)
+            if base is None:
+                return math.inf
+            span = slice(skeleton.clocks[0], skeleton.clocks[1] + 1)
+            seconds = time_weight * base.time_s[span] / self._split(skeleton.sizes)
+            least = (seconds + energy_weight * base.energy_j[span]).min(axis=0)
+            self._paid[key] = float(least @ _present(base, skeleton.num_stages))
+        return self._paid[key]
+
+    def slowest_s(self, skeleton: Skeleton) -> float:
+        """Least seconds of the slowest stage, at the highest clock of the range."""
+        key = (skeleton.sizes, skeleton.num_microbatches, skeleton.num_stages, skeleton.clocks[0])
+        if key not in self._slowest:
+            base = self._one_device(skeleton.num_microbatches)
+            if base is None:
+                return math.inf
+            blocks = (base.time_s[skeleton.clocks[0]] / self._split(skeleton.sizes)) @ base.count
+            self._slowest[key] = least_bottleneck(blocks, skeleton.num_stages)
+        return self._slowest[key]
+
+    def _split(self, sizes: tuple[int, ...]) -> Array:
         if sizes not in self._splits:
-            self._splits[sizes] = np.array([self._split(name, sizes) for name in names], dtype=np.float64)
-        rows = np.array([values[0] / self._splits[sizes], values[1], values[2] / num_devices])
-        result: Array = rows @ count
-        return result
+            self._splits[sizes] = np.array([self._parts(name, sizes) for name in self._names], dtype=np.float64)
+        return self._splits[sizes]
 
-    def _split(self, name: str, sizes: tuple[int, ...]) -> int:
+    def _parts(self, name: str, sizes: tuple[int, ...]) -> int:
         dims = self._dims.get(name)
         if dims is None:
             return math.prod(sizes)
         return math.prod(size for size in sizes if any(dim % size == 0 for dim in dims))
 
-    def _one_device(self, num_microbatches: int, clock: int) -> tuple[Array, Array, list[str]] | None:
-        key = (num_microbatches, clock)
-        if key not in self._base:
-            table = self._source.table(stage_mesh(1), num_microbatches, clock)
-            if table is None:
-                self._base[key] = None
-                return None
-            count = np.zeros((len(table.nodes), table.num_blocks + 1))
-            for row, node in enumerate(table.nodes):
-                np.add.at(count[row], list(node.blocks), 1.0)
-            values = np.array(
-                [
-                    [np.min(n.forward_s + n.backward_s + n.step_s / num_microbatches) for n in table.nodes],
-                    [np.min(num_microbatches * n.microbatch_j + n.step_j) for n in table.nodes],
-                    [np.min(n.state_bytes) for n in table.nodes],
-                ]
-            )
-            self._base[key] = values, count, [n.name for n in table.nodes]
-        return self._base[key]
+    def _one_device(self, num_microbatches: int) -> _OneDevice | None:
+        if num_microbatches not in self._base:
+            self._base[num_microbatches] = self._make(num_microbatches)
+        return self._base[num_microbatches]
+
+    def _make(self, num_microbatches: int) -> _OneDevice | None:
+        table = self._source.table(stage_mesh(1), num_microbatches)
+        figures = None if table is None else self._source.clock_figures(stage_mesh(1), num_microbatches)
+        if table is None or figures is None:
+            return None
+        count = np.zeros((len(table.nodes), table.num_blocks + 1))
+        for row, node in enumerate(table.nodes):
+            np.add.at(count[row], list(node.blocks), 1.0)
+        starts = np.concatenate([[0], np.cumsum([len(node.choices) for node in table.nodes])])[:-1]
+        self._names = [node.name for node in table.nodes]
+        seconds = (
+            figures.forward_s
+            + figures.backward_s
+            + np.concatenate([node.step_s / num_microbatches for node in table.nodes])
+        )
+        joules = num_microbatches * figures.microbatch_j + np.concatenate([node.step_j for node in table.nodes])
+        return _OneDevice(
+            np.minimum.reduceat(seconds, starts, axis=1),
+            np.minimum.reduceat(joules, starts, axis=1),
+            np.array([np.min(node.state_bytes) for node in table.nodes]),
+            count,
+        )
+
+
+def _present(base: _OneDevice, num_stages: int) -> Array:
+    """How often each node is paid by all stages together."""
+    paid: Array = base.count[:, :-1].sum(axis=1) + num_stages * base.count[:, -1]
+    return paid
+
+
+def least_bottleneck(minima: Array, num_stages: int) -> float:
+    """tau*: the smallest possible largest stage; `minima` per block, the shared part last."""
+    per_block, shared = minima[:-1], float(minima[-1])
+    prefix = np.concatenate([[0.0], np.cumsum(per_block)])
+    interval = prefix[None, :] - prefix[:-1, None]
+    interval[np.tril_indices(len(per_block), 0, len(prefix))] = np.inf
+    rest = np.append(np.full(len(per_block), np.inf), 0.0)
+    for _ in range(num_stages):
+        rest = np.append(np.maximum(interval, rest).min(axis=1), np.inf)
+    return float(rest[0]) + shared
 
 
 def _dims_by_op(graph: OpGraph) -> dict[str, frozenset[int]]:

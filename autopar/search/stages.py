@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from autopar.ir.solution import Limits, Objective
 from autopar.search.aim import Aim, Plane
 from autopar.search.cuts import Prices
 from autopar.search.evaluate import Layout
-from autopar.search.refine import Asker, Limited, Refiner, coarser_bound, ideal_bounds
+from autopar.search.ranges import Stack
+from autopar.search.refine import Asker, Limited, Refiner, coarser_bound, ideal_bounds, range_bound
 from autopar.search.shared import Plan, Space
 from autopar.search.space import Skeleton
 
@@ -156,12 +158,15 @@ class Question:
     def _refine(self, skeleton: Skeleton, level: int) -> float:
         if level == 0:
             return self._assumed(skeleton)
+        if skeleton.clocks[0] != skeleton.clocks[1]:
+            stack = self.space.stack(skeleton.sizes, skeleton.num_microbatches)
+            return math.inf if stack is None else self._planes_of(skeleton, lambda p: self._range(skeleton, stack, p))
         problem = self.space.problem(skeleton)
         if problem is None:
             return math.inf
         refiner = Refiner(self.space, skeleton, problem, self._asker(skeleton))
         if level == 1:
-            return self._table(refiner)
+            return self._planes_of(skeleton, lambda p: self._table(refiner, p))
         found = self._memory(refiner) if level == 2 else self._layouts(refiner)
         return min(found, self.cutoff) if math.isfinite(self.cutoff) else found
 
@@ -215,9 +220,8 @@ class Question:
             found.append(Plane(prices, bound))
         return self._bound(skeleton, found)
 
-    def _table(self, refiner: Refiner) -> float:
-        """Planes from the table in every direction that still moves the corner."""
-        skeleton = refiner.skeleton
+    def _planes_of(self, skeleton: Skeleton, bound: Callable[[Prices], float]) -> float:
+        """Planes from a table in every direction that still moves the corner."""
         aim, planes = self.aim(skeleton.num_gpus), self._planes(skeleton)
         known = {plane.prices for plane in planes}
         queue = [prices for prices in aim.probes() if prices not in known]
@@ -229,20 +233,30 @@ class Question:
                 queue.append(further)
             prices = queue.pop(0)
             known.add(prices)
-            relax = refiner.relax(prices)
-            self._check_assumptions(refiner, prices)
-            planes.append(Plane(prices, refiner.table(relax)))
+            planes.append(Plane(prices, bound(prices)))
             if self._bound(skeleton, []) >= self.cutoff:
                 break
         return self._bound(skeleton, [])
 
-    def _check_assumptions(self, refiner: Refiner, prices: Prices) -> None:
+    def _table(self, refiner: Refiner, prices: Prices) -> float:
+        relax = refiner.relax(prices)
+        self._check_assumptions(refiner.skeleton, prices, refiner.spread(relax)[0])
+        return refiner.table(relax)
+
+    def _range(self, skeleton: Skeleton, stack: Stack, prices: Prices) -> float:
+        """Bound of a range of clocks; its choice becomes a plan at the clock that suits it best."""
+        bound, clock, choice = range_bound(self.space, skeleton, prices, stack)
+        leaf = replace(skeleton, clocks=(clock, clock))
+        problem = self.space.problem(leaf) if choice else None
+        if problem is not None and problem.kept is stack.problem.kept:
+            refiner = Refiner(self.space, leaf, problem, self._asker(leaf))
+            refiner.offer(refiner.relax(prices), choice)
+        return bound
+
+    def _check_assumptions(self, skeleton: Skeleton, prices: Prices, spread: float) -> None:
         """Scale the assumed bounds down where a table of this skeleton lies below them."""
-        space, skeleton = self.space, refiner.skeleton
-        if space.ideal is None:
-            return
-        spread = refiner.spread(refiner.relax(prices))[0]
-        if not math.isfinite(spread):
+        space = self.space
+        if space.ideal is None or not math.isfinite(spread):
             return
         ideal = ideal_bounds(space, skeleton, prices)[0]
         coarser = self.assumed.pop((skeleton, prices), -math.inf)
