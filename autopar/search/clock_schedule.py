@@ -7,6 +7,7 @@ functions are deterministic; improvement counts its tries, not seconds.
 from __future__ import annotations
 
 import bisect
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,6 +93,24 @@ class Network:
         return dynamic + self.blocked_w * max(self.makespan_s(choices), self.least_step_s)
 
 
+class _State:
+    """Choices (changed in place) with their finishes and latest finishes, kept up to date."""
+
+    def __init__(self, network: Network, choices: list[int], deadline_s: float) -> None:
+        self._network, self._choices, self._deadline_s = network, choices, deadline_s
+        self._spans_s = network.spans_s(choices)
+        self.finish_s = network.finishes_s(choices)
+        self.latest_s = network.latest_s(choices, deadline_s)
+
+    def choose(self, v: int, choice: int) -> None:
+        """Change one choice."""
+        network, position = self._network, self._network.positions[v]
+        self._choices[v] = choice
+        self._spans_s[v] = network.times_s[v][choice]
+        network.update_finishes(self.finish_s, self._spans_s, position)
+        network.update_latest(self.latest_s, self._spans_s, self._deadline_s, position + 1)
+
+
 def round_down(network: Network, durations_s: Sequence[float]) -> list[int]:
     """The slowest option of every instruction within its duration; within float noise counts as within."""
     return [
@@ -114,17 +133,18 @@ def round_to_finishes(network: Network, latest_s: Sequence[float]) -> list[int]:
 
 def repair(network: Network, choices: list[int], deadline_s: float) -> None:
     """Speed up critical instructions, cheapest first, until the deadline is met; the fastest choices must meet it."""
-    while True:
-        finish = network.finishes_s(choices)
-        if max(finish) <= deadline_s:
-            return
-        latest = network.latest_s(choices, deadline_s)
-        late = [v for v, c in enumerate(choices) if c and finish[v] > latest[v]]
-        if not late:
+    state = _State(network, choices, deadline_s)
+    while max(state.finish_s) > deadline_s:
+        best_j, best_v = math.inf, -1
+        for v, choice in enumerate(choices):
+            if choice and state.finish_s[v] > state.latest_s[v]:
+                price_j = network.energies_j[v][choice - 1] - network.energies_j[v][choice]
+                if price_j < best_j:
+                    best_j, best_v = price_j, v
+        if best_v < 0:
             choices[:] = [0] * len(choices)
             return
-        price_j = {v: network.energies_j[v][choices[v] - 1] - network.energies_j[v][choices[v]] for v in late}
-        choices[min(late, key=price_j.__getitem__)] -= 1
+        state.choose(best_v, choices[best_v] - 1)
 
 
 def fill(network: Network, choices: list[int], deadline_s: float, *, by_rate: bool = False, keep: int = -1) -> None:
@@ -134,13 +154,12 @@ def fill(network: Network, choices: list[int], deadline_s: float, *, by_rate: bo
         keep: an instruction that stays as it is.
     """
     clear_s = deadline_s * FLOAT_SLACK
-    spans_s = network.spans_s(choices)
-    finish, latest = network.finishes_s(choices), network.latest_s(choices, deadline_s)
+    state = _State(network, choices, deadline_s)
     while True:
         best, best_v, best_choice = 0.0, -1, 0
         for v, choice in enumerate(choices):
             times = network.times_s[v]
-            limit = times[choice] + latest[v] - finish[v] - clear_s
+            limit = times[choice] + state.latest_s[v] - state.finish_s[v] - clear_s
             if choice + 1 == len(times) or times[choice + 1] > limit or v == keep:
                 continue
             slower = bisect.bisect_right(times, limit, choice + 1) - 1
@@ -150,10 +169,7 @@ def fill(network: Network, choices: list[int], deadline_s: float, *, by_rate: bo
                 best, best_v, best_choice = worth, v, slower
         if best_v < 0:
             return
-        choices[best_v] = best_choice
-        spans_s[best_v] = network.times_s[best_v][best_choice]
-        network.update_finishes(finish, spans_s, network.positions[best_v])
-        network.update_latest(latest, spans_s, deadline_s, network.positions[best_v] + 1)
+        state.choose(best_v, best_choice)
 
 
 def improve(network: Network, choices: list[int], deadline_s: float, tries: int) -> list[int]:

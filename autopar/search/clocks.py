@@ -30,12 +30,12 @@ PLAN_TRIES = 300
 FRONTIER_TRIES = 60
 MOST_VISITS = 150_000
 """Tries times instructions: large pipelines get fewer tries."""
-OVERSHOOTS = (8e-4, 4e-4, 12e-4, 2e-4, 6e-4, 10e-4)
+OVERSHOOTS = (4e-4, 8e-4, 2e-4, 12e-4, 6e-4, 10e-4)
 """Shares by which the deadlines of further relaxations lie later."""
-MOST_OVERSHOOTS = 5_000
-"""Further relaxations times instructions."""
-GOOD_GAP, FAIR_GAP = 1e-3, 1.5e-3
-"""Over the bound; a rounding as good as this needs no further relaxation, in a single plan and in a frontier."""
+MOST_OVERSHOOTS = 2_000
+"""Further relaxations times instructions; beyond, a poor plan is worth one more, no other any."""
+GOOD_GAP, FAIR_GAP, POOR_GAP = 1e-3, 1.5e-3, 3.5e-3
+"""Over the bound: a rounding this good needs no further relaxation in a single plan, in a frontier, in large ones."""
 BINDING = 1e-9
 """A relaxed step this share shorter than the deadline does not feel it."""
 
@@ -232,12 +232,15 @@ class ClockPlanner:
                 found += self._fitted(start, target_s)
         best = min(found, key=network.energy_j)
         if target_s == deadline_s:
-            for overshoot in OVERSHOOTS[: 1 + MOST_OVERSHOOTS // len(network.order)]:
-                if network.energy_j(best) <= relaxed.bound_j * (1 + effort.enough_gap):
+            for number, overshoot in enumerate(OVERSHOOTS, start=1):
+                is_cheap = number * len(network.order) <= MOST_OVERSHOOTS
+                enough_gap = effort.enough_gap if is_cheap else POOR_GAP
+                is_good = network.energy_j(best) <= relaxed.bound_j * (1 + enough_gap)
+                if is_good or (number > 1 and not is_cheap):
                     break
                 later = self._relaxation.solve(deadline_s * (1 + overshoot))
-                fitted = (plan for start in self._roundings(later) for plan in self._fitted(start, target_s))
-                best = min([best, *fitted], key=network.energy_j)
+                start = round_down(network, later.durations_s.tolist())
+                best = min([best, *self._fitted(start, target_s)], key=network.energy_j)
         return improve(network, best, target_s, min(effort.tries, MOST_VISITS // len(best)))
 
     def _roundings(self, relaxed: Relaxed) -> tuple[list[int], list[int]]:
