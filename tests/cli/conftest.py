@@ -13,7 +13,6 @@ from tests.cli.helpers import MODEL, Cli
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """`cli("plan", "model.py", ...)` in an empty directory that holds `model.py`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("AUTOPAR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("AUTOPAR_PROFILE", str(tmp_path / "store.jsonl"))
     made = Cli(tmp_path, capsys)
     made.write("model.py", MODEL)
