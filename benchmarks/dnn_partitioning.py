@@ -17,6 +17,8 @@ from typing import Any
 
 from autopar.search.partition import PartitionEdge, PartitionNode, PartitionProblem, partition_graph
 
+SAME_COST = 1e-6
+"""Costs of one producer that differ by no more, in the file's unit, are one cost."""
 QUICK_S = 8.0
 """Time limit per file with --quick."""
 
@@ -30,13 +32,18 @@ def read_problem(path: Path) -> PartitionProblem:
             accelerator_s=float(node["fpgaLatency"]) if node["supportedOnFpga"] else None,
             cpu_s=float(node["cpuLatency"]),
             size_bytes=float(node.get("size", 0.0)),
-            is_backward=bool(node["isBackwardNode"]),
+            is_backward=bool(node.get("isBackwardNode", False)),
             colour=node.get("colorClass"),
         )
         for node in data["nodes"]
     )
-    edges = tuple(PartitionEdge(index[e["sourceId"]], index[e["destId"]], float(e["cost"])) for e in data["edges"])
-    return PartitionProblem(nodes, edges, data["maxFPGAs"], data["maxCPUs"], float(data["maxSizePerFPGA"]))
+    costs: dict[int, float] = {}
+    for edge in data["edges"]:
+        known = costs.setdefault(edge["sourceId"], float(edge["cost"]))
+        if abs(known - edge["cost"]) > SAME_COST:
+            raise SystemExit(f"{path}: node {edge['sourceId']} has edges with different costs")
+    edges = tuple(PartitionEdge(index[e["sourceId"]], index[e["destId"]], costs[e["sourceId"]]) for e in data["edges"])
+    return PartitionProblem(nodes, edges, data["maxFPGAs"], data.get("maxCPUs", 0), float(data["maxSizePerFPGA"]))
 
 
 def measure(path: Path, time_limit_s: float) -> dict[str, Any]:
