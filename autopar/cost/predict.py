@@ -114,16 +114,16 @@ def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> t
     return tuple(stages)
 
 
-def _at_clocks(tables: CostTables, decisions: Decisions) -> tuple[StageCost, ...]:
+def _at_clocks(tables: CostTables, table: CostTable, decisions: Decisions) -> tuple[StageCost, ...]:
     """Sums of every stage at the clock of its devices."""
     clocks = [_clock_index(tables, stage.clock_hz) for stage in decisions.stages]
-    by_clock: dict[int, tuple[StageCost, ...]] = {}
-    table = tables.table(decisions.mesh, decisions.num_microbatches)
-    figures = tables.clock_figures(decisions.mesh, decisions.num_microbatches) if any(clocks) else None
-    for clock in sorted(set(clocks)):
-        if table is not None:
-            at_clock = table if figures is None else figures.at(table, clock)
-            by_clock[clock] = stage_costs(tables, at_clock, decisions)
+    if any(clocks):
+        figures = tables.clock_figures(table.mesh, table.num_microbatches)
+        if figures is None:
+            raise AssertionError("there is a table, so there are its figures at other clocks")
+        by_clock = {c: stage_costs(tables, figures.at(table, c), decisions) for c in sorted(set(clocks))}
+    else:
+        by_clock = {0: stage_costs(tables, table, decisions)}
     return tuple(by_clock[clock][k] for k, clock in enumerate(clocks))
 
 
@@ -217,7 +217,7 @@ def predict(tables: CostTables, decisions: Decisions) -> Prediction:
     table = tables.table(decisions.mesh, decisions.num_microbatches)
     if table is None:
         raise PlanMismatchError(f"the batch does not divide into {decisions.num_microbatches} microbatches")
-    costs = _at_clocks(tables, decisions)
+    costs = _at_clocks(tables, table, decisions)
     time_s = max(timeline_of(tables, costs, decisions).makespan_s, decisions.pace_s)
     return _prediction(tables.cluster, decisions, costs, time_s, table.labels)
 
