@@ -15,9 +15,9 @@ from autopar.cost.layouts import Codes, Grid, Mask, make_grid, without_gradient
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.placement import REPLICATE, Placement
 from autopar.ir.solution import Pins
-from autopar.ir.strategy import SKEWED_LABELS, AxisStrategy, ParameterAxisStrategy
+from autopar.ir.strategy import AxisStrategy, ParameterAxisStrategy
 from autopar.rules.batch import batch_strategy
-from autopar.rules.experts import EXCHANGE
+from autopar.rules.experts import EXCHANGING
 from autopar.rules.parameters import parameter_axis_strategies
 from autopar.rules.strategies import axis_strategies
 
@@ -48,7 +48,6 @@ class OpChoices:
     inputs: tuple[Codes, ...]
     outputs: tuple[Codes, ...]
     splits_work: Mask
-    is_skewed: Mask
     is_exchanged: Mask
     preferences: tuple[Preference, ...]
 
@@ -121,8 +120,7 @@ class ChoiceMaker:
                 for i, name in enumerate(op.outputs)
             ),
             np.asarray([[s.splits_work for s in choice] for choice in grid.choices], dtype=np.bool_),
-            np.asarray([[s.label in SKEWED_LABELS for s in choice] for choice in grid.choices], dtype=np.bool_),
-            np.asarray([[s.label == EXCHANGE for s in choice] for choice in grid.choices], dtype=np.bool_),
+            np.asarray([[s.label in EXCHANGING for s in choice] for choice in grid.choices], dtype=np.bool_),
             tuple(p for p in preferences if p is not None),
         )
 

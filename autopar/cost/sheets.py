@@ -115,7 +115,7 @@ class OpSheet:
         written: moved results.
         gradients: moved operands that need a gradient.
         saved_root: tensor whose storage is kept because of this row, or -1.
-        splits_work, is_skewed: [choice, axis].
+        splits_work: [choice, axis].
         is_exchanged: [choice, axis], the op sends its operands to other ranks of the axis and its results back.
         exchanged: (op, tensor, times), what an exchange sends in forward.
     """
@@ -133,7 +133,6 @@ class OpSheet:
     gradients: Array
     saved_root: Codes
     splits_work: Mask
-    is_skewed: Mask
     is_exchanged: Mask
     exchanged: Codes
 
@@ -178,7 +177,6 @@ def make_op_sheet(
         moved=weights[MOVED], read=weights[READ], written=weights[WRITTEN], gradients=weights[GRADIENTS],
         saved_root=np.concatenate([block.saved_root for block in blocks]),
         splits_work=np.concatenate([found.splits_work for found in choices]),
-        is_skewed=np.concatenate([found.is_skewed for found in choices]),
         is_exchanged=np.concatenate([found.is_exchanged for found in choices]),
         exchanged=np.array(exchanged, dtype=np.int64).reshape(-1, 3),
     )  # fmt: skip

@@ -20,26 +20,13 @@ class AxisStrategy:
         label: what is split, in words: `replicate`, `batch`, `rows`, `columns`, `contract`, `dim2`, ...
         inputs: one placement per entry of `Op.inputs`.
         outputs: one placement per entry of `Op.outputs`.
-        splits_work: the FLOPs are divided over the ranks (false for `replicate`); evenly, but for `SKEWED_LABELS`.
+        splits_work: each rank does 1/n of the FLOPs (false only for `replicate`).
     """
 
     label: str
     inputs: tuple[Placement, ...]
     outputs: tuple[Placement, ...]
     splits_work: bool
-
-
-SKEWED_LABELS = ("context",)
-"""Splits that give the ranks unequal work: rows of causal attention, of which the last see the most keys."""
-
-
-def skewed_parts(size: int) -> float:
-    """One over the slowest rank's share of the FLOPs of a skewed split over `size` ranks; of an even one it is `size`.
-
-    Causal attention cut into n runs of rows: the last run sees n - 1/2 of n column runs, of n^2 / 2 in all, so that
-    its rank does (2n - 1) / n^2 of the work.
-    """
-    return size * size / (2 * size - 1)
 
 
 Strategy: TypeAlias = tuple[AxisStrategy, ...]

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from autopar.ir.placement import parse_sharding
 from autopar.program.collectives import (
@@ -25,6 +24,7 @@ from autopar.program.collectives import (
     partial_to_replicate,
     slice_dim,
 )
+from autopar.program.context import causal_attention
 from autopar.program.experts import split_experts
 from autopar.program.stream import StreamState
 
@@ -190,12 +190,8 @@ def attention_dropout(  # noqa: PLR0917 - the order of ATen
     sharding: str,
     axes: Axes,
     stream: StreamState,
-    row_axes: Axes = (),
 ) -> Tensor:
-    """Attention of q[B H L E], k[B H S E], v[B H S F] whose dropout is drawn from the defined stream.
-
-    `row_axes` split the rows of a causal mask, as in `causal_attention`.
-    """
+    """Attention of q[B H L E], k[B H S E], v[B H S F] whose dropout is drawn from the defined stream."""
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key = key.repeat_interleave(groups, -3)
@@ -203,8 +199,8 @@ def attention_dropout(  # noqa: PLR0917 - the order of ATen
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scores = query @ key.transpose(-2, -1) * factor
     if is_causal:
-        size, first = scores.shape[-2:], _index(row_axes) * scores.shape[-2]
-        allowed = torch.ones(size, dtype=torch.bool, device=scores.device).tril(first)
+        size = scores.shape[-2:]
+        allowed = torch.ones(size, dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~allowed, float("-inf"))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, float("-inf"))
@@ -216,33 +212,6 @@ def attention_dropout(  # noqa: PLR0917 - the order of ATen
             weights, dropout_p, op_name=op_name, global_shape=global_shape, sharding=sharding, axes=axes, stream=stream
         )
         @ value
-    )
-
-
-def causal_attention(  # noqa: PLR0917 - the order of ATen
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = True,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    row_axes: Axes,
-) -> Tensor:
-    """Causal attention of a run of rows, q[B H L/n E], over all keys k[B H L E] and values v[B H L F].
-
-    The keys that the run can see end with its own last row: on that prefix the mask is aligned to the lower right,
-    which the fused kernels know, so that no mask is made for them.
-    """
-    rows = query.shape[-2]
-    last = (_index(row_axes) + 1) * rows
-    assert rows * _size(row_axes) == key.shape[-2], "rows are not split evenly"
-    key, value = key[..., :last, :], value[..., :last, :]
-    bias = None if last == rows else causal_lower_right(rows, last)
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, bias, is_causal=bias is None, scale=scale, enable_gqa=enable_gqa
     )
 
 

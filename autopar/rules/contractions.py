@@ -8,6 +8,9 @@ from autopar.ir.strategy import AxisStrategy
 from autopar.rules.call import Values, argument, input_index, input_metas, integer, output_metas
 from autopar.rules.labels import Dims, Labels, dim_labels, split_each
 
+CONTEXT = "context"
+"""Label of attention whose rows are split while every rank has all keys, with a trade of rows inside the op."""
+
 
 def linear(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
     """x[.. k], w[n k], b[n] -> y[.. n]."""
@@ -81,16 +84,17 @@ def transposed_convolution(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
 def attention(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
     """q[b h l e], k[b h s e], v[b h s f], mask[.. l s] -> y[b h l f]; keys and values stay whole when rows split.
 
-    Rows of causal attention are cut into runs (`context`, `autopar.causal_attention`) where l = s: each rank masks by
-    the position of its run. With grouped queries the heads of k and v split alike: consecutive query heads share a
-    head of k.
+    Rows of causal attention, where l = s, are cut into runs (`context`, `autopar.causal_attention`). The last run sees
+    the most keys, so ranks trade half of their rows inside the op and all do the same work. With grouped queries the
+    heads of k and v split alike: consecutive query heads share a head of k.
     """
     metas = input_metas(op, values)
     if len(metas[0].shape) != 4:
         return ()
     rows: str | None = "dim2"
     if argument(op, 5, "is_causal", False):
-        rows = "context" if metas[0].shape[2] == metas[1].shape[2] else None
+        is_plain = metas[0].shape[2] == metas[1].shape[2] and not argument(op, 4, "dropout_p", 0.0)
+        rows = CONTEXT if is_plain else None
     inputs: list[Dims] = [("dim0", "dim1", rows, None), ("dim0", "dim1", None, None), ("dim0", "dim1", None, None)]
     if input_index(op, 3, "attn_mask") is not None:
         mask = metas[3].shape

@@ -6,9 +6,12 @@ from autopar.ir.graph import Op, Value
 from autopar.ir.placement import INVARIANT, PARTIAL, REPLICATE, Placement, shard
 from autopar.ir.strategy import AxisStrategy
 from autopar.rules.call import Values
+from autopar.rules.contractions import CONTEXT
 from autopar.rules.labels import Dims, Labels, split
 
 EXPERTS, EXCHANGE = "experts", "exchange"
+EXCHANGING = (EXCHANGE, CONTEXT)
+"""Labels of strategies that send operands to other ranks of the axis, and the results back, inside the op."""
 COUNTER = "aten.histc.default"
 """The call that counts the pairs of each expert: (ids, number of experts, 0, last expert)."""
 
@@ -80,7 +83,10 @@ def pairs_per_row(op: Op, values: Values) -> tuple[int, ...]:
 def exchanged_values(op: Op, values: Values) -> tuple[tuple[str, int], ...]:
     """(value, times) that an exchange sends in forward: the rows of all pairs there, their results back.
 
-    Backward sends the same.
+    Backward sends the same. Attention trades half of its queries and results with one rank, which takes as long as
+    the all_to_all of the whole on two ranks, and no longer on more.
     """
+    if not op.members:
+        return ((op.inputs[0], 1), (op.outputs[0], 1))
     there = zip(op.inputs, pairs_per_row(op, values), strict=True)
     return (*there, *((name, 1) for name in op.outputs))

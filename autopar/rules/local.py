@@ -28,8 +28,9 @@ class LocalCall:
     * `autopar.dropout` (op_name, global_shape, sharding): the slice of the mask that the whole op would draw from the
       stream (step, microbatch, op_name); `sharding` is text as of `format_sharding`.
     * `autopar.attention_dropout` (op_name, global_shape, sharding): scaled_dot_product_attention with dropout_p > 0;
-      the same rule, for the mask of the (batch, head, row, column) weights; row_axes as below.
-    * `autopar.causal_attention` (row_axes): the queries are this rank's run of rows, keys and values are whole.
+      the same rule, for the mask of the (batch, head, row, column) weights.
+    * `autopar.causal_attention` (row_axes): the queries are this rank's run of rows, keys and values are whole; ranks
+      at mirrored positions trade the second halves of their runs, so that all do the same work.
     * `autopar.moe_experts`: the members of the region run on the local tokens (`token_counts` are local).
     * `autopar.split_experts` (expert_axes, is_exchanged, ids, pairs_per_row, num_experts): the members run on the pairs
       of this rank's experts; see `rules.experts`.

@@ -10,6 +10,7 @@ from autopar.ir.graph import Arg, Op
 from autopar.ir.placement import Sharding, format_sharding
 from autopar.ir.strategy import Strategy, output_sharding
 from autopar.rules.call import Values, argument
+from autopar.rules.contractions import CONTEXT
 from autopar.rules.experts import EXCHANGE, EXPERTS, expert_ids, num_experts, pairs_per_row, token_counts
 from autopar.rules.local import LocalCall
 from autopar.rules.strategies import local_metas
@@ -69,11 +70,11 @@ def _special(op: Op, name: str, strategy: Strategy, values: Values) -> LocalCall
 
 
 def _attention(op: Op, strategy: Strategy, values: Values) -> LocalCall | None:
-    rows = axes_labelled(strategy, "context")
     if argument(op, 4, "dropout_p", 0.0):
         query, key = (values[op.inputs[i]].meta.shape for i in (0, 1))
         stream = _stream(op, (*query[:-1], key[-2]), output_sharding(strategy, 0))
-        return _replace(op, "autopar.attention_dropout", {**stream, "row_axes": rows})
+        return _replace(op, "autopar.attention_dropout", stream)
+    rows = axes_labelled(strategy, CONTEXT)
     return _replace(op, "autopar.causal_attention", {"row_axes": rows}) if rows else None
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from autopar.program import context
 from autopar.program.collectives import AxisGroup
 from autopar.program.local_ops import attention_dropout, batch_norm, cross_entropy, dropout, embedding_rows
 from autopar.program.stream import StreamState, buffer_for_update
@@ -107,3 +108,22 @@ def test_a_buffer_is_guarded_only_while_recomputing() -> None:
     with stream.at(0, is_recomputing=True):
         assert buffer_for_update(buffer, stream) is not buffer
     assert buffer_for_update(buffer, stream) is buffer
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_of_split_causal_attention_do_the_same_work(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def count(query: torch.Tensor, key: torch.Tensor, *rest: object) -> torch.Tensor:
+        rows, columns = query.shape[-2], key.shape[-2]
+        seen.append(rows * columns - rows * (rows - 1) // 2)
+        return query
+
+    monkeypatch.setattr(context, "_lower_right", count)
+    monkeypatch.setattr(context, "_swap", lambda x, axis: x)
+    key = randn(1, 1, 4 * size, 2)
+    for i in range(size):
+        context.causal_attention(key[..., :4, :], key, key, row_axes=(AxisGroup("x", size, i),))
+    scores = [first + second for first, second in zip(seen[::2], seen[1::2], strict=True)]
+    assert len(set(scores)) == 1
+    assert sum(scores) == 4 * size * (4 * size + 1) // 2

@@ -18,7 +18,7 @@ from autopar.ir.mesh import stage_mesh
 from autopar.ir.placement import PARTIAL, REPLICATE, shard
 from autopar.ir.strategy import Strategy
 from autopar.rewrite.region import experts_module
-from autopar.rules.experts import exchanged_bytes, expert_ids, moe_experts, num_experts
+from autopar.rules.experts import exchanged_values, expert_ids, moe_experts, num_experts
 from autopar.rules.strategies import axis_strategies, local_metas
 from tests.capture.interpreter import run_op
 from tests.rules.test_strategies import check_op
@@ -52,6 +52,10 @@ def run_members(region: Op, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     env = dict(zip(region.inputs, tensors, strict=True))
     run_op(region, env)
     return [env[name] for name in region.outputs]
+
+
+def sent_bytes(region: Op, graph: OpGraph) -> int:
+    return sum(graph.values[name].meta.num_bytes * times for name, times in exchanged_values(region, graph.values))
 
 
 def strategies(region: Op, graph: OpGraph, sizes: tuple[int, ...]) -> list[Strategy]:
@@ -94,7 +98,7 @@ def test_experts_split_their_weights_and_nothing_else(graph: OpGraph, region: Op
 def test_an_exchange_sends_every_pair_there_and_back(graph: OpGraph, region: Op) -> None:
     """Per pair: a row of 8 float64, its weight and its id, 8 bytes each; back a row of 8."""
     assert num_experts(region, graph.values) == EXPERTS
-    assert exchanged_bytes(region, graph.values) == PAIRS * 8 * (8 + 1 + 1 + 8)
+    assert sent_bytes(region, graph) == PAIRS * 8 * (8 + 1 + 1 + 8)
 
 
 def test_an_exchange_is_priced_as_two_all_to_alls_each_way(graph: OpGraph, region: Op) -> None:
@@ -104,7 +108,7 @@ def test_an_exchange_is_priced_as_two_all_to_alls_each_way(graph: OpGraph, regio
     node = next(n for n in table.nodes if n.name == region.name)
     at = {choice[0].label: i for i, choice in enumerate(node.choices)}
     one = collective_cost(cluster, "all_to_all", mesh.group(0))
-    moved_s = 2 * one.latency_s + exchanged_bytes(region, graph.values) / 4 * one.s_per_byte
+    moved_s = 2 * one.latency_s + sent_bytes(region, graph) / 4 * one.s_per_byte
     for times_s in (node.forward_s, node.backward_s):
         assert times_s[at["exchange"]] - moved_s <= times_s[at["tokens"]]
         assert times_s[at["exchange"]] > moved_s

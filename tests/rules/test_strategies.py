@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from autopar.ir.graph import Op, Value
-from autopar.ir.strategy import Strategy, input_sharding, output_sharding, skewed_parts
+from autopar.ir.strategy import Strategy, input_sharding, output_sharding
 from autopar.program.collectives import AxisGroup
 from autopar.program.local_ops import LOCAL_OPERATIONS, NEEDS_MEMBERS
+from autopar.rules.experts import EXCHANGING
 from autopar.rules.local import LocalCall
 from autopar.rules.local_call import local_call
 from autopar.rules.strategies import axis_strategies, has_rule, local_metas
@@ -114,6 +115,8 @@ def test_every_strategy_computes_what_the_whole_op_computes(case: Case) -> None:
     checked = 0
     for sizes in ((2,), (4,), (2, 2)):
         for strategy in strategies_on(case, sizes):
+            if any(axis.label in EXCHANGING for axis in strategy):
+                continue  # ranks send rows to one another: run on real processes
             check(case, strategy, sizes)
             checked += 1
     assert checked >= 3
@@ -123,9 +126,3 @@ def test_every_strategy_computes_what_the_whole_op_computes(case: Case) -> None:
 def test_work_is_split_somewhere(case: Case) -> None:
     op, values, _ = build(case)
     assert any(strategy.splits_work for strategy in axis_strategies(op, values, 2))
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_the_last_run_of_causal_rows_has_the_stated_share_of_the_work(size: int) -> None:
-    keys_seen = [row + 0.5 for row in range(8 * size)]
-    assert sum(keys_seen[-8:]) / sum(keys_seen) == pytest.approx(1 / skewed_parts(size))
