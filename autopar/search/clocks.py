@@ -30,11 +30,11 @@ PLAN_TRIES = 300
 FRONTIER_TRIES = 60
 MOST_VISITS = 150_000
 """Tries times instructions: large pipelines get fewer tries."""
-OVERSHOOTS = (4e-4, 8e-4, 2e-4, 12e-4, 6e-4, 10e-4)
+OVERSHOOTS = (4e-4, 8e-4, 2e-4, 12e-4)
 """Shares by which the deadlines of further relaxations lie later."""
 MOST_OVERSHOOTS = 2_000
 """Further relaxations times instructions; beyond, a poor plan is worth one more, no other any."""
-GOOD_GAP, FAIR_GAP, POOR_GAP = 1e-3, 1.5e-3, 3.5e-3
+GOOD_GAP, FAIR_GAP, POOR_GAP = 1e-3, 1.8e-3, 3.5e-3
 """Over the bound: a rounding this good needs no further relaxation in a single plan, in a frontier, in large ones."""
 BINDING = 1e-9
 """A relaxed step this share shorter than the deadline does not feel it."""
