@@ -9,8 +9,14 @@ from autopar.ir.graph import Block, Op, OpGraph
 from autopar.ir.solution import Decisions
 from autopar.ir.strategy import AxisStrategy
 from autopar.rules.batch import batch_dims
+from autopar.rules.experts import EXCHANGING
 
 WIDTH = 80
+NAMED_DIMS = {
+    ("linear", "dim1"): "sequence",
+    ("scaled_dot_product_attention", "dim1"): "heads",
+    ("scaled_dot_product_attention", "dim2"): "context",
+}
 BatchDims = Mapping[str, "int | None"]
 
 
@@ -67,11 +73,13 @@ def _split_words(decisions: Decisions, op: Op, dims: BatchDims) -> str:
 
 
 def _axis_word(choice: AxisStrategy, op: Op, dims: BatchDims) -> str:
-    """The label, but `batch` where it is the samples that are split."""
+    """The label, but `batch`, `sequence` and `heads` where those are split."""
+    if choice.label in EXCHANGING:
+        return choice.label
     for name, placement in zip((*op.outputs, *op.inputs), (*choice.outputs, *choice.inputs), strict=True):
         if placement.is_shard and dims.get(name) == placement.dim:
             return "batch"
-    return choice.label
+    return NAMED_DIMS.get((op.target.split(".")[1], choice.label), choice.label)
 
 
 def _short_name(op: Op, block: Block) -> str:
