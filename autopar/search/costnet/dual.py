@@ -72,7 +72,8 @@ class Chains:
     """Messages and multipliers of one model. Node k is the k-th existing node, strategies are flat over them.
 
     Attributes:
-        unary: costs without multipliers.
+        base: costs of the model.
+        unary: costs that are bounded, without multipliers; branching adds penalties to `base` here.
         multipliers: one per row.
         bound: of the last pass.
         least: per strategy the best bound seen on choices that use it.
@@ -85,7 +86,8 @@ class Chains:
         self.sizes = np.array([len(cost) for cost in network.unary], dtype=np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self.unary = np.concatenate([*network.unary, np.zeros(0)])
-        self.constant, self.limits = model.constant, model.limits
+        self.base = self.unary
+        self.constant, self.limits, self.rows = model.constant, model.limits, model.rows
         self.multipliers = np.zeros(len(self.limits)) if multipliers is None else multipliers
         self._lay_terms(model)
         self._lay_edges(network)
@@ -135,20 +137,46 @@ class Chains:
                 )
             )
 
+    @property
+    def num_entries(self) -> int:
+        """Entries of all tables."""
+        return sum(visit.higher.tables.size for visit in self.visits if visit.higher is not None)
+
     def costs(self) -> Array:
         """Unary costs with the multipliers' share."""
         if not len(self.amount):
             return self.unary
+        return self.unary + self.priced_usage()
+
+    def priced_usage(self) -> Array:
+        """Per strategy, its usage at the multipliers' prices."""
         reach = np.concatenate([[0.0], np.cumsum(self.multipliers)])
         price = np.repeat(reach[self.term_end] - reach[self.term_begin], self.term_size)
-        return self.unary + np.bincount(self.amount_at, price * self.amount, len(self.unary))
+        return np.asarray(np.bincount(self.amount_at, price * self.amount, len(self.unary)), dtype=np.float64)
 
     def usage(self, weights: Array) -> Array:
         """[rows]: usage when strategy s is used with weight weights[s]."""
+        if not len(self.amount):
+            return np.zeros(len(self.limits))
         used = np.add.reduceat(self.amount * weights[self.amount_at], np.cumsum(self.term_size) - self.term_size)
         count = len(self.limits) + 1
         change = np.bincount(self.term_begin, used, count) - np.bincount(self.term_end, used, count)
         return np.asarray(np.cumsum(change)[:-1])
+
+    @property
+    def tolerance(self) -> float:
+        """How far rounding can put a bound above the truth; generous."""
+        largest = float(np.max(np.abs(self.unary), initial=1.0)) + abs(self.constant)
+        return 1e-5 + 1e-11 * (largest + float(self.multipliers @ np.abs(self.limits)))
+
+    def reduced(self) -> Array:
+        """Per strategy, its total above the least of its node."""
+        return np.asarray(self.total - np.repeat(np.minimum.reduceat(self.total, self.first[:-1]), self.sizes))
+
+    def weights(self, temperature: float) -> Array:
+        """Per strategy, a share of its node that falls with its reduced total."""
+        share = np.exp(-self.reduced() / temperature)
+        return np.asarray(share / np.repeat(np.add.reduceat(share, self.first[:-1]), self.sizes))
 
     def sweep(self) -> float:
         """One pass up and one down; returns the bound."""
@@ -156,8 +184,8 @@ class Chains:
         offset = self.constant - float(self.multipliers @ self.limits)
         before = self._pass(costs, offset, upward=True)
         self.bound = self._pass(costs, offset, upward=False)
-        least = np.minimum.reduceat(self.total, self.first[:-1]) if len(self.total) else self.total
-        np.maximum(self.least, self.total - np.repeat(least, self.sizes) + before, out=self.least)
+        if len(self.total):
+            np.maximum(self.least, self.reduced() + before, out=self.least)
         return self.bound
 
     def _pass(self, costs: Array, offset: float, upward: bool) -> float:

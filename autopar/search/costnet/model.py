@@ -64,6 +64,7 @@ class Model:
         near: neighbours of each node.
         keep: per node, instance numbers of its strategies, ascending.
         terms, limits: liveness rows.
+        rows: number of each row at the start.
         constant: cost that every choice pays.
         alive: nodes that exist.
         undo: expansion records.
@@ -76,6 +77,7 @@ class Model:
     keep: list[Integers]
     terms: list[list[Term]]
     limits: Array
+    rows: Integers
     alive: NDArray[np.bool_]
     constant: float = 0.0
     undo: list[Follow | Eliminated] = field(default_factory=list)
@@ -166,6 +168,7 @@ def make_model(instance: Instance) -> Model:
         [np.arange(len(c)) for c in unary],
         terms,
         np.full(num_rows, float(instance.limit)),
+        np.arange(num_rows),
         np.ones(len(unary), dtype=bool),
         dirty=set(range(len(unary))),
     )

@@ -34,7 +34,7 @@ class Slack:
 
     def __init__(self, chains: Chains) -> None:
         self.left = chains.limits.copy()
-        self._terms: list[list[tuple[int, int, Array]]] = [[] for _ in chains.sizes]
+        self.terms: list[list[tuple[int, int, Array]]] = [[] for _ in chains.sizes]
         at = np.cumsum(chains.term_size) - chains.term_size
         for k, begin, end, first, size in zip(
             chains.term_node.tolist(),
@@ -44,11 +44,11 @@ class Slack:
             chains.term_size.tolist(),
             strict=True,
         ):
-            self._terms[k].append((begin, end, chains.amount[first : first + size]))
+            self.terms[k].append((begin, end, chains.amount[first : first + size]))
 
     def excess(self, node: int) -> Array | None:
         """Per strategy the largest excess that it would cause (0 where it fits); None if the node is in no row."""
-        terms = self._terms[node]
+        terms = self.terms[node]
         if not terms:
             return None
         worst = terms[0][2] - self.left[terms[0][0] : terms[0][1]].min()
@@ -57,7 +57,7 @@ class Slack:
         return np.asarray(np.maximum(worst, 0.0))
 
     def take(self, node: int, p: int, sign: float = 1.0) -> None:
-        for begin, end, amount in self._terms[node]:
+        for begin, end, amount in self.terms[node]:
             self.left[begin:end] -= sign * amount[p]
 
 
@@ -109,7 +109,7 @@ def improve(chains: Chains, choice: Integers, max_rounds: int = 20) -> Answer:
         for k in sorted(todo):
             p = int(choice[k])
             visit = chains.visits[k]
-            cost = condition(chains, visit, chains.unary, choice)
+            cost = condition(chains, visit, chains.base, choice)
             slack.take(k, p, -1.0)
             excess = slack.excess(k)
             best = _best(cost, excess)
@@ -129,9 +129,17 @@ def _neighbours(visit: Visit) -> list[int]:
     return [int(n) for star in (visit.lower, visit.higher) if star is not None for n in star.near]
 
 
+def evaluate(chains: Chains, choice: Integers) -> Answer:
+    """A choice as it is."""
+    slack = Slack(chains)
+    for k, p in enumerate(choice.tolist()):
+        slack.take(k, p)
+    return assess(chains, choice, slack)
+
+
 def assess(chains: Chains, choice: Integers, slack: Slack) -> Answer:
     """Cost and excess; `slack` is what the choice leaves."""
-    total = chains.constant + float(chains.unary[chains.first[:-1] + choice].sum())
+    total = chains.constant + float(chains.base[chains.first[:-1] + choice].sum())
     for k, visit in enumerate(chains.visits):
         if visit.higher is not None:
             total += float(visit.higher.tables[choice[k], visit.higher.cuts + choice[visit.higher.near]].sum())

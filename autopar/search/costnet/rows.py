@@ -32,8 +32,8 @@ def event_rows(start: Integers, stop: Integers) -> tuple[Integers, Integers]:
     return np.searchsorted(times, start), np.where(stop > start, np.searchsorted(times, stop), 0)
 
 
-def settle(terms: Sequence[list[Term]], limits: Array) -> tuple[list[list[Term]], Array]:
-    """Equivalent terms and limits without rows that cannot bind.
+def settle(terms: Sequence[list[Term]], limits: Array) -> tuple[list[list[Term]], Array, NDArray[np.bool_]]:
+    """Equivalent terms and limits without rows that cannot bind, and which rows stayed.
 
     Least amounts move to the limits; terms that are zero or meet no row go; a row goes where the largest amounts fit,
     or where a neighbouring row holds all its terms under no larger limit. Terms of a node over the same rows add up.
@@ -45,7 +45,7 @@ def settle(terms: Sequence[list[Term]], limits: Array) -> tuple[list[list[Term]]
     keep = _binding(stripped, limits)
     number = np.concatenate([[0], np.cumsum(keep)])
     renumbered = [_renumber(own, number) for own in stripped]
-    return renumbered, limits[keep]
+    return renumbered, limits[keep], keep
 
 
 def _strip(term: Term, drop: Array) -> Term:

@@ -14,6 +14,8 @@ Tables are handled in stacks of equal shape.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -44,9 +46,11 @@ class InfeasibleModelError(Exception):
     """No choice satisfies the model; raised inside the package and turned into a status."""
 
 
-def shrink(model: Model) -> None:
-    """Apply all steps until little changes; raises InfeasibleModelError."""
+def shrink(model: Model, deadline: float = math.inf) -> None:
+    """Apply all steps until little changes or `deadline` (perf_counter); raises InfeasibleModelError."""
     for _ in range(MAX_PASSES):
+        if time.perf_counter() > deadline:
+            break
         before = model.size()[:2]
         settle(model)
         consistent(model)
@@ -82,7 +86,8 @@ def stacks(model: Model, pairs: Iterable[Pair]) -> Iterator[tuple[list[Pair], Ar
 def settle(model: Model) -> None:
     """Strip the rows and delete strategies that no row can bear."""
     while True:
-        model.terms, model.limits = rows.settle(model.terms, model.limits)
+        model.terms, model.limits, keep = rows.settle(model.terms, model.limits)
+        model.rows = model.rows[keep]
         if np.any(model.limits < 0):
             raise InfeasibleModelError(f"memory exceeded by {-float(model.limits.min()):.0f} at least")
         is_changed = False

@@ -9,12 +9,32 @@ import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
+from autopar.search.costnet.ascent import climb
 from autopar.search.costnet.dual import Chains
 from autopar.search.costnet.instance import Instance
 from autopar.search.costnet.model import Model, make_model
-from autopar.search.costnet.primal import Answer, decode
+from autopar.search.costnet.primal import Answer, decode, evaluate
 from autopar.search.costnet.rows import Integers
 from autopar.search.costnet.shrink import InfeasibleModelError, shrink
+from autopar.search.costnet.tree import Tree
+from autopar.search.costnet.windows import Windows
+
+PREPROCESSING_SHARE = 0.4
+"""Of the time limit, after which no further pass of preprocessing starts."""
+PLAIN_SWEEPS, PLAIN_ROUNDS = 10, 12
+CLIMB_SWEEPS = 100
+STALL = 2e-3
+"""Relative gain of the bound below which a stage ends."""
+MOST_STARTS = 12
+STALL_STEPS, STALL_STEPS_PER_NODE = 300, 1
+WINDOW_SIZES = (6, 40)
+LEAST_DOOMED = 0.05
+"""Share of strategies that bounds must rule out to preprocess again."""
+LARGEST_TREE, MOST_TREE_NODES = 4_000_000, 1_500
+"""Table entries and nodes above which branch and bound is not tried."""
+VISIT_EVERY = 30
 
 
 @dataclass(frozen=True)
@@ -67,22 +87,37 @@ class _Search:
     best: tuple[int, Integers] | None = None
     bound: float = -math.inf
     excess: int | None = None
+    is_exhausted: bool = False
+
+    @property
+    def incumbent(self) -> float:
+        return math.inf if self.best is None else float(self.best[0])
+
+    @property
+    def is_late(self) -> bool:
+        return time.perf_counter() > self.deadline
+
+    def left_s(self) -> float:
+        return max(self.deadline - time.perf_counter(), 0.0)
 
     def offer(self, chains: Chains, answer: Answer) -> None:
         """Expand and evaluate exactly; keep the best feasible choice."""
-        if not math.isfinite(answer.cost) or (self.best is not None and answer.cost >= self.best[0]):
+        if not math.isfinite(answer.cost) or answer.cost >= self.incumbent:
             return
         choice = self.model.expand(chains.nodes, answer.choice.tolist(), self.instance.num_nodes)
         cost, excess = self.instance.evaluate(choice)
         if cost is None:
             return
         self.excess = excess if self.excess is None else min(excess, self.excess)
-        if excess == 0 and (self.best is None or cost < self.best[0]):
+        if excess == 0 and cost < self.incumbent:
             self.best = (cost, choice)
+
+    def raise_bound(self, bound: float, tolerance: float) -> None:
+        self.bound = max(self.bound, bound - tolerance)
 
     @property
     def is_proven(self) -> bool:
-        return self.best is not None and math.ceil(self.bound - 1e-6 * max(1.0, abs(self.bound) * 1e-6)) >= self.best[0]
+        return self.is_exhausted or (self.best is not None and math.ceil(self.bound) >= self.best[0])
 
 
 def solve(instance: Instance, *, time_limit_s: float = 60.0) -> Outcome:
@@ -92,43 +127,134 @@ def solve(instance: Instance, *, time_limit_s: float = 60.0) -> Outcome:
     before = Sizes(instance.num_nodes, instance.num_strategies, instance.num_pairs, len(model.limits))
     search = _Search(instance, model, wall + time_limit_s)
     try:
-        shrink(model)
+        shrink(model, wall + PREPROCESSING_SHARE * time_limit_s)
     except InfeasibleModelError:
-        return Outcome(
-            "infeasible",
-            None,
-            None,
-            math.inf,
-            None,
-            before,
-            before,
-            time.perf_counter() - wall,
-            time.process_time() - cpu,
-        )
+        spent = time.perf_counter() - wall, time.process_time() - cpu
+        return Outcome("infeasible", None, None, math.inf, None, before, before, *spent)
     after = Sizes(*model.size())
     _run(search)
-    status = "optimal" if search.is_proven else "feasible" if search.best else "no-solution"
     objective, choice = search.best if search.best is not None else (None, None)
-    bound = min(search.bound, objective) if objective is not None else search.bound
-    return Outcome(
-        status,
-        choice,
-        objective,
-        float(objective) if status == "optimal" and objective is not None else bound,
-        search.excess,
-        before,
-        after,
-        time.perf_counter() - wall,
-        time.process_time() - cpu,
-    )
+    status, bound = "no-solution", search.bound
+    if search.is_proven:
+        status, bound = ("infeasible", math.inf) if objective is None else ("optimal", float(objective))
+    elif objective is not None:
+        status, bound = "feasible", min(bound, float(objective))
+    spent = time.perf_counter() - wall, time.process_time() - cpu
+    return Outcome(status, choice, objective, bound, search.excess, before, after, *spent)
 
 
 def _run(search: _Search) -> None:
+    """Bound, then solutions, then reductions by both, then branch and bound or more solutions."""
     chains = Chains(search.model)
-    round_ = 0
-    while time.perf_counter() < search.deadline and not search.is_proven:
-        search.bound = max(search.bound, chains.sweep())
-        round_ += 1
-        if round_ % 10 == 0:
-            for upward in (True, False):
-                search.offer(chains, decode(chains, upward))
+    if not len(chains.sizes):
+        search.offer(chains, Answer(np.zeros(0, dtype=np.int64), chains.constant, 0.0))
+        search.is_exhausted = True
+        return
+    _bound(search, chains)
+    improver = Improver(search, chains)
+    improver.run(search.deadline - 0.7 * search.left_s())
+    if search.is_proven:
+        return
+    tightened = _tighten(search, chains)
+    if tightened is None:
+        search.is_exhausted = True
+        return
+    if tightened is not chains:
+        chains = tightened
+        improver = Improver(search, chains)
+        _bound(search, chains)
+    if search.is_proven or search.is_late:
+        return
+    if chains.num_entries <= LARGEST_TREE and len(chains.sizes) <= MOST_TREE_NODES:
+        _branch(search, chains)
+    else:
+        improver.run(search.deadline)
+
+
+def _bound(search: _Search, chains: Chains) -> None:
+    """Plain sweeps, which often suffice, then multipliers; decodes now and then."""
+    for _ in range(PLAIN_ROUNDS):
+        before = chains.bound
+        for _ in range(PLAIN_SWEEPS):
+            chains.sweep()
+        search.raise_bound(chains.bound, chains.tolerance)
+        for upward in (True, False):
+            search.offer(chains, decode(chains, upward))
+        if search.is_proven or search.is_late or chains.bound - before < STALL * abs(chains.bound):
+            break
+    stop = search.deadline - 0.5 * search.left_s()
+    while not search.is_proven and time.perf_counter() < stop:
+        before = chains.bound
+        target = search.incumbent if search.best is not None else chains.bound + 0.3 * abs(chains.bound) + 1.0
+        target = min(target, chains.bound + 0.3 * abs(chains.bound) + 1.0)
+        climb(chains, target, most_sweeps=CLIMB_SWEEPS, deadline=stop)
+        search.raise_bound(chains.bound, chains.tolerance)
+        for upward in (True, False):
+            search.offer(chains, decode(chains, upward))
+        if chains.bound - before < STALL * abs(chains.bound):
+            break
+
+
+class Improver:
+    """Windows from several starts; each start ends when it stalls."""
+
+    def __init__(self, search: _Search, chains: Chains) -> None:
+        self.search, self.chains = search, chains
+        self.seed = 0
+
+    def run(self, deadline: float, *, starts: int = MOST_STARTS) -> None:
+        """Until `deadline` (perf_counter), proof, or `starts` starts."""
+        for _ in range(starts):
+            if self.search.is_proven or time.perf_counter() > deadline:
+                return
+            self._start(deadline)
+
+    def _start(self, deadline: float) -> None:
+        answer = min((decode(self.chains, upward) for upward in (True, False)), key=lambda a: a.rank)
+        windows = Windows(self.chains, answer, self.seed)
+        self.seed += 1
+        patience = STALL_STEPS + STALL_STEPS_PER_NODE * len(self.chains.sizes)
+        last, cost = 0, windows.cost
+        while windows.steps - last < patience and time.perf_counter() < deadline:
+            windows.step(int(windows.random.integers(*WINDOW_SIZES)))
+            if windows.cost < cost - 1e-6 * abs(cost):
+                last, cost = windows.steps, windows.cost
+        self.search.offer(self.chains, windows.answer())
+
+
+def _tighten(search: _Search, chains: Chains) -> Chains | None:
+    """Chains of the model without strategies that reach the incumbent; None if nothing cheaper is left."""
+    if search.best is None:
+        return chains
+    doomed = chains.least > search.incumbent - 1.0 + chains.tolerance
+    if doomed.mean() < LEAST_DOOMED:
+        return chains
+    model = search.model
+    prices = dict(zip(chains.rows.tolist(), chains.multipliers.tolist(), strict=True))
+    try:
+        for k, node in enumerate(chains.nodes):
+            own = doomed[chains.first[k] : chains.first[k + 1]]
+            if own.all():
+                return None
+            if own.any():
+                model.restrict(node, np.flatnonzero(~own))
+        shrink(model, search.deadline)
+    except InfeasibleModelError:
+        return None
+    return Chains(model, np.array([prices[row] for row in model.rows.tolist()]))
+
+
+def _branch(search: _Search, chains: Chains) -> None:
+    improver = Improver(search, chains)
+
+    def visit(choice: Integers | None) -> float:
+        if choice is not None:
+            search.offer(chains, evaluate(chains, choice))
+            return search.incumbent
+        improver.run(search.deadline, starts=1)
+        return search.incumbent
+
+    tree = Tree(chains, search.incumbent, visit)
+    bound = tree.run(search.deadline, VISIT_EVERY)
+    search.raise_bound(bound, chains.tolerance)
+    search.is_exhausted = tree.is_complete
