@@ -85,11 +85,12 @@ def _collect(node: _Node, path: tuple[str, ...], prefixes: set[tuple[str, ...]])
     """Add the paths of the blocks under `node`."""
     numbered = node.numbered()
     is_container = len(numbered) >= 2
+    is_uniform = is_container and _mostly_repeat(numbered)
     for name, child in node.children.items():
         here = (*path, name)
         if is_container and name in numbered:
             inner: set[tuple[str, ...]] = set()
-            if not _mostly_repeat(numbered):
+            if not is_uniform:
                 _collect(child, here, inner)
                 inner = inner if _has_repeats(child) else set()
             prefixes.update(inner or {here})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import io
 import logging
@@ -148,7 +149,9 @@ def capture(
         InputError: the source's code fails, or gives no loss.
         CaptureError: the model cannot be traced; names the user's line.
     """
-    captured = _capture_whole(source, batch_size, device) if every_layer else _capture_alike(source, batch_size, device)
+    with _uncollected():
+        chosen = _capture_whole if every_layer else _capture_alike
+        captured = chosen(source, batch_size, device)
     if dtype is None:
         return captured
     wanted = torch_adapter.dtype_of(dtype) if isinstance(dtype, str) else dtype
@@ -159,6 +162,18 @@ def capture(
         tuple(_to_dtype(tensor, wanted) for tensor in captured.inputs),
         captured.notes,
     )
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: with torch loaded, walking its million objects again and again is a third of the work."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)

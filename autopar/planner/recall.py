@@ -164,7 +164,7 @@ def _load(name: str) -> _Entry | None:
     try:
         packed = (cache_directory() / name).read_text(encoding="ascii")
         digest, _, body = packed.partition("\n")
-        text = zlib.decompress(base64.b85decode(body))
+        text = zlib.decompress(base64.b64decode(body, validate=True))
         if hashlib.sha256(text).hexdigest() != digest:
             return None
         held = json.loads(text)
@@ -178,7 +178,7 @@ def _store(name: str, entry: _Entry) -> None:
     """Write the entry and drop the oldest ones, or do nothing where that is impossible."""
     path = cache_directory() / name
     text = json.dumps({"manifest": asdict(entry.manifest), "content": entry.content}).encode()
-    packed = base64.b85encode(zlib.compress(text, 1)).decode("ascii")
+    packed = base64.b64encode(zlib.compress(text, 1)).decode("ascii")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, f"{hashlib.sha256(text).hexdigest()}\n{packed}")
