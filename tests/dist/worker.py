@@ -121,6 +121,8 @@ def sequence_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     for name, mesh, label in itertools.product(arguments["models"], meshes, ("context", "dim1")):
         bench = Bench(name, 2)
         decisions = sequence_parallel(bench.graph, mesh, label, 2)
+        if mesh.sizes[0] > 1:
+            decisions = replace(decisions, stages=cut_evenly(bench.graph, 1, "full"))
         results.append({"case": f"{name} {label} {mesh.sizes}", "error": bench.error_of(decisions)})
     return results
 
@@ -133,8 +135,10 @@ def expert_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     meshes = [stage_mesh(world), *([stage_mesh(2, world // 2)] if world > 2 else [])]
     for mesh in meshes:
         for labels in itertools.product(("tokens", "experts", "exchange"), repeat=len(mesh.axes)):
+            recompute = "full" if len(set(labels)) > 1 else "none"
             decisions = expert_parallel(bench.graph, mesh, labels, 2)
-            case = f"mixtral {'/'.join(labels)} {mesh.sizes}"
+            decisions = replace(decisions, stages=cut_evenly(bench.graph, 1, recompute))
+            case = f"mixtral {'/'.join(labels)} {mesh.sizes} recompute {recompute}"
             results.append({"case": case, "error": bench.error_of(decisions)})
     return results
 
