@@ -4,7 +4,8 @@
 
 Every tensor is laid out by one of 30 layouts, which split it into 1 to 64 parts. A node's strategies are the layouts
 it supports: more parts use less memory and compute less, but gather more. Edges of elementwise ops forbid all but equal
-layouts (permutation-like tables), others cost what moving the tensor between two layouts takes (dense tables). Activations live from forward to backward, parameters all the time. The limit is
+layouts (permutation-like tables), others cost what moving the tensor between two layouts takes (dense tables).
+Activations live from forward to backward, parameters all the time. The limit is
 least peak + headroom * (peak of the cheapest strategies - least peak).
 """
 

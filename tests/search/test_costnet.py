@@ -99,5 +99,13 @@ def test_published_optima_are_proven(name: str, value: int) -> None:
     assert (outcome.status, outcome.objective, outcome.bound) == ("optimal", value, value)
 
 
+def test_usage_of_a_node_without_a_choice_counts() -> None:
+    """Node 0's only legal strategy takes the whole limit, so node 1 must pay for using nothing."""
+    nodes = {"intervals": [[0, 1], [0, 1]], "costs": [[10**18, 0], [0, 1]], "usages": [[0, 3], [1, 0]]}
+    problem = {"nodes": nodes, "edges": {"nodes": [], "costs": []}, "usage_limit": 3}
+    outcome = solve(make_instance(problem))
+    assert (outcome.status, outcome.objective) == ("optimal", 1)
+
+
 def test_forbidden_is_below_what_the_format_writes() -> None:
     assert FORBIDDEN <= 10**18

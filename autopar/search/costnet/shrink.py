@@ -155,13 +155,15 @@ def reparametrise(model: Model) -> None:
 
 
 def fold_single(model: Model) -> None:
-    """Nodes with one strategy leave (their usage is already in the limits)."""
+    """Nodes with one strategy leave; their usage moves to the limits."""
     for node in model.nodes:
         if len(model.unary[node]) > 1:
             continue
         for other in sorted(model.near[node]):
             model.unary[other] = model.unary[other] + model.table(node, other)[0]
             model.drop_table(node, other)
+        for term in model.terms[node]:
+            model.limits[term.begin : term.end] -= term.amount[0]
         model.constant += float(model.unary[node][0])
         only, none = model.keep[node], np.zeros(0, dtype=np.int64)
         model.undo.append(Follow(node, node, none, only))

@@ -187,8 +187,8 @@ class Windows:
             broken = self._over(terms, found)
             if not broken:
                 return found
-            for row, excess in broken.items():
-                prices[row] = prices.get(row, 0.0) + 1.1 * max(most - value, 1.0) / excess
+            for row, amount in broken.items():
+                prices[row] = prices.get(row, 0.0) + 1.1 * max(most - value, 1.0) / amount
         return None
 
     def _repair(self, size: int) -> bool:
