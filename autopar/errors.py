@@ -45,10 +45,17 @@ class PlanMismatchError(InputError):
 
 @dataclass(frozen=True)
 class Remedy:
-    """One computed way out of an infeasible problem: what to change and what it gives."""
+    """One computed way out of an infeasible problem: what to change and what it gives.
+
+    Attributes:
+        quantity, value: what is relaxed (a field of `Limits`, `memory_bytes` or `num_gpus`) and how far at least, where
+            that is a number.
+    """
 
     change: str
     effect: str
+    quantity: str = ""
+    value: float | None = None
 
 
 @dataclass
@@ -71,7 +78,8 @@ class InfeasibleError(AutoparError):
     exit_code = 3
 
     def __str__(self) -> str:
-        lines = [f"no plan fits: {self.limit} binds", f"  need  {self.need}", f"  have  {self.have}"]
+        verb = "bind" if " and " in self.limit else "binds"
+        lines = [f"no plan fits: {self.limit} {verb}", f"  need  {self.need}", f"  have  {self.have}"]
         lines += [f"  {i}) {r.change}: {r.effect}" for i, r in enumerate(self.remedies, start=1)]
         return "\n".join(lines)
 

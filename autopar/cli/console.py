@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -47,7 +48,7 @@ def error_details(error: AutoparError) -> dict[str, Any]:
     """Fields that programs want beyond kind and message."""
     if not isinstance(error, InfeasibleError):
         return {}
-    remedies = [{"change": r.change, "effect": r.effect} for r in error.remedies]
+    remedies = [asdict(remedy) for remedy in error.remedies]
     return {"limit": error.limit, "need": error.need, "have": error.have, "remedies": remedies}
 
 

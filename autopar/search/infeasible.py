@@ -1,22 +1,62 @@
-"""Infeasible: how much memory the least demanding plan needs, why, and what would help. All figures are computed."""
+"""Infeasible: which limit binds, what the least demanding plan needs, and what would help.
+
+All figures are computed by searches (`relaxations`); suggested values are rounded up, so that a plan keeps them.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 from autopar.errors import AutoparError, InfeasibleError, InputError, Remedy
 from autopar.ir.solution import Limits, Pins
 from autopar.search.cuts import CutRules
 from autopar.search.leanest import EXACT_ENTRIES, Lean, leanest
-from autopar.search.problem import make_problem
+from autopar.search.relaxations import LIMIT_NAMES, MOST_GROWTH, Explorer, Reached, Relaxation, Room
 from autopar.search.shared import Space
-from autopar.search.space import MODES, Skeleton, mesh_sizes
-from autopar.units import format_bytes
+from autopar.search.space import MODES, Skeleton
+from autopar.units import GIB, KIB, MIB, format_bytes, format_joules, format_seconds, format_watts
 
 MOST_PROMISING = 20
 """Skeletons looked at for the least demanding plan when tables are large."""
-GROWTH = (2, 4, 8, 16, 32, 64)
+PROVEN = 1e-3
+"""Relative distance to what is proven to be too little at which a value counts as the least."""
+REMEDIES_S = 120.0
+"""Wall-clock limit on the search for ways out where the user gave none."""
+
+
+@dataclass(frozen=True)
+class _Words:
+    """How a limit is spoken of: its name, its flag, the figure it bounds, and units by size, largest first."""
+
+    name: str
+    flag: str
+    figure: str
+    units: tuple[tuple[str, float], ...]
+
+    def show(self, value: float) -> str:
+        """Four digits, rounded to nearest."""
+        shown = {"deadline_s": format_seconds, "energy_j": format_joules, "memory_bytes": format_bytes}
+        return shown.get(self.name, format_watts)(value)
+
+    def at_least(self, value: float) -> str:
+        """The flag with four digits, rounded up."""
+        unit, size = next((u for u in self.units if value >= u[1]), self.units[-1])
+        return f"{self.flag} {_round_up(value / size):.10g}{unit}"
+
+
+WORDS = {
+    "deadline_s": _Words("deadline_s", "--deadline", "deadline", (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))),
+    "energy_j": _Words(
+        "energy_j", "--energy-budget", "energy budget", (("MJ", 1e6), ("kJ", 1e3), ("J", 1.0), ("mJ", 1e-3))
+    ),
+    "average_power_w": _Words("average_power_w", "--power-cap", "average power cap", (("kW", 1e3), ("W", 1.0))),
+    "peak_power_w": _Words("peak_power_w", "--peak-power", "peak power limit", (("kW", 1e3), ("W", 1.0))),
+    "memory_bytes": _Words(
+        "memory_bytes", "--memory", "memory", (("GiB", GIB), ("MiB", MIB), ("KiB", KIB), ("B", 1.0))
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -29,12 +69,72 @@ class _Found:
         return self.lean.figures.peak_memory_bytes
 
 
-def no_plan_error(space: Space, pins: Pins, limits: Limits) -> AutoparError:
+def no_plan_error(
+    space: Space, pins: Pins, limits: Limits, *, use_all: bool = False, max_microbatches: int | None = None
+) -> AutoparError:
     """The error for a space without any plan that fits and keeps the limits."""
-    return memory_error(space, pins)
+    stop_s = time.monotonic() + REMEDIES_S if space.deadline_s is None else space.deadline_s
+    explorer = Explorer(space, pins, use_all, max_microbatches, stop_s)
+    room = Room(space.device.memory_bytes, space.device.num_gpus, limits)
+    free = Room(room.memory_bytes, room.num_gpus, Limits())
+    if limits.is_free or explorer.ask(free) is None:
+        return memory_error(space, pins, explorer, free)
+    return _limits_error(explorer, room)
 
 
-def memory_error(space: Space, pins: Pins) -> AutoparError:
+def _limits_error(explorer: Explorer, room: Room) -> InfeasibleError:
+    """Plans fit, but none keeps the limits."""
+    names = [name for name in LIMIT_NAMES if getattr(room.limits, name) is not None]
+    nearest = [found for name in names if (found := explorer.relax(room, name)) is not None]
+    further = [found for name in ("memory_bytes", "num_gpus") if (found := explorer.relax(room, name)) is not None]
+    remedies = [_remedy(found, room.num_gpus) for found in nearest + further]
+    if explorer.ran_out:
+        remedies.append(Remedy("more time (--time-limit)", "the search for ways out was stopped early"))
+    if nearest:
+        needs = [f"{_needed(found)}" for found in nearest]
+        binding = [found.name for found in nearest]
+    else:
+        binding = names
+        alone = [explorer.relax(_alone(room, name), name) for name in names]
+        needs = [f"{_needed(found)} if nothing else were limited" for found in alone if found is not None]
+    have = ", ".join(f"{WORDS[name].figure} {WORDS[name].show(getattr(room.limits, name))}" for name in names)
+    limit = " and ".join(WORDS[name].figure for name in binding)
+    return InfeasibleError(limit, "; or ".join(needs), have, tuple(remedies))
+
+
+def _alone(room: Room, name: str) -> Room:
+    """The room with no limit but one."""
+    return Room(room.memory_bytes, room.num_gpus, Limits(**{name: getattr(room.limits, name)}))
+
+
+def _needed(found: Relaxation) -> str:
+    words = WORDS[found.name]
+    article = "an" if words.figure[0] in "ae" else "a"
+    return f"{article} {words.figure} of {words.show(found.value)}"
+
+
+def _remedy(found: Relaxation, num_gpus: int) -> Remedy:
+    if found.name == "num_gpus":
+        change = f"{found.value:.0f} GPUs instead of {num_gpus} (--gpus {found.value:.0f})"
+        return Remedy(change, _effect(found.reached), found.name, found.value)
+    words = WORDS[found.name]
+    proven = "" if found.value > found.proven * (1 + PROVEN) else "; the least, proven"
+    return Remedy(words.at_least(found.value), f"{_effect(found.reached)}{proven}", found.name, found.value)
+
+
+def _effect(reached: Reached) -> str:
+    figures = f"{format_seconds(reached.time_s)}, {format_joules(reached.energy_j)}"
+    memory = format_bytes(reached.plan.figures.peak_memory_bytes)
+    return f"{figures} and {memory} with {reached.plan.skeleton.describe()}"
+
+
+def _round_up(value: float) -> float:
+    """To four significant digits."""
+    scale = 10.0 ** (3 - math.floor(math.log10(value)))
+    return math.ceil(value * scale * (1 - 1e-12)) / scale
+
+
+def memory_error(space: Space, pins: Pins, explorer: Explorer, room: Room) -> AutoparError:
     """The error for a space in which nothing fits."""
     found = _least(space, *_promising(space))
     if found is not None and not found.lean.proven:
@@ -46,7 +146,7 @@ def memory_error(space: Space, pins: Pins) -> AutoparError:
             f"{space.source.graph.batch_size} samples or the model's sizes do not divide as the settings ask"
         )
     have = f"{format_bytes(space.device.memory_bytes)} usable per device"
-    return InfeasibleError("memory", _need(found), have, tuple(_remedies(space, pins, found)))
+    return InfeasibleError("memory", _need(found), have, tuple(_remedies(explorer, pins, room, found)))
 
 
 def _promising(space: Space) -> tuple[list[Skeleton], bool]:
@@ -82,14 +182,16 @@ def _need(found: _Found) -> str:
     return f"{format_bytes(found.peak)}{proven} on stage {stage} ({parts}) with {found.skeleton.describe()}"
 
 
-def _remedies(space: Space, pins: Pins, found: _Found) -> list[Remedy]:
+def _remedies(explorer: Explorer, pins: Pins, room: Room, found: _Found) -> list[Remedy]:
     remedies = []
     if pins.recompute == "none":
-        remedies += _if_fits(space, found.skeleton, "full", "allow recompute (drop the pin recompute=none)")
-    remedies += _more_devices(space, pins, found)
+        remedies += _if_fits(explorer.space, found.skeleton, "full", "allow recompute (drop the pin recompute=none)")
+    if found.peak / MOST_GROWTH <= room.memory_bytes:
+        more = explorer.relax(room, "num_gpus")
+        remedies += [] if more is None else [_remedy(more, room.num_gpus)]
     effect = f"the least demanding plan ({found.skeleton.describe()}) fits"
-    remedies.append(Remedy(f"devices with {format_bytes(found.peak)} of usable memory", effect))
-    return remedies
+    change = f"devices with {format_bytes(found.peak)} of usable memory"
+    return [*remedies, Remedy(change, effect, "memory_bytes", found.peak)]
 
 
 def _if_fits(space: Space, skeleton: Skeleton, mode: str, change: str) -> list[Remedy]:
@@ -98,27 +200,3 @@ def _if_fits(space: Space, skeleton: Skeleton, mode: str, change: str) -> list[R
     if found is None or found.peak > space.device.memory_bytes:
         return []
     return [Remedy(change, f"{format_bytes(found.peak)} with {changed.describe()}")]
-
-
-def _more_devices(space: Space, pins: Pins, found: _Found) -> list[Remedy]:
-    """The first multiple of the present number of devices that fits, by growing the stage mesh."""
-    skeleton = found.skeleton
-    if pins.dp is not None and pins.tp is not None:
-        return []
-    now = space.device.num_gpus
-    for growth in GROWTH:
-        if found.peak / growth > space.device.memory_bytes:
-            continue
-        num_devices = max(1, now * growth // skeleton.num_stages)
-        for sizes in sorted(mesh_sizes(num_devices, pins), key=lambda s: (len(s), max(s)))[:3]:
-            table = space.source.table(Skeleton(1, sizes, 1, "none").mesh, skeleton.num_microbatches)
-            problem = make_problem(table) if table is not None else None
-            if problem is None:
-                continue
-            rules = CutRules(skeleton.num_stages, space.schedule, MODES[skeleton.mode], math.inf)
-            lean = leanest(problem, space.device, rules, exact=False)
-            if lean is not None and lean.figures.fits(space.device.memory_bytes):
-                peak = format_bytes(lean.figures.peak_memory_bytes)
-                mesh = Skeleton(skeleton.num_stages, sizes, skeleton.num_microbatches, skeleton.mode).describe()
-                return [Remedy(f"{now * growth} GPUs instead of {now}", f"{peak} with {mesh}")]
-    return []
