@@ -6,6 +6,7 @@ not on their sizes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,11 @@ class ParameterChoices:
     preferences: tuple[Preference, ...]
 
 
+def matches(regex: str, op: Op) -> bool:
+    """Whether a constraint means this op, by its name or its module path."""
+    return any(re.fullmatch(regex, name) for name in (op.name, op.module_path))
+
+
 class ChoiceMaker:
     """Makes and keeps the choices of one graph under one set of pins."""
 
@@ -100,7 +106,8 @@ class ChoiceMaker:
         return self._parameters[key]
 
     def _is_pinned(self, axis: int) -> bool:
-        return (axis == DP and self.pins.dp is not None) or (axis == TP and self.pins.tp is not None)
+        pins = self.pins
+        return pins.roles or (axis == DP and pins.dp is not None) or (axis == TP and pins.tp is not None)
 
     def _make_op(self, op: Op, active: tuple[bool, ...]) -> OpChoices:
         values = self.graph.values
@@ -129,11 +136,21 @@ class ChoiceMaker:
     ) -> Sequence[AxisStrategy]:
         if not on or op.is_shared:
             return every[:1]
+        every = self._constrained(op, every)
         if not self._is_pinned(axis):
             return every
         if axis == DP:
             return every[:1] if batch is None else (every[0], batch)
         return tuple(s for s in every if s != batch)
+
+    def _constrained(self, op: Op, every: Sequence[AxisStrategy]) -> Sequence[AxisStrategy]:
+        """Strategies that `without` and `ops` leave; the last constraint that matches decides."""
+        pins = self.pins
+        left = tuple(s for s in every if s.label not in pins.without) or every[:1] if pins.without else every
+        for regex, label in pins.ops:
+            if matches(regex, op) and any(s.label == label for s in every):
+                left = tuple(s for s in every if s.label == label)
+        return left
 
     def _op_preference(self, op: Op, grid: Grid, axis: int) -> Preference | None:
         """Pinned data axis: no `replicate` if the batch divides. Pinned tensor axis: no layer stays whole."""

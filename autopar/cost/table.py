@@ -109,7 +109,7 @@ class CostTables:
         if key not in self._tables:
             while len(self._tables) >= KEPT_TABLES:
                 self._tables.pop(next(iter(self._tables)))
-            pinned_dp = mesh.sizes[0] if self.pins.dp is not None and mesh.sizes else 1
+            pinned_dp = mesh.sizes[0] if (self.pins.roles or self.pins.dp is not None) and mesh.sizes else 1
             divides = self.tensors.divides(num_microbatches)
             divides = divides and self.graph.batch_size // num_microbatches % pinned_dp == 0
             self._tables[key] = self._make(mesh, num_microbatches) if divides else None

@@ -90,6 +90,12 @@ class Pins:
 
     `dp` and `tp` fix the stage mesh to (dp, tp) and restrict every op: on the dp axis only batch splits (and
     parameter storage), on the tp axis everything but batch splits.
+
+    Attributes:
+        roles: those restrictions on every (dp, tp) mesh, also where a size is free.
+        without: labels that no op may take on any axis.
+        ops: (regex, label): on axes longer than one, ops whose name or module path the regex matches whole take the
+            label wherever they have it.
     """
 
     dp: int | None = None
@@ -99,6 +105,9 @@ class Pins:
     recompute: str | None = None
     schedule: str | None = None
     zero: int | None = None
+    roles: bool = False
+    without: tuple[str, ...] = ()
+    ops: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Space: the skeletons (stage mesh, number of stages, microbatches, recompute mode) that are searched.
 
 A skeleton has K stages of the same mesh: 1-D `(n,)` or 2-D `(d, t)` with d, t >= 2, every factorisation, K n <= the
-number of devices (equal under `use_all`), K <= number of blocks. Pinned `dp`/`tp` make the mesh `(dp, tp)`. Above
-`EVERY_SIZE_LIMIT` devices, axes whose size divides no dim of any op are left out: nothing can split over them, so the
+number of devices (equal under `use_all`), K <= number of blocks. Pinned `dp`/`tp` and `roles` make the mesh
+`(dp, tp)`; `roles` leave out sizes of dp that do not divide the batch. Above `EVERY_SIZE_LIMIT` devices, axes whose
+size divides no dim of any op are left out: nothing can split over them, so the
 mesh without such an axis does the same in the same time on fewer devices.
 
 Microbatches M: divisors of the batch, thinned so that each kept one is at least 1.5 times the one before (all
@@ -83,9 +84,14 @@ def microbatch_counts(batch_size: int, max_microbatches: int | None, pinned: int
     return tuple(kept)
 
 
+def has_free_mesh(pins: Pins) -> bool:
+    """Whether meshes are those of the search, and not (dp, tp) as pinned."""
+    return pins.dp is None and pins.tp is None and not pins.roles
+
+
 def mesh_sizes(num_devices: int, pins: Pins) -> Iterator[tuple[int, ...]]:
     """Every mesh of exactly `num_devices` devices that the pins allow."""
-    if pins.dp is not None or pins.tp is not None:
+    if not has_free_mesh(pins):
         for d in range(1, num_devices + 1):
             if num_devices % d == 0 and pins.dp in (None, d) and pins.tp in (None, num_devices // d):
                 yield d, num_devices // d
@@ -111,12 +117,14 @@ def _useful_meshes(sizes: tuple[int, ...], limit: int) -> Iterator[tuple[int, ..
 
 def _meshes(graph: OpGraph, limit: int, pins: Pins, *, exactly: bool) -> Iterator[tuple[int, ...]]:
     """Stage meshes of at most (or exactly) `limit` devices."""
-    is_free = pins.dp is None and pins.tp is None
-    if is_free and not exactly and limit > EVERY_SIZE_LIMIT:
+    if has_free_mesh(pins) and not exactly and limit > EVERY_SIZE_LIMIT:
         yield from _useful_meshes(useful_sizes(graph, limit), limit)
         return
+    useful = set(useful_sizes(graph, limit)) if pins.roles else set(range(1, limit + 1))
     for num_devices in range(limit if exactly else 1, limit + 1):
-        yield from mesh_sizes(num_devices, pins)
+        for sizes in mesh_sizes(num_devices, pins):
+            if not pins.roles or (graph.batch_size % sizes[0] == 0 and sizes[1] in useful):
+                yield sizes
 
 
 def list_skeletons(
