@@ -14,6 +14,7 @@ from autopar.capture.blocks import assign_blocks
 from autopar.capture.calls import Frames, Traced, ValueRef
 from autopar.capture.expand import Owned, expand, name_calls
 from autopar.capture.flatten import Flattener
+from autopar.capture.live import live_calls
 from autopar.capture.normalise import normalise
 from autopar.capture.outside import Entry, Wrapped, outside_values
 from autopar.capture.trace import Trace, Tracer
@@ -49,7 +50,7 @@ def lift(wrapped: Wrapped) -> Lifted:
     loss = trace.current[loss]
     if not trace.tensors[loss].requires_grad:
         raise CaptureError(f"{wrapped.name}: the loss does not depend on any trainable parameter")
-    live = _live(trace.ops, loss)
+    live = live_calls(trace.ops, loss)
     values = _values(trace, live, entries, wrapped.batch_size)
     shared = _shared(live, values)
     saved, extra = _saved(trace, live, values, shared)
@@ -66,17 +67,6 @@ def _owned(entries: list[Entry]) -> Owned:
     """Parameters and buffers."""
     held = (entry for entry in entries if entry.outside.origin in ("parameter", "buffer"))
     return Owned({entry.outside.name: entry.fqn for entry in held})
-
-
-def _live(ops: list[Traced], loss: str) -> list[Traced]:
-    """Ops that the loss or a buffer update needs, in order."""
-    needed = {loss}
-    live: list[Traced] = []
-    for op in reversed(ops):
-        if op.mutates or needed.intersection(op.outputs):
-            needed.update(op.inputs)
-            live.append(op)
-    return live[::-1]
 
 
 def _values(trace: Trace, live: list[Traced], entries: list[Entry], batch_size: int) -> dict[str, Value]:

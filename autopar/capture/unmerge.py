@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from autopar.capture.live import live_calls
 from autopar.ir.graph import Arg, Op, Ref, Value
 from autopar.ir.tensor import TensorMeta
 
@@ -122,16 +123,11 @@ class Unmerger:
 
 def remove_dead(ops: list[Op], values: dict[str, Value], loss: str) -> list[Op]:
     """Ops that the loss or a buffer update needs; the results of the others leave `values` unless members make them."""
-    needed = {loss}
-    live: list[Op] = []
-    for op in reversed(ops):
-        if op.mutates or needed.intersection(op.outputs):
-            needed.update(op.inputs)
-            live.append(op)
+    live = live_calls(ops, loss)
     kept = {name for op in live for call in (op, *op.members) for name in (*call.inputs, *call.outputs)}
     for name in [n for n, value in values.items() if value.origin == "op" and n not in kept]:
         del values[name]
-    return live[::-1]
+    return live
 
 
 def unmerge(ops: list[Op], values: dict[str, Value], scopes: Mapping[str, str]) -> tuple[list[Op], dict[str, str]]:
