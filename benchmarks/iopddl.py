@@ -1,6 +1,6 @@
 """Contest instances of intra-operator parallelism: objective, bound and effort, each in a process of its own.
 
-    python benchmarks/iopddl.py FILE... [--quick] [--json] [--time-limit 180]
+    python benchmarks/iopddl.py FILE... [--quick] [--json] [--time-limit 100]
 
 FILE is an instance in the format of google/iopddl (`*.json.gz` or `*.json`). The time limit is wall time per file and
 includes reading it. Exit code 3 if a file got no feasible choice.
@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="instances: *.json.gz or *.json")
     parser.add_argument("--quick", action="store_true", help="all files together under 50 s")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--time-limit", type=float, default=180.0, metavar="S", help="wall seconds per file")
+    parser.add_argument("--time-limit", type=float, default=100.0, metavar="S", help="wall seconds per file")
     parser.add_argument("--here", action="store_true", help="measure in this process")
     options = parser.parse_args()
     if not options.files:

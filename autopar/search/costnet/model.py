@@ -18,6 +18,9 @@ from autopar.search.costnet.instance import FORBIDDEN, Instance
 from autopar.search.costnet.rows import Integers, Term, event_rows
 from autopar.search.reduce import Elimination, Network, back_substitute
 
+CHECKS = ("legal", "least", "follow")
+"""Checks of tables that `shrink` repeats: arc consistency, reparametrisation, following."""
+
 
 @dataclass(frozen=True)
 class Follow:
@@ -68,6 +71,7 @@ class Model:
         constant: cost that every choice pays.
         alive: nodes that exist.
         undo: expansion records.
+        stale: per kind of check, pairs whose tables changed since (see `take_stale`).
         dirty: nodes whose costs or neighbourhood changed since dominance last saw them.
     """
 
@@ -81,6 +85,7 @@ class Model:
     alive: NDArray[np.bool_]
     constant: float = 0.0
     undo: list[Follow | Eliminated] = field(default_factory=list)
+    stale: dict[str, set[tuple[int, int]]] = field(default_factory=lambda: {check: set() for check in CHECKS})
     dirty: set[int] = field(default_factory=set)
 
     @property
@@ -97,17 +102,37 @@ class Model:
         """Table with i's strategies first."""
         return self.tables[i, j] if i < j else self.tables[j, i].T
 
+    def _touch(self, pair: tuple[int, int]) -> None:
+        for pairs in self.stale.values():
+            pairs.add(pair)
+
+    def take_stale(self, check: str) -> list[tuple[int, int]]:
+        """Pairs whose tables changed since the last call for this check, which is taken to do them now."""
+        pairs = sorted(self.stale[check])
+        self.stale[check].clear()
+        return pairs
+
+    def replace_table(self, i: int, j: int, table: Array) -> None:
+        """Another table for a pair i < j."""
+        self.tables[i, j] = table
+        self._touch((i, j))
+        self.dirty |= {i, j}
+
     def add_table(self, i: int, j: int, table: Array) -> None:
         """Add [strategies of i, strategies of j] to the pair's costs."""
         if i > j:
             i, j, table = j, i, np.ascontiguousarray(table.T)
         self.tables[i, j] = self.tables[i, j] + table if (i, j) in self.tables else table
+        self._touch((i, j))
         self.near[i].add(j)
         self.near[j].add(i)
         self.dirty |= {i, j}
 
     def drop_table(self, i: int, j: int) -> None:
-        del self.tables[min(i, j), max(i, j)]
+        pair = (min(i, j), max(i, j))
+        del self.tables[pair]
+        for pairs in self.stale.values():
+            pairs.discard(pair)
         self.near[i].discard(j)
         self.near[j].discard(i)
         self.dirty |= {i, j}
@@ -122,7 +147,14 @@ class Model:
         for other in self.near[node]:
             pair = (min(node, other), max(node, other))
             table = self.tables[pair]
+            self._touch(pair)
             self.tables[pair] = np.ascontiguousarray(table[index] if node < other else table[:, index])
+
+    def local(self, nodes: Sequence[int], choice: Integers) -> Integers | None:
+        """An instance's choice in the numbering of now, None if some strategy is gone."""
+        found = [int(np.searchsorted(self.keep[node], choice[node])) for node in nodes]
+        is_there = [p < len(self.keep[n]) and self.keep[n][p] == choice[n] for n, p in zip(nodes, found, strict=True)]
+        return np.array(found, dtype=np.int64) if all(is_there) else None
 
     def remove(self, node: int) -> None:
         """A node without tables leaves."""

@@ -86,7 +86,9 @@ def stacks(model: Model, pairs: Iterable[Pair]) -> Iterator[tuple[list[Pair], Ar
 def settle(model: Model) -> None:
     """Strip the rows and delete strategies that no row can bear."""
     while True:
+        before = [len(own) for own in model.terms]
         model.terms, model.limits, keep = rows.settle(model.terms, model.limits)
+        model.dirty |= {node for node, own in enumerate(model.terms) if len(own) < before[node]}
         model.rows = model.rows[keep]
         if np.any(model.limits < 0):
             raise InfeasibleModelError(f"memory exceeded by {-float(model.limits.min()):.0f} at least")
@@ -114,8 +116,7 @@ def consistent(model: Model) -> None:
         legal = np.isfinite(model.unary[node])
         if not legal.all():
             _restrict(model, node, legal)
-    todo = sorted(model.tables)
-    while todo:
+    while todo := model.take_stale("legal"):
         keep: dict[int, NDArray[np.bool_]] = {}
         for pairs, tables in stacks(model, todo):
             legal = np.isfinite(tables)
@@ -127,12 +128,11 @@ def consistent(model: Model) -> None:
         changed = [node for node in sorted(keep) if not keep[node].all()]
         for node in changed:
             _restrict(model, node, keep[node])
-        todo = sorted({(min(i, j), max(i, j)) for i in changed for j in model.near[i]})
 
 
 def reparametrise(model: Model) -> None:
     """Move row and column minima to the nodes (all finite after `consistent`) and drop zero tables."""
-    for pairs, tables in stacks(model, sorted(model.tables)):
+    for pairs, tables in stacks(model, model.take_stale("least")):
         by_row = tables.min(axis=2)
         rest = tables - by_row[:, :, None]
         by_column = rest.min(axis=1)
@@ -173,7 +173,7 @@ def fold_single(model: Model) -> None:
 def follow(model: Model) -> None:
     """Merge nodes that a neighbour determines, smallest growth of the tables first."""
     candidates = []
-    for pairs, tables in stacks(model, sorted(model.tables)):
+    for pairs, tables in stacks(model, model.take_stale("follow")):
         legal = np.isfinite(tables)
         candidates += [pairs[k] for k in np.flatnonzero((legal.sum(axis=2) == 1).all(axis=1))]
         candidates += [pairs[k][::-1] for k in np.flatnonzero((legal.sum(axis=1) == 1).all(axis=1))]
@@ -290,8 +290,7 @@ def eliminate(model: Model) -> None:
         if (a, b) not in model.tables:
             model.add_table(a, b, table)
         elif model.tables[a, b] is not table:
-            model.tables[a, b] = table
-            model.dirty |= {a, b}
+            model.replace_table(a, b, table)
 
 
 def _may_leave(model: Model, node: int) -> bool:

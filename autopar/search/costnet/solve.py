@@ -24,7 +24,7 @@ from autopar.search.costnet.windows import Windows
 PREPROCESSING_SHARE = 0.4
 """Of the time limit, after which no further pass of preprocessing starts."""
 PLAIN_SWEEPS, PLAIN_ROUNDS = 10, 12
-CLIMB_SWEEPS = 100
+CLIMB_SWEEPS, ROOT_THETA = 50, 0.1
 STALL = 2e-3
 """Relative gain of the bound below which a stage ends."""
 MOST_STARTS = 12
@@ -34,7 +34,7 @@ LEAST_DOOMED = 0.05
 """Share of strategies that bounds must rule out to preprocess again."""
 LARGEST_TREE, MOST_TREE_NODES = 4_000_000, 1_500
 """Table entries and nodes above which branch and bound is not tried."""
-VISIT_EVERY = 30
+VISIT_EVERY = 60
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _bound(search: _Search, chains: Chains) -> None:
         before = chains.bound
         target = search.incumbent if search.best is not None else chains.bound + 0.3 * abs(chains.bound) + 1.0
         target = min(target, chains.bound + 0.3 * abs(chains.bound) + 1.0)
-        climb(chains, target, most_sweeps=CLIMB_SWEEPS, deadline=stop)
+        climb(chains, target, theta=ROOT_THETA, most_sweeps=CLIMB_SWEEPS, deadline=stop)
         search.raise_bound(chains.bound, chains.tolerance)
         for upward in (True, False):
             search.offer(chains, decode(chains, upward))
@@ -209,8 +209,15 @@ class Improver:
                 return
             self._start(deadline)
 
+    def _known(self) -> list[Answer]:
+        """The incumbent, for every other start of large models; small ones profit more from different starts."""
+        if self.search.best is None or len(self.chains.sizes) <= MOST_TREE_NODES or self.seed % 2:
+            return []
+        choice = self.search.model.local(self.chains.nodes, self.search.best[1])
+        return [] if choice is None else [evaluate(self.chains, choice)]
+
     def _start(self, deadline: float) -> None:
-        answer = min((decode(self.chains, upward) for upward in (True, False)), key=lambda a: a.rank)
+        answer = min([*self._known(), *(decode(self.chains, upward) for upward in (True, False))], key=lambda a: a.rank)
         windows = Windows(self.chains, answer, self.seed)
         self.seed += 1
         patience = STALL_STEPS + STALL_STEPS_PER_NODE * len(self.chains.sizes)
