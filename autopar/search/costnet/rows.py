@@ -38,34 +38,33 @@ def settle(terms: Sequence[list[Term]], limits: Array) -> tuple[list[list[Term]]
     Least amounts move to the limits; terms that are zero or meet no row go; a row goes where the largest amounts fit,
     or where a neighbouring row holds all its terms under no larger limit. Terms of a node over the same rows add up.
     """
-    limits = limits.copy()
-    drop = np.zeros(len(limits) + 1)
-    stripped = [[_strip(term, drop) for term in own] for own in terms]
-    limits -= np.cumsum(drop)[:-1]
-    keep = _binding(stripped, limits)
-    number = np.concatenate([[0], np.cumsum(keep)])
-    renumbered = [_renumber(own, number) for own in stripped]
-    return renumbered, limits[keep], keep
-
-
-def _strip(term: Term, drop: Array) -> Term:
-    least = float(term.amount.min())
-    if least == 0:
-        return term
-    drop[term.begin] += least
-    drop[term.end] -= least
-    return Term(term.begin, term.end, term.amount - least)
-
-
-def _binding(terms: Sequence[Sequence[Term]], limits: Array) -> NDArray[np.bool_]:
-    count = len(limits)
-    flat = [(term.begin, term.end, float(term.amount.max())) for own in terms for term in own]
-    flat = [entry for entry in flat if entry[2] > 0 and entry[1] > entry[0]]
+    flat = [term for own in terms for term in own]
     if not flat:
-        return limits < 0
-    begin = np.array([entry[0] for entry in flat])
-    end = np.array([entry[1] for entry in flat])
-    largest = np.array([entry[2] for entry in flat])
+        keep = limits < 0
+        return [[] for _ in terms], limits[keep], keep
+    count = len(limits) + 1
+    begin = np.array([term.begin for term in flat])
+    end = np.array([term.end for term in flat])
+    sizes = np.array([len(term.amount) for term in flat])
+    amounts, starts = np.concatenate([term.amount for term in flat]), np.cumsum(sizes) - sizes
+    least = np.minimum.reduceat(amounts, starts)
+    largest = np.maximum.reduceat(amounts, starts) - least
+    drop = np.bincount(begin, least, count) - np.bincount(end, least, count)
+    limits = limits - np.cumsum(drop)[:-1]
+    used = (largest > 0) & (end > begin)
+    keep = _binding(begin[used], end[used], largest[used], limits)
+    number = np.concatenate([[0], np.cumsum(keep)])
+    fresh = zip(number[begin].tolist(), number[end].tolist(), least.tolist(), largest.tolist(), flat, strict=True)
+    renewed = [
+        Term(a, b, term.amount - low if low else term.amount) if a < b and high > 0 else None
+        for a, b, low, high, term in fresh
+    ]
+    stream = iter(renewed)
+    return [_joined([next(stream) for _ in own]) for own in terms], limits[keep], keep
+
+
+def _binding(begin: Integers, end: Integers, largest: Array, limits: Array) -> NDArray[np.bool_]:
+    count = len(limits)
     change = np.bincount(begin, largest, count + 1) - np.bincount(end, largest, count + 1)
     keep = np.asarray(np.cumsum(change)[:-1] > limits)
     enters, leaves = np.bincount(begin, minlength=count + 1), np.bincount(end, minlength=count + 1)
@@ -86,13 +85,31 @@ def _binding(terms: Sequence[Sequence[Term]], limits: Array) -> NDArray[np.bool_
         keep[b[drop_b]] = False
 
 
-def _renumber(own: Sequence[Term], number: Integers) -> list[Term]:
+def _joined(own: Sequence[Term | None]) -> list[Term]:
+    """Without the missing ones, those over the same rows added up."""
+    left = [term for term in own if term is not None]
+    if len(left) < 2:
+        return left
     merged: dict[tuple[int, int], Array] = {}
-    for term in own:
-        begin, end = int(number[term.begin]), int(number[term.end])
-        if begin < end and term.amount.max() > 0:
-            merged[begin, end] = merged.get((begin, end), 0.0) + term.amount
-    return [Term(begin, end, amount) for (begin, end), amount in sorted(merged.items())]
+    for term in left:
+        span = (term.begin, term.end)
+        merged[span] = merged[span] + term.amount if span in merged else term.amount
+    return [Term(begin, end, amount) for (begin, end), amount in sorted(merged.items(), key=lambda item: item[0])]
+
+
+def range_least(values: Array, begin: Integers, end: Integers) -> Array:
+    """[ranges]: least of values[begin:end], ranges not empty; by doubling windows."""
+    levels = [values]
+    while 2 ** len(levels) <= len(values):
+        half = 2 ** (len(levels) - 1)
+        last = levels[-1]
+        levels.append(np.minimum(last[:-half], last[half:]))
+    result = np.empty(len(begin))
+    level = np.frexp(end - begin)[1] - 1
+    for k in np.unique(level).tolist():
+        at = np.flatnonzero(level == k)
+        result[at] = np.minimum(levels[k][begin[at]], levels[k][end[at] - 2**k])
+    return result
 
 
 def segments(own: Sequence[Term]) -> Array:

@@ -92,16 +92,28 @@ def settle(model: Model) -> None:
         model.rows = model.rows[keep]
         if np.any(model.limits < 0):
             raise InfeasibleModelError(f"memory exceeded by {-float(model.limits.min()):.0f} at least")
-        is_changed = False
-        for node in model.nodes:
-            fits = np.ones(len(model.unary[node]), dtype=bool)
-            for term in model.terms[node]:
-                fits &= term.amount <= model.limits[term.begin : term.end].min()
-            if not fits.all():
-                _restrict(model, node, fits)
-                is_changed = True
-        if not is_changed:
+        doomed = _unbearable(model)
+        for node, fits in sorted(doomed.items()):
+            _restrict(model, node, fits)
+        if not doomed:
             return
+
+
+def _unbearable(model: Model) -> dict[int, NDArray[np.bool_]]:
+    """Nodes with strategies that alone break a row, and which of theirs do not."""
+    flat = [(node, term) for node, own in enumerate(model.terms) for term in own]
+    if not flat:
+        return {}
+    begin, end = np.array([(term.begin, term.end) for _, term in flat]).T
+    room = rows.range_least(model.limits, begin, end)
+    sizes = np.array([len(term.amount) for _, term in flat])
+    largest = np.maximum.reduceat(np.concatenate([term.amount for _, term in flat]), np.cumsum(sizes) - sizes)
+    doomed: dict[int, NDArray[np.bool_]] = {}
+    for k in np.flatnonzero(largest > room).tolist():
+        node, term = flat[k]
+        fits = term.amount <= room[k]
+        doomed[node] = doomed[node] & fits if node in doomed else fits
+    return doomed
 
 
 def _restrict(model: Model, node: int, keep: NDArray[np.bool_]) -> None:

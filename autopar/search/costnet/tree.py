@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from autopar.ir.cost import Array
 from autopar.search.costnet.ascent import climb
 from autopar.search.costnet.dual import Chains
-from autopar.search.costnet.rows import Integers
+from autopar.search.costnet.rows import Integers, range_least
 
 Mask = NDArray[np.bool_]
 
@@ -154,7 +154,7 @@ class Tree:
             left = chains.limits - np.cumsum(change)[:-1]
             if left.min() < 0:
                 return None
-            room = np.array([left[a:b].min() for a, b in zip(chains.term_begin, chains.term_end, strict=True)])
+            room = range_least(left, chains.term_begin, chains.term_end)
             doomed = chains.amount > np.repeat(least + room, chains.term_size)
             doomed &= ~banned[chains.amount_at]
             if not doomed.any():
