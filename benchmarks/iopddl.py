@@ -25,7 +25,10 @@ QUICK_S = 44.0
 """Wall time for all files together under --quick."""
 START_S = 0.5
 """Wall time kept back per file for starting its process."""
+GRACE_S = 4.0
+"""Wall time after its limit at which a file's process is ended under --quick."""
 NO_ANSWER = 3
+UNKNOWN = dict.fromkeys(("objective", "bound", "gap", "excess", "cpu_s", "rss_bytes", "before", "after"))
 
 
 def measure(path: Path, time_limit_s: float) -> dict[str, Any]:
@@ -55,10 +58,19 @@ def _result(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def measure_apart(path: Path, time_limit_s: float) -> dict[str, Any]:
-    """Figures of one file from a fresh process, so that its memory is its own; raises CalledProcessError."""
+def measure_apart(path: Path, time_limit_s: float, grace_s: float | None) -> dict[str, Any]:
+    """Figures of one file from a fresh process, so that its memory is its own; raises CalledProcessError.
+
+    A process that runs on for `grace_s` after its limit is ended, and the file has no answer.
+    """
     command = [sys.executable, __file__, str(path), "--json", "--here", "--time-limit", str(time_limit_s)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    began = time.perf_counter()
+    try:
+        timeout_s = None if grace_s is None else time_limit_s + grace_s
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        wall_s = time.perf_counter() - began
+        return {"case": path.name, "file": path.name, "status": "no-solution", "wall_s": wall_s, **UNKNOWN}
     if done.returncode not in (0, NO_ANSWER):
         raise subprocess.CalledProcessError(done.returncode, command)
     row: dict[str, Any] = json.loads(done.stdout)["cases"][0]
@@ -67,6 +79,8 @@ def measure_apart(path: Path, time_limit_s: float) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     """One line that ends in the objective, or in the smallest excess over the limit if there is none."""
+    if row["before"] is None:
+        return f"{row['case']:<24} {row['status']:<11} wall {row['wall_s']:.1f} s, ended at its limit: objective None"
     sizes = " -> ".join("{nodes}/{strategies}/{pairs}".format(**row[key]) for key in ("before", "after"))
     bound = "-" if row["bound"] is None else f"{row['bound']:.0f}"
     gap = "-" if row["gap"] is None else f"{row['gap']:.4%}"
@@ -89,12 +103,13 @@ def main() -> int:
     began = time.perf_counter()
     rows = []
     for k, path in enumerate(options.files):
-        limit_s = options.time_limit
+        limit_s, grace_s = options.time_limit, None
         if options.quick:
             left_s = QUICK_S - (time.perf_counter() - began)
-            limit_s = min(limit_s, left_s / (len(options.files) - k) - START_S)
+            limit_s = max(min(limit_s, left_s / (len(options.files) - k) - START_S), 0.0)
+            grace_s = min(GRACE_S, max(left_s, 0.1))
         try:
-            row = (measure if options.here else measure_apart)(path, limit_s)
+            row = measure(path, limit_s) if options.here else measure_apart(path, limit_s, grace_s)
         except (InputError, OSError) as error:
             parser.exit(2, f"{error}\n")
         rows.append(row)

@@ -48,26 +48,18 @@ class InfeasibleModelError(Exception):
 
 def shrink(model: Model, deadline: float = math.inf) -> None:
     """Apply all steps until little changes or `deadline` (perf_counter); raises InfeasibleModelError."""
+    merging = (settle, consistent, fold_single, reparametrise, follow)
+    steps = (*merging, settle, consistent, reparametrise, dominate, fold_single, reparametrise, eliminate)
     for _ in range(MAX_PASSES):
-        if time.perf_counter() > deadline:
-            break
         before = model.size()[:2]
-        settle(model)
-        consistent(model)
-        fold_single(model)
-        reparametrise(model)
-        follow(model)
-        settle(model)
-        consistent(model)
-        reparametrise(model)
-        dominate(model)
-        fold_single(model)
-        reparametrise(model)
-        eliminate(model)
+        for step in steps:
+            if time.perf_counter() < deadline:
+                step(model)
         after = model.size()[:2]
         if before[1] - after[1] <= LEAST_PROGRESS * before[1] and before[0] == after[0]:
             break
     settle(model)
+    consistent(model)
 
 
 def stacks(model: Model, pairs: Iterable[Pair]) -> Iterator[tuple[list[Pair], Array]]:

@@ -177,8 +177,10 @@ def _bound(search: _Search, chains: Chains) -> None:
         before = chains.bound
         for _ in range(PLAIN_SWEEPS):
             chains.sweep()
+            if search.is_late:
+                break
         search.raise_bound(chains.bound, chains.tolerance)
-        for upward in (True, False):
+        for upward in (True,) if search.is_late else (True, False):
             search.offer(chains, decode(chains, upward))
         if search.is_proven or search.is_late or chains.bound - before < STALL * abs(chains.bound):
             break
