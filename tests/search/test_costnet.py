@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autopar.search.costnet.dual import Chains
 from autopar.search.costnet.instance import FORBIDDEN, Instance, make_instance, read_instance
 from autopar.search.costnet.model import make_model
-from autopar.search.costnet.shrink import InfeasibleModelError, shrink
+from autopar.search.costnet.shrink import InfeasibleModelError, consistent, settle, shrink
 from autopar.search.costnet.solve import solve
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "iopddl"
@@ -90,6 +91,48 @@ def test_preprocessing_keeps_an_optimum(instance: Instance) -> None:
     assert min(values, default=None) == best
 
 
+@settings(max_examples=60, deadline=None)
+@given(instances())
+def test_a_stopped_search_keeps_a_valid_bound(instance: Instance) -> None:
+    best = optimum(instance)
+    outcome = solve(instance, time_limit_s=0.0)
+    assert best is None or outcome.bound <= best
+    assert outcome.objective is None or (best is not None and outcome.objective >= best)
+
+
+@settings(max_examples=100, deadline=None)
+@given(instances(), st.lists(st.integers(0, 20), min_size=7, max_size=7))
+def test_chain_bounds_hold_for_any_multipliers(instance: Instance, prices: list[int]) -> None:
+    """Of the optimum, and per strategy of the cheapest choice that uses it."""
+    model = make_model(instance)
+    try:
+        settle(model)
+        consistent(model)
+    except InfeasibleModelError:
+        assert optimum(instance) is None
+        return
+    chains = Chains(model, np.array([float(prices[row]) for row in model.rows]))
+    bounds = [chains.sweep() for _ in range(5)]
+    assert all(later >= earlier - 1e-6 for earlier, later in itertools.pairwise(bounds))
+    for choice in itertools.product(*(range(n) for n in np.diff(instance.first))):
+        cost, excess = instance.evaluate(choice)
+        if cost is None or excess > 0:
+            continue
+        assert cost >= chains.bound - 1e-6
+        for node, p in enumerate(choice):
+            at = int(np.searchsorted(model.keep[node], p))
+            assert model.keep[node][at] == p  # only infeasible strategies were deleted
+            assert cost >= chains.least[chains.first[node] + at] - 1e-6
+
+
+@settings(max_examples=20, deadline=None)
+@given(instances())
+def test_same_answer_twice(instance: Instance) -> None:
+    first, second = solve(instance), solve(instance)
+    assert (first.status, first.objective, first.bound) == (second.status, second.objective, second.bound)
+    assert np.array_equal(first.choice, second.choice) if first.choice is not None else second.choice is None
+
+
 @pytest.mark.parametrize(("name", "value"), [("B", 532_843), ("G", 217_039)])
 def test_published_optima_are_proven(name: str, value: int) -> None:
     path = DATA / f"asplos-2025-iopddl-{name}.json.gz"
@@ -97,6 +140,17 @@ def test_published_optima_are_proven(name: str, value: int) -> None:
         pytest.skip(f"{path.name} is not here")
     outcome = solve(read_instance(path))
     assert (outcome.status, outcome.objective, outcome.bound) == ("optimal", value, value)
+
+
+@pytest.mark.slow
+def test_hard_instance_gets_close_with_a_bound() -> None:
+    """V's optimum is 1,617,084 (published); 0.2 % above is allowed within three minutes."""
+    path = DATA / "asplos-2025-iopddl-V.json.gz"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not here")
+    outcome = solve(read_instance(path), time_limit_s=170.0)
+    assert outcome.objective is not None
+    assert outcome.bound <= 1_617_084 <= outcome.objective <= 1_617_084 * 1.002
 
 
 def test_usage_of_a_node_without_a_choice_counts() -> None:
