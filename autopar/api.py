@@ -21,7 +21,8 @@ from autopar.ir.serialize import load_plan
 from autopar.ir.solution import Limits, Objective, Pins
 from autopar.planner.detect import choose_gpu
 from autopar.planner.objective import cost_objective
-from autopar.planner.plan import PlanRequest, plan_model, plan_source
+from autopar.planner.plan import plan_model, plan_source
+from autopar.planner.request import PlanRequest
 from autopar.planner.session import Session, TrainingOptions, open_session
 from autopar.planner.sources import source_of, step_source
 

@@ -14,7 +14,7 @@ from autopar.ir.pipeline import SCHEDULES
 from autopar.ir.solution import OBJECTIVES, RECOMPUTE, Limits, Objective, Pins
 from autopar.planner.detect import detect_gpus
 from autopar.planner.objective import cost_objective
-from autopar.planner.plan import PlanRequest
+from autopar.planner.request import PlanRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
 N = TypeVar("N", int, float)

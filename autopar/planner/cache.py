@@ -19,7 +19,8 @@ from autopar.ir.plan import ModelReference, Plan
 from autopar.ir.serialize import load_plan, save_plan
 from autopar.ir.serialize_graph import graph_hash
 from autopar.planner.manifest import own_hash
-from autopar.planner.plan import PlanRequest, Progress, Target, installed_versions, plan_graph
+from autopar.planner.plan import installed_versions, plan_graph
+from autopar.planner.request import PlanRequest, Progress, Target
 
 DIRECTORY_VARIABLE = "AUTOPAR_CACHE_DIR"
 

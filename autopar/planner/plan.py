@@ -6,96 +6,28 @@ needs no torch. Nothing here prices or decides anything itself.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from autopar.cost.hardware import Cluster, load_cluster
-from autopar.cost.predict import predict
-from autopar.cost.table import CostTables
-from autopar.errors import AutoparError, InputError
+from autopar.errors import AutoparError
 from autopar.ir.graph import OpGraph
 from autopar.ir.plan import SCHEMA_VERSION, ClusterReference, ModelReference, Plan, SolverReport
 from autopar.ir.serialize_graph import graph_hash
-from autopar.ir.solution import Alternative, Limits, Objective, Pins, Solution
+from autopar.ir.solution import Alternative
 from autopar.ir.verify import verify
-from autopar.planner.detect import GpuChoice, choose_gpu
-from autopar.planner.profile import LoadedProfile, load_rows
+from autopar.planner.choose import Choice, Chooser, describe
+from autopar.planner.request import PlanRequest, Progress, Target, choose_target
 from autopar.rules.strategies import has_rule
-from autopar.search.solve import search
 from autopar.version import __version__
 
 if TYPE_CHECKING:
     from autopar.capture.model_source import ModelSource
-
-Progress: TypeAlias = Callable[[str], None]
-"""Told in one short phrase what is being done."""
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What the user asks for, apart from the model.
-
-    Attributes:
-        num_gpus: ceiling on the number of GPUs, >= 1.
-        gpu: name in costmodels/, or None: what this machine has.
-        gpus_per_node, memory_bytes: override the device file.
-        batch_size: samples in the global batch; None: that of the example batch.
-        profile: file of measured rows; None: the default store if there is one; `none`: no rows.
-        use_all: use exactly `num_gpus`.
-        time_limit_s: of the search.
-        gap_tolerance: relative distance to the bound at which the search may stop.
-    """
-
-    num_gpus: int
-    gpu: str | None = None
-    gpus_per_node: int | None = None
-    memory_bytes: int | None = None
-    objective: Objective = field(default_factory=lambda: Objective("time"))
-    limits: Limits = field(default_factory=Limits)
-    pins: Pins = field(default_factory=Pins)
-    profile: str | None = None
-    batch_size: int | None = None
-    use_all: bool = False
-    time_limit_s: float | None = None
-    gap_tolerance: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if self.num_gpus < 1:
-            raise InputError(f"the number of GPUs must be at least 1, got {self.num_gpus}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"the batch size must be at least 1, got {self.batch_size}")
-
-
-@dataclass(frozen=True)
-class Target:
-    """The cluster that a request means, with what was measured on it."""
-
-    choice: GpuChoice
-    cluster: Cluster
-    profile: LoadedProfile
-
-    @property
-    def input_hash(self) -> str:
-        """SHA-256 of every number that shapes the prices."""
-        if not self.profile.digest:
-            return self.cluster.input_hash
-        return hashlib.sha256((self.cluster.input_hash + self.profile.digest).encode()).hexdigest()
-
-
-def choose_target(request: PlanRequest) -> Target:
-    """Resolve the GPU and load its numbers. Raises InputError for a GPU that has no cost model."""
-    choice = choose_gpu(request.gpu)
-    cluster = load_cluster(
-        choice.name, request.num_gpus, gpus_per_node=request.gpus_per_node, memory_bytes=request.memory_bytes
-    )
-    return Target(choice, cluster, load_rows(request.profile, choice.name))
 
 
 @dataclass(frozen=True)
@@ -181,31 +113,28 @@ def plan_graph(
     graph: OpGraph, reference: ModelReference, request: PlanRequest, target: Target, progress: Progress | None = None
 ) -> Plan:
     """Plan a captured graph; `reference` says where it came from, its hash and batch size are filled in here."""
-    tables = CostTables(graph, target.cluster, pins=request.pins, profile=target.profile.store)
-    _tell(progress, f"searching plans for {graph.name} on up to {request.num_gpus} GPUs")
-    solution = search(
-        tables,
-        request.objective,
-        pins=request.pins,
-        limits=request.limits,
-        use_all=request.use_all,
-        gap_tolerance=request.gap_tolerance,
-        time_limit_s=request.time_limit_s,
-    )
-    _tell(progress, "timing the plan")
+    chooser = Chooser(graph, request, target, progress or _say_nothing)
+    choice = chooser.choose(chooser.tables(request.pins))
+    return assemble_plan(graph, reference, request, target, choice)
+
+
+def assemble_plan(
+    graph: OpGraph, reference: ModelReference, request: PlanRequest, target: Target, choice: Choice
+) -> Plan:
+    """The plan of a choice, held against graph and cluster."""
     plan = Plan(
         schema_version=SCHEMA_VERSION,
         model=replace(reference, graph_hash=graph_hash(graph), batch_size=graph.batch_size),
         cluster=_cluster_reference(request, target),
         objective=request.objective,
         limits=request.limits,
-        decisions=solution.decisions,
-        predicted=predict(tables, solution.decisions),
-        solver=_solver_report(solution),
+        decisions=choice.candidate.decisions,
+        predicted=choice.candidate.prediction,
+        solver=_solver_report(choice),
         rule_free_ops=_rule_free_ops(graph),
-        baselines=(),
-        alternatives=tuple(_finite(alternative) for alternative in solution.alternatives),
-        notes=_notes(graph, request, target, solution),
+        baselines=choice.baselines,
+        alternatives=tuple(_finite(alternative) for alternative in choice.solution.alternatives),
+        notes=_notes(graph, request, target, choice),
         created=_created(),
     )
     issues = verify(plan, graph, target.cluster)
@@ -225,12 +154,16 @@ def _cluster_reference(request: PlanRequest, target: Target) -> ClusterReference
     )
 
 
-def _solver_report(solution: Solution) -> SolverReport:
+def _solver_report(choice: Choice) -> SolverReport:
+    """The search's own report, with the objective of another candidate where that one was chosen."""
+    solution, candidate = choice.solution, choice.candidate
+    objective = candidate.value if candidate.formula is None else candidate.formula
+    gap = max(0.0, (objective - solution.bound) / abs(objective)) if objective else 0.0
     return SolverReport(
-        status=solution.status,
-        objective=solution.objective_value,
-        bound=solution.bound,
-        gap=solution.gap,
+        status=solution.status if candidate.formula == solution.objective_value else "feasible",
+        objective=objective,
+        bound=min(solution.bound, objective),
+        gap=gap,
         wall_s=solution.wall_s,
         name=solution.solver,
     )
@@ -258,12 +191,17 @@ def _finite(alternative: Alternative) -> Alternative:
     )
 
 
-def _notes(graph: OpGraph, request: PlanRequest, target: Target, solution: Solution) -> tuple[str, ...]:
+def _notes(graph: OpGraph, request: PlanRequest, target: Target, choice_made: Choice) -> tuple[str, ...]:
     choice = target.choice
     notes = [note for note in (choice.note, target.profile.note) if note]
     if 0 < choice.num_found < request.num_gpus and choice.origin == "detected":
         notes.append(f"this machine has {choice.num_found} GPUs; the plan may use up to {request.num_gpus}")
-    used = solution.decisions.num_gpus
+    candidate = choice_made.candidate
+    if candidate.formula != choice_made.solution.objective_value:
+        first = describe(choice_made.solution.decisions)
+        name = f"the baseline {candidate.name}" if candidate.name else "another plan"
+        notes.append(f"the search's best is {first}; simulated, {name} is better or keeps the limits, and was taken")
+    used = candidate.decisions.num_gpus
     if used < request.num_gpus:
         kind = request.objective.kind
         notes.append(f"{used} of {request.num_gpus} GPUs are best for {kind}; --use-all forces all of them")
@@ -288,6 +226,10 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _say_nothing(_phrase: str) -> None:
+    """Progress that nobody follows."""
 
 
 def _tell(progress: Progress | None, phrase: str) -> None:

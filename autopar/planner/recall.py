@@ -30,17 +30,8 @@ from autopar.ir.serialize import dump_plan, write_atomic
 from autopar.ir.serialize_graph import dump_graph, parse_graph
 from autopar.planner.cache import cache_directory
 from autopar.planner.manifest import Manifest, own_hash, watch_files
-from autopar.planner.plan import (
-    CapturedGraph,
-    Planned,
-    PlanRequest,
-    Progress,
-    Target,
-    capture_graph,
-    choose_target,
-    installed_versions,
-    make_plan,
-)
+from autopar.planner.plan import CapturedGraph, Planned, capture_graph, installed_versions, make_plan
+from autopar.planner.request import PlanRequest, Progress, Target, choose_target
 from autopar.report.text import plan_report
 
 MAX_ENTRIES = 256

@@ -5,7 +5,8 @@ from __future__ import annotations
 from autopar.errors import PlanMismatchError
 from autopar.ir.plan import Plan
 from autopar.ir.solution import Pins
-from autopar.planner.plan import PlanRequest, Progress, plan_model
+from autopar.planner.plan import plan_model
+from autopar.planner.request import PlanRequest, Progress
 
 
 def request_of(plan: Plan, pins: Pins) -> PlanRequest:

@@ -16,7 +16,7 @@ from autopar.ir.serialize import dump_plan, parse_plan
 from autopar.ir.serialize_graph import graph_hash
 from autopar.planner.assemble import make_executor, make_serial_executor
 from autopar.planner.cache import cached_plan
-from autopar.planner.plan import PlanRequest, choose_target
+from autopar.planner.request import PlanRequest, choose_target
 
 if TYPE_CHECKING:
     import torch

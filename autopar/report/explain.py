@@ -8,7 +8,7 @@ from typing import Any
 from autopar.ir.pipeline import step_time_s
 from autopar.ir.plan import Plan
 from autopar.ir.solution import Alternative
-from autopar.report.text import WIDTH, mesh_words, table, wrapped
+from autopar.report.text import WIDTH, baseline_table, mesh_words, table, wrapped
 from autopar.units import format_bytes, format_joules, format_seconds
 
 MAX_ALTERNATIVES = 10
@@ -18,7 +18,7 @@ def explain_report(plan: Plan, rival: Plan | None = None, rival_name: str = "") 
     """The whole explanation; `rival` is a plan made under `rival_name`'s pins, to compare with."""
     parts = [wrapped("Plan", f"{plan.decisions.num_gpus} GPUs: {mesh_words(plan)}, objective {plan.objective.kind}")]
     parts += [_time(plan), _energy(plan), _memory(plan)]
-    parts.append(_alternatives(plan.alternatives, plan.objective.kind))
+    parts += [_alternatives(plan.alternatives, plan.objective.kind), baseline_table(plan)[:-1]]
     if rival is not None:
         parts.append(compare(plan, rival, rival_name))
     return "\n\n".join("\n".join(part) for part in parts if part)

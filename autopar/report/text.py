@@ -25,7 +25,7 @@ def plan_report(plan: Plan, graph: OpGraph | None = None, path: str | None = Non
     parts = [_header(plan), _decision(plan), _figures(plan), _stage_table(plan)]
     if graph is not None:
         parts.append(describe_blocks(plan.decisions, graph))
-    parts += [_closing(plan), closing_hints(path) if path is not None else []]
+    parts += [baseline_table(plan), _closing(plan), closing_hints(path) if path is not None else []]
     return "\n".join("\n".join(part) for part in parts if part)
 
 
@@ -64,7 +64,20 @@ def _header(plan: Plan) -> list[str]:
     if plan.cluster.origin != "flag" and plan.notes:
         lines += wrapped("", plan.notes[0])
     lines += wrapped("Objective", _objective(plan))
+    limits = limits_words(plan)
+    lines += wrapped("Limits", limits) if limits else []
     return [*lines, ""]
+
+
+def limits_words(plan: Plan) -> str:
+    """`deadline 2 s, average power 40 kW`; "" without limits."""
+    shown: tuple[tuple[str, float | None, Callable[[float], str]], ...] = (
+        ("deadline", plan.limits.deadline_s, format_seconds),
+        ("energy", plan.limits.energy_j, format_joules),
+        ("average power", plan.limits.average_power_w, format_watts),
+        ("peak power", plan.limits.peak_power_w, format_watts),
+    )
+    return ", ".join(f"{name} {show(most)}" for name, most, show in shown if most is not None)
 
 
 def _objective(plan: Plan) -> str:
@@ -72,6 +85,9 @@ def _objective(plan: Plan) -> str:
     words = {"time": "least step time", "energy": "least energy per step", "edp": "least energy x time"}
     if objective.kind in words:
         return f"{objective.kind}: {words[objective.kind]}"
+    if objective.kind == "cost":
+        hour, kwh = objective.gpu_second_weight * 3600, objective.energy_weight * 3.6e6
+        return f"cost: {hour:g} x GPU-hours + {kwh:g} x kWh"
     return f"weighted: {objective.time_weight:g} x seconds + {objective.energy_weight:g} x joules"
 
 
@@ -151,6 +167,23 @@ def _memory_causes(plan: Plan, stage: int) -> list[str]:
     causes = plan.predicted.stages[stage].memory_by_cause
     words = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(causes.items()) if size > 0)
     return wrapped("Memory", f"of stage {stage}: {words}") if words else []
+
+
+def baseline_table(plan: Plan) -> list[str]:
+    """What well-known ways to split the model would cost on the same GPUs, beside the plan."""
+    if not plan.baselines:
+        return []
+    time_s, energy_j = plan.predicted.step_time_s.value, plan.predicted.energy_j.value
+    rows, remarks = [("", "GPUs", "step time", "energy", "memory", "time", "energy")], []
+    for b in plan.baselines:
+        if b.step_time_s is not None and b.energy_j is not None and b.peak_memory_bytes is not None:
+            ratios = (f"x{b.step_time_s.value / time_s:.2f}", f"x{b.energy_j.value / energy_j:.2f}")
+            shown = (format_seconds(b.step_time_s.value), format_joules(b.energy_j.value))
+            rows.append((b.name, str(b.num_gpus), *shown, format_bytes(b.peak_memory_bytes.value), *ratios))
+        if b.reason:
+            remarks.append(f"  {b.name}: {b.reason}"[:WIDTH])
+    heading = "Best of well-known ways to split, on the same GPUs (x: against the plan)"
+    return [heading, *(table(rows) if len(rows) > 1 else []), *remarks, ""]
 
 
 def _closing(plan: Plan) -> list[str]:

@@ -149,6 +149,12 @@ def memory_error(space: Space, pins: Pins, explorer: Explorer, room: Room) -> Au
     return InfeasibleError("memory", _need(found), have, tuple(_remedies(explorer, pins, room, found)))
 
 
+def least_peak(space: Space) -> float:
+    """Bytes per device of the least demanding plan found; inf if none is admissible."""
+    found = _least(space, *_promising(space))
+    return math.inf if found is None else found.peak
+
+
 def _promising(space: Space) -> tuple[list[Skeleton], bool]:
     """Skeletons most likely to need least: many devices, recompute, many microbatches; and whether that is all."""
     order = {"full": 0, "mixed": 1, "none": 2}
@@ -186,7 +192,9 @@ def _remedies(explorer: Explorer, pins: Pins, room: Room, found: _Found) -> list
     remedies = []
     if pins.recompute == "none":
         remedies += _if_fits(explorer.space, found.skeleton, "full", "allow recompute (drop the pin recompute=none)")
-    if found.peak / MOST_GROWTH <= room.memory_bytes:
+    explorer.least_growth = found.peak / room.memory_bytes
+    if explorer.least_growth <= MOST_GROWTH:
+        # A device's share of anything falls at most as the number of devices grows.
         more = explorer.relax(room, "num_gpus")
         remedies += [] if more is None else [_remedy(more, room.num_gpus)]
     effect = f"the least demanding plan ({found.skeleton.describe()}) fits"

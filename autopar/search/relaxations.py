@@ -118,6 +118,7 @@ class Explorer:
     """Asks for plans in other rooms than that of `space`.
 
     Attributes:
+        least_growth: so many times the devices are needed at least.
         deadline_s: `time.monotonic` value at which to stop; `ran_out` says that it struck.
     """
 
@@ -127,6 +128,7 @@ class Explorer:
     max_microbatches: int | None = None
     deadline_s: float | None = None
     ran_out: bool = False
+    least_growth: float = 1.0
     floors_w: dict[tuple[tuple[int, ...], int], Array] = field(default_factory=dict)
     spaces: dict[tuple[float, int, float | None], Space] = field(default_factory=dict)
 
@@ -255,9 +257,11 @@ class Explorer:
         return float(getattr(room.limits, name))
 
     def _more_devices(self, room: Room) -> Relaxation | None:
-        low, high, reached = room.num_gpus, room.num_gpus, None
+        """The fewest devices, from `least_growth` times the present ones on."""
+        low = room.num_gpus
+        high, reached = max(low, int(room.num_gpus * self.least_growth) // 2), None
         while reached is None and high < room.num_gpus * MOST_GROWTH and not self.ran_out:
-            low, high = high, 2 * high
+            low, high = high, min(2 * high, room.num_gpus * MOST_GROWTH)
             reached = self.ask(room.with_level("num_gpus", high))
         while reached is not None and high > low + 1 and not self.ran_out:
             middle = (low + high) // 2

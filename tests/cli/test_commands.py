@@ -52,8 +52,9 @@ def test_same_inputs_give_the_same_plan(objective: str, cli: Cli) -> None:
 
 def test_limits_are_kept_and_written(cli: Cli) -> None:
     free = cli(*PLAN, "--json").json["predicted"]
-    watts = 0.8 * free["average_power_w"]["value"]
-    flags = ("--power-cap", f"{watts:.3f}W", "--deadline", "1s", "--energy-budget", "1kJ", "--peak-power", "2kW")
+    causes, step_s = free["energy_by_cause"], free["step_time_s"]["value"]
+    watts = (causes["blocked"] + causes["host"] + causes["dynamic"] / 2) / step_s
+    flags = ("--power-cap", f"{watts:.6f}W", "--deadline", "1s", "--energy-budget", "1kJ", "--peak-power", "2kW")
     content = cli(*PLAN, *flags, "--json").json
     assert content["limits"]["average_power_w"] == pytest.approx(watts, rel=1e-4)
     assert content["limits"] | {"average_power_w": 0} == {

@@ -20,7 +20,8 @@ from autopar.ir.plan import Plan
 from autopar.ir.serialize import dump_plan
 from autopar.ir.solution import Objective, Pins
 from autopar.planner.execute import FLOAT64_TOLERANCE, verify_worker
-from autopar.planner.plan import PlanRequest, plan_model
+from autopar.planner.plan import plan_model
+from autopar.planner.request import PlanRequest
 from autopar.runtime.launch import Job, launch_local
 from tests.dist.generated import KINDS
 

@@ -11,7 +11,8 @@ from autopar.errors import PlanMismatchError, VerifyError
 from autopar.ir.plan import Plan
 from autopar.ir.solution import Pins
 from autopar.planner.execute import run_plan, verify_plan
-from autopar.planner.plan import PlanRequest, plan_model
+from autopar.planner.plan import plan_model
+from autopar.planner.request import PlanRequest
 
 pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parents[2]

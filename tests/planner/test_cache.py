@@ -13,8 +13,8 @@ from autopar.ir.solution import Objective, Pins
 from autopar.planner import cache
 from autopar.planner.cache import cache_key, cached_plan
 from autopar.planner.detect import GpuChoice
-from autopar.planner.plan import PlanRequest, Target
 from autopar.planner.profile import LoadedProfile
+from autopar.planner.request import PlanRequest, Target
 from tests.planner.plans import tiny_graph, tiny_plan
 
 REFERENCE = ModelReference("tiny.py", {}, "", 0)

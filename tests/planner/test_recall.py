@@ -14,8 +14,9 @@ from autopar.ir.solution import Objective
 from autopar.planner import manifest, recall
 from autopar.planner.cache import cache_directory
 from autopar.planner.manifest import Manifest, watch_files
-from autopar.planner.plan import CapturedGraph, PlanRequest
+from autopar.planner.plan import CapturedGraph
 from autopar.planner.recall import Command, finished_plan
+from autopar.planner.request import PlanRequest
 
 MODEL = """
 import json, os

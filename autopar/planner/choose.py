@@ -1,0 +1,235 @@
+"""Choice: what is planned, among the search's answer, its contenders and the baselines, by simulated figures.
+
+The search minimises a closed form of the pipeline's step time, which errs a little where stages differ. All candidates
+are therefore simulated, paced as the average power cap needs, and the best that keeps every limit is taken, so a plan
+is never dearer than a baseline under the same simulation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from autopar.cost.predict import predict
+from autopar.cost.table import CostTables
+from autopar.errors import InfeasibleError, Remedy
+from autopar.ir.graph import OpGraph
+from autopar.ir.plan import Baseline, Prediction
+from autopar.ir.quantity import Quantity
+from autopar.ir.solution import Decisions, Limits, Objective, Pins, Solution
+from autopar.ir.verify import broken_limits, limited_figures
+from autopar.planner.request import PlanRequest, Target
+from autopar.search.baselines import BASELINES, Family, best_of_family
+from autopar.search.infeasible import WORDS
+from autopar.search.solve import search
+from autopar.units import format_bytes
+
+MOST_ROUNDS = 4
+"""Searches under limits tightened by what the simulation exceeds them."""
+EQUAL = 1e-9
+MEMORY_SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Decisions with their simulated figures.
+
+    Attributes:
+        name: of the baseline, or "" for what the search found.
+        value: simulated objective.
+        formula: objective by the search's closed form, where known.
+    """
+
+    name: str
+    decisions: Decisions
+    prediction: Prediction
+    value: float
+    formula: float | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is planned, the search behind it, and the baselines."""
+
+    candidate: Candidate
+    solution: Solution
+    baselines: tuple[Baseline, ...]
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Searches and simulates for one graph, request and cluster; `progress` is told what is being done."""
+
+    graph: OpGraph
+    request: PlanRequest
+    target: Target
+    progress: Callable[[str], None]
+
+    def tables(self, pins: Pins) -> CostTables:
+        return CostTables(self.graph, self.target.cluster, pins=pins, profile=self.target.profile.store)
+
+    def choose(self, tables: CostTables) -> Choice:
+        """The best candidate; `tables` are those of the request's pins.
+
+        Raises:
+            InfeasibleError: no plan fits, or none keeps the limits.
+        """
+        baselines, rivals = self._baselines() if self.request.with_baselines else ((), ())
+        allowed = rivals if self.request.pins == Pins() else ()
+        limits, overdrawn = self.request.limits, None
+        for _ in range(MOST_ROUNDS):
+            self.progress(f"searching plans for {self.graph.name} on up to {self.request.num_gpus} GPUs")
+            try:
+                solution = self._search(tables, limits)
+            except InfeasibleError:
+                if overdrawn is None:
+                    raise
+                break
+            self.progress("timing the plan")
+            found = self._candidates(tables, solution)
+            kept = [c for c in (*found, *allowed) if self.is_kept(c.prediction)]
+            if kept:
+                return Choice(_best(kept), solution, baselines)
+            overdrawn = found[0]
+            limits = _tightened(limits, overdrawn.prediction)
+        raise _overdrawn_error(overdrawn, self.request.limits)
+
+    def is_kept(self, prediction: Prediction) -> bool:
+        """Whether simulated figures fit into memory and keep the limits."""
+        memory = self.target.cluster.memory_bytes * (1 + MEMORY_SLACK)
+        fits = all(peak.value <= memory for peak in prediction.peak_memory_bytes)
+        return fits and not broken_limits(prediction, self.request.limits)
+
+    def candidate(
+        self, tables: CostTables, decisions: Decisions, name: str = "", formula: float | None = None
+    ) -> Candidate:
+        """Decisions simulated, and paced if their average power needs it."""
+        paced, prediction = simulated(tables, decisions, self.request.limits)
+        return Candidate(name, paced, prediction, value_of(self.request.objective, paced, prediction), formula)
+
+    def _search(self, tables: CostTables, limits: Limits) -> Solution:
+        request = self.request
+        return search(
+            tables,
+            request.objective,
+            pins=request.pins,
+            limits=limits,
+            use_all=request.use_all,
+            gap_tolerance=request.gap_tolerance,
+            time_limit_s=request.time_limit_s,
+        )
+
+    def _candidates(self, tables: CostTables, solution: Solution) -> list[Candidate]:
+        contenders: tuple[Decisions, ...] = getattr(solution, "contenders", ())
+        found = [self.candidate(tables, solution.decisions, formula=solution.objective_value)]
+        return [*found, *(self.candidate(tables, decisions) for decisions in contenders)]
+
+    def _baselines(self) -> tuple[tuple[Baseline, ...], tuple[Candidate, ...]]:
+        rows, candidates = [], []
+        for name, pins in BASELINES.items():
+            self.progress(f"searching the baseline {name}")
+            tables = self.tables(pins)
+            family = self._family(tables, pins, self.request.limits)
+            if family.solution is None and not self.request.limits.is_free:
+                family = self._family(tables, pins, Limits())
+            if family.solution is None:
+                rows.append(Baseline(name, "", 0, None, None, None, self._unfit(family.least_peak_bytes)))
+                continue
+            found = self.candidate(tables, family.solution.decisions, name, family.solution.objective_value)
+            candidates.append(found)
+            rows.append(self._row(found))
+        return tuple(rows), tuple(candidates)
+
+    def _family(self, tables: CostTables, pins: Pins, limits: Limits) -> Family:
+        request = self.request
+        return best_of_family(
+            tables,
+            request.objective,
+            pins=pins,
+            limits=limits,
+            use_all=request.use_all,
+            gap_tolerance=request.gap_tolerance,
+            time_limit_s=request.time_limit_s,
+        )
+
+    def _unfit(self, least_peak_bytes: float) -> str:
+        if math.isinf(least_peak_bytes):
+            return "does not divide over the devices, or no plan was found in time"
+        have = format_bytes(self.target.cluster.memory_bytes)
+        return f"does not fit: needs {format_bytes(least_peak_bytes)} of {have}"
+
+    def _row(self, found: Candidate) -> Baseline:
+        predicted, decisions = found.prediction, found.decisions
+        broken = ", ".join(
+            name.rsplit("_", 1)[0].replace("_", " ") for name in broken_limits(predicted, self.request.limits)
+        )
+        return Baseline(
+            found.name,
+            describe(decisions),
+            decisions.num_gpus,
+            predicted.step_time_s,
+            predicted.energy_j,
+            max(predicted.peak_memory_bytes, key=_value),
+            f"breaks the {broken}" if broken else "",
+        )
+
+
+def describe(decisions: Decisions) -> str:
+    """`dp=4 x tp=2, pp=2, microbatches=8`."""
+    mesh = " x ".join(f"{axis.name}={axis.size}" for axis in decisions.mesh.axes if axis.size > 1) or "dp=1"
+    return f"{mesh}, pp={len(decisions.stages)}, microbatches={decisions.num_microbatches}"
+
+
+def simulated(tables: CostTables, decisions: Decisions, limits: Limits) -> tuple[Decisions, Prediction]:
+    """Decisions with the pace that the average power cap needs, none if it needs none, and their figures."""
+    free = replace(decisions, pace_s=0.0)
+    prediction = predict(tables, free)
+    cap_w = limits.average_power_w
+    if cap_w is None or prediction.average_power_w.value <= cap_w:
+        return free, prediction
+    dynamic_j = prediction.energy_by_cause["dynamic"]
+    headroom_w = cap_w - (prediction.energy_j.value - dynamic_j) / prediction.step_time_s.value
+    if headroom_w <= 0:
+        return free, prediction
+    paced = replace(free, pace_s=dynamic_j / headroom_w)
+    return paced, predict(tables, paced)
+
+
+def value_of(objective: Objective, decisions: Decisions, prediction: Prediction) -> float:
+    """Simulated objective."""
+    return objective.value(prediction.step_time_s.value, prediction.energy_j.value, decisions.num_gpus)
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate:
+    """The least simulated objective; the first of equals."""
+    least = min(candidate.value for candidate in candidates)
+    return next(c for c in candidates if c.value <= least + EQUAL * abs(least))
+
+
+def _tightened(limits: Limits, prediction: Prediction) -> Limits:
+    """Limits lowered by the ratio in which simulated figures exceed them."""
+    figures = limited_figures(prediction)
+    changed = {
+        name: getattr(limits, name) * getattr(limits, name) / figures[name] * (1 - 1e-6)
+        for name in broken_limits(prediction, limits)
+        if name != "average_power_w"
+    }
+    return replace(limits, **changed)
+
+
+def _overdrawn_error(found: Candidate | None, limits: Limits) -> InfeasibleError:
+    if found is None:
+        raise AssertionError("the first search raises or finds a plan")
+    broken = broken_limits(found.prediction, limits)
+    figures = limited_figures(found.prediction)
+    need = ", ".join(f"{WORDS[name].figure} {WORDS[name].show(figures[name])}" for name in broken)
+    have = ", ".join(f"{WORDS[name].figure} {WORDS[name].show(getattr(limits, name))}" for name in broken)
+    effect = f"the plan found, simulated: {describe(found.decisions)}"
+    remedies = tuple(Remedy(WORDS[name].at_least(figures[name]), effect, name, figures[name]) for name in broken)
+    limit = " and ".join(WORDS[name].figure for name in broken) or "memory"
+    return InfeasibleError(limit, f"{need} when simulated", have, remedies)
+
+
+def _value(quantity: Quantity) -> float:
+    return quantity.value

@@ -1,0 +1,79 @@
+"""Request: what the user asks for, and the cluster that it means."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from autopar.cost.hardware import Cluster, load_cluster
+from autopar.errors import InputError
+from autopar.ir.solution import Limits, Objective, Pins
+from autopar.planner.detect import GpuChoice, choose_gpu
+from autopar.planner.profile import LoadedProfile, load_rows
+
+Progress: TypeAlias = Callable[[str], None]
+"""Told in one short phrase what is being done."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user asks for, apart from the model.
+
+    Attributes:
+        num_gpus: ceiling on the number of GPUs, >= 1.
+        gpu: name in costmodels/, or None: what this machine has.
+        gpus_per_node, memory_bytes: override the device file.
+        batch_size: samples in the global batch; None: that of the example batch.
+        profile: file of measured rows; None: the default store if there is one; `none`: no rows.
+        with_baselines: search the baselines too.
+        use_all: use exactly `num_gpus`.
+        time_limit_s: of the search.
+        gap_tolerance: relative distance to the bound at which the search may stop.
+    """
+
+    num_gpus: int
+    gpu: str | None = None
+    gpus_per_node: int | None = None
+    memory_bytes: int | None = None
+    objective: Objective = field(default_factory=lambda: Objective("time"))
+    limits: Limits = field(default_factory=Limits)
+    pins: Pins = field(default_factory=Pins)
+    profile: str | None = None
+    batch_size: int | None = None
+    use_all: bool = False
+    time_limit_s: float | None = None
+    gap_tolerance: float = 1e-3
+    with_baselines: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_gpus < 1:
+            raise InputError(f"the number of GPUs must be at least 1, got {self.num_gpus}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"the batch size must be at least 1, got {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The cluster that a request means, with what was measured on it."""
+
+    choice: GpuChoice
+    cluster: Cluster
+    profile: LoadedProfile
+
+    @property
+    def input_hash(self) -> str:
+        """SHA-256 of every number that shapes the prices."""
+        if not self.profile.digest:
+            return self.cluster.input_hash
+        return hashlib.sha256((self.cluster.input_hash + self.profile.digest).encode()).hexdigest()
+
+
+def choose_target(request: PlanRequest) -> Target:
+    """Resolve the GPU and load its numbers. Raises InputError for a GPU that has no cost model."""
+    choice = choose_gpu(request.gpu)
+    cluster = load_cluster(
+        choice.name, request.num_gpus, gpus_per_node=request.gpus_per_node, memory_bytes=request.memory_bytes
+    )
+    return Target(choice, cluster, load_rows(request.profile, choice.name))
