@@ -14,7 +14,7 @@ from autopar.errors import InputError
 from autopar.ir.mesh import Group
 from autopar.resources import data_directory
 
-CLOCKS_ABOVE_RIDGE = 12
+CLOCKS_ABOVE_RIDGE = 24
 """Clocks from the ridge to the highest, where time and energy trade; evenly spaced."""
 CLOCKS_BELOW_RIDGE = (0.85, 0.7, 0.55)
 """Shares of the ridge: slower and hardly thriftier, for power caps."""

@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -47,7 +48,7 @@ class Aim:
     num_gpus: int
     fixed_w: float
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """One plane, the objective's own, says all there is to say."""
         limits = self.limits
@@ -58,7 +59,7 @@ class Aim:
         """C - P, inf without a cap."""
         return math.inf if self.limits.average_power_w is None else self.limits.average_power_w - self.fixed_w
 
-    @property
+    @cached_property
     def natural(self) -> Prices:
         """The objective of an unpaced plan as a weighted sum of T and D; that of E for a product."""
         time_weight, energy_weight = self.objective.weights(self.num_gpus) if self.objective.is_linear else (0.0, 1.0)
@@ -184,6 +185,7 @@ class Aim:
             box.append((Prices(1.0, 0.0), most_s))
         return box
 
+    @cached_property
     def probes(self) -> tuple[Prices, ...]:
         """Directions to begin with."""
         if self.is_plain:

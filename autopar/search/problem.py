@@ -146,6 +146,11 @@ class Problem:
             self.cache[key] = Optimum(value, choice)
         return self.cache[key]
 
+    def least(self, weights: Weights) -> float:
+        """A lower bound on one linear objective, without its constant: the optimum, unless a core remains."""
+        run = run_plan(self.plan, self.network(weights), choose=False)
+        return solve_core(run)[0] if run.plan.core else run.value
+
     def run(self, weights: Weights) -> Elimination:
         """The elimination itself, with its tables; a core may remain."""
         return run_plan(self.plan, self.network(weights))

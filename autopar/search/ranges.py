@@ -22,6 +22,7 @@ from autopar.search.problem import (
     NUM_WEIGHTS,
     REDO,
     REDO_ENERGY,
+    STATE,
     TIME,
     Problem,
     Weights,
@@ -69,7 +70,7 @@ class PricedRange:
     """A range of clocks in one direction.
 
     Attributes:
-        problem: its channels OWN and SHARED_PAY hold the least pay over the range.
+        problem: its channels OWN and SHARED_PAY hold the least pay over the range; those of memory are unchanged.
         own, shared: pay at each clock of the range, [clock, strategy].
     """
 
@@ -100,6 +101,7 @@ def price_range(
     shared = time_weight * span[:, 0] + beta * span[:, 2]
     own = shared + (time_weight * span[:, 1] + beta * span[:, 3] if redo else 0.0)
     values = np.zeros((NUM_CHANNELS, problem.values.shape[1]))
+    values[STATE:] = problem.values[STATE:]
     values[OWN], values[SHARED_PAY] = own.min(axis=0), shared.min(axis=0)
     edges = np.zeros_like(problem.edge_values)
     edges[SHARED_PAY] = time_weight * problem.edge_values[TIME] + beta * problem.edge_values[ENERGY]

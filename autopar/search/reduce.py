@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 from autopar.ir.cost import Array
 
 Scope = tuple[int, ...]
+View = tuple[tuple[int, ...] | None, tuple[int, ...]]
+"""Order of axes (None: as they are), then shape: of a table that is to broadcast over others."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,18 @@ class Network:
 
 @dataclass(frozen=True)
 class Step:
-    """Eliminate `node`, leaving a message over `scope` (sorted). `pairs` and `messages` are the factors consumed."""
+    """Eliminate `node`, leaving a message over `scope` (sorted). `pairs` and `messages` are the factors consumed.
+
+    `pair_views` and `message_views` say how each factor is laid over (node, *scope).
+    """
 
     node: int
     scope: Scope
     pairs: tuple[tuple[int, int], ...]
     messages: tuple[int, ...]
+    shape: tuple[int, ...]
+    pair_views: tuple[View, ...]
+    message_views: tuple[View, ...]
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ def make_plan(
         used_pairs.update(own_pairs)
         spent.update(own_messages)
         scope = tuple(sorted(neighbours[v]))
-        steps.append(Step(v, scope, own_pairs, own_messages))
+        steps.append(_step(sizes, v, scope, own_pairs, (own_messages, message_scope)))
         message_scope.append(scope)
         gone[v] = True
         for u in scope:
@@ -138,35 +146,59 @@ def make_plan(
     return Plan(sizes, tuple(steps), core, alive)
 
 
+def _step(
+    sizes: Sequence[int],
+    node: int,
+    scope: Scope,
+    pairs: tuple[tuple[int, int], ...],
+    found: tuple[tuple[int, ...], Sequence[Scope]],
+) -> Step:
+    """A step and how its factors are laid out; `found` are its messages and the scopes of all messages so far."""
+    target, (messages, scopes) = (node, *scope), found
+    return Step(
+        node,
+        scope,
+        pairs,
+        messages,
+        tuple(sizes[u] for u in target),
+        tuple(_view(sizes, pair, target) for pair in pairs),
+        tuple(_view(sizes, scopes[m], target) for m in messages),
+    )
+
+
 def _table_size(sizes: Sequence[int], neighbours: Sequence[set[int]], v: int) -> int:
     return sizes[v] * math.prod(sizes[u] for u in neighbours[v])
 
 
-def _aligned(table: Array, scope: Scope, target: Scope) -> Array:
-    """`table` over `scope` (a subsequence of `target` up to order) reshaped to broadcast over `target`."""
-    order = sorted(range(len(scope)), key=lambda k: target.index(scope[k]))
-    if order != list(range(len(scope))):
-        table = table.transpose(order)
-    sizes = iter(table.shape)
+def _view(sizes: Sequence[int], scope: Scope, target: Scope) -> View:
+    """How a table over `scope` (a subsequence of `target` up to order) is laid over `target`."""
+    order = tuple(sorted(range(len(scope)), key=lambda k: target.index(scope[k])))
     present = set(scope)
-    return table.reshape([next(sizes) if v in present else 1 for v in target])
+    shape = tuple(sizes[u] if u in present else 1 for u in target)
+    return (None if order == tuple(range(len(scope))) else order), shape
+
+
+def _laid(table: Array, view: View) -> Array:
+    order, shape = view
+    return (table if order is None else table.transpose(order)).reshape(shape)
 
 
 def _bucket(plan: Plan, network: Network, index: int, messages: Sequence[Array]) -> Array:
     """Sum of all factors of step `index`, over (node, *scope)."""
     step = plan.steps[index]
-    target = (step.node, *step.scope)
-    total = network.unary[step.node].reshape([-1] + [1] * len(step.scope))
-    for pair in step.pairs:
-        total = total + _aligned(network.pairs[pair], pair, target)
-    for m in step.messages:
-        total = total + _aligned(messages[m], plan.steps[m].scope, target)
-    shape = tuple(plan.sizes[v] for v in target)
-    return total if total.shape == shape else np.broadcast_to(total, shape)
+    total = network.unary[step.node].reshape((-1,) + (1,) * len(step.scope))
+    for pair, view in zip(step.pairs, step.pair_views, strict=True):
+        total = total + _laid(network.pairs[pair], view)
+    for m, view in zip(step.messages, step.message_views, strict=True):
+        total = total + _laid(messages[m], view)
+    return total if total.shape == step.shape else np.broadcast_to(total, step.shape)
 
 
-def run_plan(plan: Plan, network: Network) -> Elimination:
-    """Eliminate in the plan's order. Ties go to the lowest index, so the result is deterministic."""
+def run_plan(plan: Plan, network: Network, *, choose: bool = True) -> Elimination:
+    """Eliminate in the plan's order. Ties go to the lowest index, so the result is deterministic.
+
+    Without `choose` the optimum's value is all that is found.
+    """
     messages: list[Array] = []
     constant = 0.0
     for index, step in enumerate(plan.steps):
@@ -175,7 +207,7 @@ def run_plan(plan: Plan, network: Network) -> Elimination:
         if not step.scope:
             constant += float(message)
     run = Elimination(constant, None, tuple(messages), plan, network)
-    if plan.core or not math.isfinite(constant):
+    if plan.core or not choose or not math.isfinite(constant):
         return run
     return replace(run, choice=back_substitute(run, [0] * len(plan.sizes)))
 

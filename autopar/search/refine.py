@@ -34,6 +34,7 @@ from autopar.search.relax import (
     least_in_flight,
     memory_relaxation,
     spread_weights,
+    surely_in_flight,
 )
 from autopar.search.shared import Plan, Space
 from autopar.search.space import MODES, Skeleton, least_bottleneck
@@ -129,8 +130,6 @@ class Refiner:
         return relax.problem.solve(weights).value + weights.constant
 
     def memory(self, relax: Relaxation) -> float:
-        if relax.num_stages == 1:
-            return -math.inf
         minima, horizon = self.minima(relax), self.asker.horizon(relax.prices)
         cap = largest_useful_tau(relax, self._additive(relax), horizon)
         in_flight = least_in_flight(relax, minima, cap)
@@ -138,7 +137,7 @@ class Refiner:
             return horizon
         best = -math.inf
         families = [(spread_weights(relax), 0.0)]
-        if relax.slope > 0:
+        if relax.slope > 0 and relax.num_stages > 1:
             families.append((additive_weights(relax), relax.slope * least_bottleneck(minima, relax.num_stages)))
         for base, constant in families:
             work = memory_relaxation(relax, base, in_flight)
@@ -211,7 +210,8 @@ class Refiner:
 def range_bound(space: Space, skeleton: Skeleton, prices: Prices, stack: Stack) -> tuple[float, int, tuple[int, ...]]:
     """Bound of a range of clocks from its table, with the clock and choice that look best (no choice: infeasible)."""
     waits, stages = stack.problem.table.num_microbatches - 1, skeleton.num_stages
-    relax = Relaxation(stack.problem, stages, skeleton.mode, space.schedule, prices, math.inf)
+    memory = float(space.device.memory_bytes)
+    relax = Relaxation(stack.problem, stages, skeleton.mode, space.schedule, prices, memory)
     redo = skeleton.mode == "full"
     found: list[tuple[float, int, tuple[int, ...]]] = []
     slopes = [(1 + waits / stages, 0.0)]
@@ -224,11 +224,13 @@ def range_bound(space: Space, skeleton: Skeleton, prices: Prices, stack: Stack) 
     for factor, constant in slopes:
         weight = prices.step_weight * factor
         priced = price_range(stack, skeleton.clocks, stages, time_weight=weight, beta=prices.beta, redo=redo)
-        run = priced.problem.solve(priced.weights(0.0))
-        if run.choice is None:
+        weights = priced.weights(cheapest_sends(relax, weight) + constant)
+        work = memory_relaxation(replace(relax, problem=priced.problem), weights, surely_in_flight(relax))
+        met: list[tuple[int, ...]] = []
+        tighten(work, lambda choice, met=met: met.append(choice) or math.inf, space.tolerance / 4)  # type: ignore[misc]
+        if not met:
             return math.inf, 0, ()
-        bound = run.value + cheapest_sends(relax, weight) + constant
-        found.append((bound, skeleton.clocks[0] + priced.best_clock(run.choice), run.choice))
+        found.append((work.bound, skeleton.clocks[0] + priced.best_clock(met[-1]), met[-1]))
     return max(found)
 
 
@@ -262,6 +264,14 @@ def coarser_bound(space: Space, skeleton: Skeleton, prices: Prices) -> float:
     if not made:
         return -math.inf
     count, problem = max(made, key=lambda entry: entry[0])
+    key = (skeleton, prices, count)
+    if key not in space.coarser:
+        space.coarser[key] = _coarser(space, skeleton, prices, count, problem)
+    return space.coarser_scale * space.coarser[key]
+
+
+def _coarser(space: Space, skeleton: Skeleton, prices: Prices, count: int, problem: Problem) -> float:
+    """The spread bound of the module's `coarser`, from the problem with `count` microbatches."""
     stages, redo = skeleton.num_stages, skeleton.mode == "full"
     factor = (1 + (skeleton.num_microbatches - 1) / stages) * count / skeleton.num_microbatches
     weight = prices.step_weight * factor
@@ -270,6 +280,6 @@ def coarser_bound(space: Space, skeleton: Skeleton, prices: Prices) -> float:
         if stack is None:
             return -math.inf
         priced = price_range(stack, skeleton.clocks, stages, time_weight=weight, beta=prices.beta, redo=redo)
-        return space.coarser_scale * priced.problem.solve(priced.weights(0.0)).value
+        return priced.problem.least(priced.weights(0.0))
     relax = Relaxation(problem, stages, skeleton.mode, space.schedule, Prices(weight, prices.beta), math.inf)
-    return space.coarser_scale * problem.solve(Weights(additive_weights(relax).blocks)).value
+    return problem.least(Weights(additive_weights(relax).blocks))

@@ -69,7 +69,9 @@ class Space:
     planes: dict[Skeleton, list[Plane]] = field(default_factory=dict)
     met: list[Plan] = field(default_factory=list)
     offered: set[tuple[Skeleton, tuple[int, ...], Prices]] = field(default_factory=set)
+    coarser: dict[tuple[Skeleton, Prices, int], float] = field(default_factory=dict)
     ideal: IdealBound | None = None
+    ideal_planes: dict[tuple[Skeleton, tuple[Prices, ...], float], tuple[Plane, ...]] = field(default_factory=dict)
     ideal_scale: float = 1.0
     coarser_scale: float = 1.0
 

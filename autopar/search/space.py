@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -169,6 +169,7 @@ def _empty_space(num_gpus: int, pins: Pins, *, use_all: bool) -> str:
 class _OneDevice:
     """Least figures of nodes on one device: seconds [clock, node] of a microbatch, joules of a step, state bytes."""
 
+    names: tuple[str, ...]
     time_s: Array
     energy_j: Array
     state_bytes: Array
@@ -182,10 +183,9 @@ class IdealBound:
         self._source = source
         self._dims = _dims_by_op(source.graph)
         self._base: dict[int, _OneDevice | None] = {}
-        self._names: list[str] = []
-        self._splits: dict[tuple[int, ...], Array] = {}
+        self._splits: dict[tuple[tuple[int, ...], tuple[str, ...]], Array] = {}
         self._slowest: dict[tuple[tuple[int, ...], int, int, int], float] = {}
-        self._paid: dict[tuple[Skeleton, float, float], float] = {}
+        self._paid: dict[tuple[object, ...], float] = {}
 
     def fits(self, skeleton: Skeleton, memory_bytes: float) -> bool:
         """Whether the state alone fits; False too where even one device has no table."""
@@ -197,13 +197,14 @@ class IdealBound:
 
     def pay(self, skeleton: Skeleton, time_weight: float, energy_weight: float) -> float:
         """Least time_weight * (seconds of all stages) + energy_weight * joules, every node at its best clock."""
-        key = (replace(skeleton, mode="none"), time_weight, energy_weight)
+        where = (skeleton.num_stages, skeleton.sizes, skeleton.num_microbatches, skeleton.clocks)
+        key = (*where, time_weight, energy_weight)
         if key not in self._paid:
             base = self._one_device(skeleton.num_microbatches)
             if base is None:
                 return math.inf
             span = slice(skeleton.clocks[0], skeleton.clocks[1] + 1)
-            seconds = time_weight * base.time_s[span] / self._split(skeleton.sizes)
+            seconds = time_weight * base.time_s[span] / self._split(skeleton.sizes, base)
             least = (seconds + energy_weight * base.energy_j[span]).min(axis=0)
             self._paid[key] = float(least @ _present(base, skeleton.num_stages))
         return self._paid[key]
@@ -215,14 +216,15 @@ class IdealBound:
             base = self._one_device(skeleton.num_microbatches)
             if base is None:
                 return math.inf
-            blocks = (base.time_s[skeleton.clocks[0]] / self._split(skeleton.sizes)) @ base.count
+            blocks = (base.time_s[skeleton.clocks[0]] / self._split(skeleton.sizes, base)) @ base.count
             self._slowest[key] = least_bottleneck(blocks, skeleton.num_stages)
         return self._slowest[key]
 
-    def _split(self, sizes: tuple[int, ...]) -> Array:
-        if sizes not in self._splits:
-            self._splits[sizes] = np.array([self._parts(name, sizes) for name in self._names], dtype=np.float64)
-        return self._splits[sizes]
+    def _split(self, sizes: tuple[int, ...], base: _OneDevice) -> Array:
+        key = (sizes, base.names)
+        if key not in self._splits:
+            self._splits[key] = np.array([self._parts(name, sizes) for name in base.names], dtype=np.float64)
+        return self._splits[key]
 
     def _parts(self, name: str, sizes: tuple[int, ...]) -> int:
         dims = self._dims.get(name)
@@ -244,7 +246,6 @@ class IdealBound:
         for row, node in enumerate(table.nodes):
             np.add.at(count[row], list(node.blocks), 1.0)
         starts = np.concatenate([[0], np.cumsum([len(node.choices) for node in table.nodes])])[:-1]
-        self._names = [node.name for node in table.nodes]
         seconds = (
             figures.forward_s
             + figures.backward_s
@@ -252,6 +253,7 @@ class IdealBound:
         )
         joules = num_microbatches * figures.microbatch_j + np.concatenate([node.step_j for node in table.nodes])
         return _OneDevice(
+            tuple(node.name for node in table.nodes),
             np.minimum.reduceat(seconds, starts, axis=1),
             np.minimum.reduceat(joules, starts, axis=1),
             np.array([np.min(node.state_bytes) for node in table.nodes]),

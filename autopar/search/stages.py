@@ -54,6 +54,7 @@ class Question:
     Attributes:
         bounds: per skeleton, of the objective.
         plans: best plan met of each skeleton.
+        most_layouts: skeletons whose layouts are closed at most; the others keep the bound they have. None: all.
         assumed: per skeleton and direction, the coarser bound, until its table has been held against it.
     """
 
@@ -64,6 +65,8 @@ class Question:
     value: float = math.inf
     plan: Plan | None = None
     plans: dict[Skeleton, tuple[float, Plan]] = field(default_factory=dict)
+    most_layouts: int | None = None
+    num_layouts: int = 0
     aims: dict[int, Aim] = field(default_factory=dict)
     assumed: dict[tuple[Skeleton, Prices], float] = field(default_factory=dict)
 
@@ -145,15 +148,19 @@ class Question:
 
     def _quick(self, skeleton: Skeleton) -> float:
         """A first bound without any corner: the objective's own direction, and whether a limit is out of reach."""
-        aim = self.aim(skeleton.num_gpus)
         planes = [*self._ideal_planes(skeleton), *self._relevant(skeleton)]
-        return aim.quick(planes) if planes else -math.inf
+        return self.aim(skeleton.num_gpus).quick(planes) if planes else -math.inf
 
-    def _ideal_planes(self, skeleton: Skeleton) -> list[Plane]:
-        if self.space.ideal is None:
-            return []
-        probes = self.aim(skeleton.num_gpus).probes()
-        return [Plane(prices, max(ideal_bounds(self.space, skeleton, prices))) for prices in probes]
+    def _ideal_planes(self, skeleton: Skeleton) -> tuple[Plane, ...]:
+        space = self.space
+        if space.ideal is None:
+            return ()
+        probes = self.aim(skeleton.num_gpus).probes
+        key = (skeleton, probes, space.ideal_scale)
+        if key not in space.ideal_planes:
+            found = (Plane(prices, max(ideal_bounds(space, skeleton, prices))) for prices in probes)
+            space.ideal_planes[key] = tuple(found)
+        return space.ideal_planes[key]
 
     def _refine(self, skeleton: Skeleton, level: int) -> float:
         if level == 0:
@@ -167,6 +174,9 @@ class Question:
         refiner = Refiner(self.space, skeleton, problem, self._asker(skeleton))
         if level == 1:
             return self._planes_of(skeleton, lambda p: self._table(refiner, p))
+        if level == 3 and self.most_layouts is not None and self.num_layouts >= self.most_layouts:
+            return -math.inf
+        self.num_layouts += level == 3
         found = self._memory(refiner) if level == 2 else self._layouts(refiner)
         return min(found, self.cutoff) if math.isfinite(self.cutoff) else found
 
@@ -213,18 +223,19 @@ class Question:
         """Corner of the ideal and the coarser planes."""
         if self.space.ideal is None:
             return -math.inf
-        found = self._ideal_planes(skeleton)
-        for prices in self.aim(skeleton.num_gpus).probes():
-            bound = coarser_bound(self.space, skeleton, prices)
-            self.assumed[skeleton, prices] = bound
-            found.append(Plane(prices, bound))
-        return self._bound(skeleton, found)
+        found = list(self._ideal_planes(skeleton))
+        if self._bound(skeleton, found) >= self.cutoff:
+            return self._bound(skeleton, found)
+        prices = self.aim(skeleton.num_gpus).closest(found, self.cutoff)
+        bound = coarser_bound(self.space, skeleton, prices)
+        self.assumed[skeleton, prices] = bound
+        return self._bound(skeleton, [*found, Plane(prices, bound)])
 
     def _planes_of(self, skeleton: Skeleton, bound: Callable[[Prices], float]) -> float:
         """Planes from a table in every direction that still moves the corner."""
         aim, planes = self.aim(skeleton.num_gpus), self._planes(skeleton)
         known = {plane.prices for plane in planes}
-        queue = [prices for prices in aim.probes() if prices not in known]
+        queue = [prices for prices in aim.probes if prices not in known]
         for _ in range(MOST_PLANES):
             if not queue:
                 further = aim.next_direction(planes) if self._bound(skeleton, []) < self.cutoff else None
