@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar, overload
 
 from autopar.errors import InputError
@@ -43,6 +44,7 @@ def plan(
     options: Mapping[str, str] | None = None,
     example_batch: Any = None,
     pins: Pins | None = None,
+    constraints: Mapping[str, str] | None = None,
     limits: Limits | None = None,
     gpu_hour_price: float | None = None,
     energy_price: float | None = None,
@@ -57,6 +59,7 @@ def plan(
         gpu: name of a device (`autopar gpus`); None: what this machine has.
         options: of a source file, as text, like `--set`.
         example_batch: for an `nn.Module`: a tensor, tuple or dict.
+        constraints: regex -> label: ops whose name or module path it matches whole take the label, as `op:` of --pin.
         limits: deadline, energy budget and power caps of a step.
         gpu_hour_price, energy_price: for the objective `cost`: per GPU and hour, and per kWh.
 
@@ -71,7 +74,7 @@ def plan(
         memory_bytes=memory_bytes,
         objective=_objective(objective, gpu_hour_price, energy_price),
         limits=limits or Limits(),
-        pins=pins or Pins(),
+        pins=replace(pins or Pins(), ops=((pins or Pins()).ops + tuple((constraints or {}).items()))),
         batch_size=batch_size,
         use_all=use_all,
         time_limit_s=time_limit_s,

@@ -51,6 +51,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "networkx": ("search", "ir", "cost", "capture"),
     "pynvml": ("meters", "planner"),
     "click": ("cli",),
+    "matplotlib": ("report",),
 }
 """Distribution -> packages that may import it. numpy may be imported anywhere."""
 TORCH_FREE_AT_IMPORT = ("planner", "api")

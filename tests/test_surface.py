@@ -31,11 +31,15 @@ NAMES = [
 PLANNING = {"--batch", "--energy-weight", "--gap", "--gpu", "--gpus", "--gpus-per-node", "--memory", "--objective"}
 PLANNING |= {"--deadline", "--energy-budget", "--energy-price", "--gpu-hour-price", "--peak-power", "--power-cap"}
 PLANNING |= {"--pin", "--profile", "--time-limit", "--time-weight", "--use-all"}
+OBJECTIVE = {"--energy-price", "--energy-weight", "--gap", "--gpu-hour-price", "--objective", "--time-weight"}
 OPTIONS = {
     "plan": PLANNING | {"--json", "--no-cache", "--out", "--set"},
     "run": {"--json", "--steps"},
     "verify": {"--json"},
     "explain": {"--json", "--why-not"},
+    "estimate": PLANNING | {"--json", "--set"},
+    "frontier": PLANNING - OBJECTIVE | {"--json", "--out-dir", "--plot", "--points", "--set"},
+    "diff": {"--json"},
     "gpus": {"--json"},
     "profile": {"--batch", "--device", "--json", "--out", "--set"},
 }

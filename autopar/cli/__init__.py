@@ -1,4 +1,4 @@
-"""Command line: `autopar plan|run|verify|explain|gpus|profile`. `main` is the entry point.
+"""Command line: `autopar plan|estimate|frontier|run|verify|explain|diff|gpus|profile`. `main` is the entry point.
 
 An interrupt or SIGTERM at any moment, even while modules load, unwinds the stack: workers are ended, temporary files
 removed.

@@ -13,8 +13,11 @@ from collections.abc import Sequence
 import click
 
 from autopar.cli.console import error_details, exit_code, report_error
+from autopar.cli.diff import diff
+from autopar.cli.estimate import estimate
 from autopar.cli.execute import run, verify
 from autopar.cli.explain import explain
+from autopar.cli.frontier import frontier
 from autopar.cli.gpus import gpus
 from autopar.cli.plan import plan
 from autopar.cli.profile import profile
@@ -28,7 +31,7 @@ def autopar() -> None:
     """Plan, price and run the parallelisation of a PyTorch model, by time and by energy."""
 
 
-for _command in (plan, run, verify, explain, gpus, profile):
+for _command in (plan, estimate, frontier, run, verify, explain, diff, gpus, profile):
     autopar.add_command(_command)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from autopar.cli.console import print_json, progress_line
-from autopar.cli.options import json_option, parse_pins
+from autopar.cli.options import json_option
+from autopar.cli.pins import parse_pins
 from autopar.ir.serialize import load_plan
 from autopar.planner.rival import make_rival
 from autopar.report.explain import explain_json, explain_report

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
 
+from autopar.cli.pins import parse_pins
 from autopar.cli.quantities import parse_bytes, parse_joules, parse_seconds, parse_watts
 from autopar.errors import InputError
-from autopar.ir.pipeline import SCHEDULES
-from autopar.ir.solution import OBJECTIVES, RECOMPUTE, Limits, Objective, Pins
+from autopar.ir.solution import OBJECTIVES, Limits, Objective
 from autopar.planner.detect import detect_gpus
 from autopar.planner.objective import cost_objective
 from autopar.planner.request import PlanRequest
@@ -37,7 +36,10 @@ SPACE_OPTIONS = (
     click.option("--memory", metavar="SIZE", help="Usable memory of one GPU, e.g. 46GiB."),
     click.option("--batch", type=int, metavar="N", help="Global batch; default: that of example_batch()."),
     click.option(
-        "--pin", "pin_text", metavar="KEY=VALUE,...", help="Fix dp, tp, pp, m, mbs, recompute, schedule, zero."
+        "--pin",
+        "pin_text",
+        metavar="KEY=VALUE,...",
+        help="Fix dp, tp, pp, m, mbs, recompute, schedule, zero; op:REGEX=LABEL.",
     ),
     click.option("--use-all", is_flag=True, help="Use exactly --gpus GPUs, even where fewer are better."),
     click.option("--time-limit", metavar="TIME", help="Stop the search after this long, e.g. 30s; the best is kept."),
@@ -68,6 +70,11 @@ def request_options(command: F) -> F:
     return _with_options(command, SPACE_OPTIONS, OBJECTIVE_OPTIONS, LIMIT_OPTIONS)
 
 
+def frontier_options(command: F) -> F:
+    """Those of `build_request` that say nothing about the objective."""
+    return _with_options(command, SPACE_OPTIONS, LIMIT_OPTIONS)
+
+
 def _with_options(command: F, *groups: tuple[Callable[[F], F], ...]) -> F:
     for option in reversed([option for group in groups for option in group]):
         command = option(command)
@@ -76,22 +83,22 @@ def _with_options(command: F, *groups: tuple[Callable[[F], F], ...]) -> F:
 
 def build_request(options: Mapping[str, Any]) -> PlanRequest:
     """The request that the options of `request_options` describe. Raises InputError."""
-    batch = options["batch"]
-    if not 0 <= options["gap"] < 1:
-        raise InputError(f"--gap must be at least 0 and below 1, got {options['gap']}")
+    batch, gap = options["batch"], options.get("gap", 1e-3)
+    if not 0 <= gap < 1:
+        raise InputError(f"--gap must be at least 0 and below 1, got {gap}")
     return PlanRequest(
         num_gpus=max(1, len(detect_gpus())) if options["gpus"] is None else options["gpus"],
         gpu=options["gpu"],
         gpus_per_node=options["gpus_per_node"],
         memory_bytes=_quantity(options, "memory", parse_bytes),
-        objective=_objective(options),
+        objective=_objective(options) if "objective" in options else Objective("energy"),
         limits=_limits(options),
         pins=parse_pins(options["pin_text"] or "", batch),
         profile=options["profile"],
         batch_size=batch,
         use_all=options["use_all"],
         time_limit_s=_quantity(options, "time_limit", parse_seconds),
-        gap_tolerance=options["gap"],
+        gap_tolerance=gap,
     )
 
 
@@ -143,43 +150,3 @@ def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:
             raise InputError(f"--set {key} is given twice: {found[key]!r} and {value!r}")
         found[key] = value
     return found
-
-
-def parse_pins(text: str, batch_size: int | None = None) -> Pins:
-    """`tp=2,pp=1,dp=4,m=8,recompute=full,schedule=gpipe,zero=1` to Pins.
-
-    `mbs` (samples in one microbatch) needs the batch size. Raises InputError with the known keys.
-    """
-    found: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        key, _, value = part.partition("=")
-        name = "num_microbatches" if key in ("m", "mbs") else key
-        if name in found:
-            raise InputError(f"--pin {key}: the same choice is fixed twice")
-        found[name] = _pin_value(key, value, batch_size)
-    if ("dp" in found) != ("tp" in found):
-        found = {"dp": 1, "tp": 1} | found
-    return Pins(**found)
-
-
-def _pin_value(key: str, value: str, batch_size: int | None) -> int | str:
-    choices = {"recompute": RECOMPUTE, "schedule": SCHEDULES, "zero": ("0", "1", "3")}
-    if key in choices:
-        if value not in choices[key]:
-            raise InputError(f"--pin {key}={value}: expected one of {', '.join(choices[key])}")
-        return int(value) if key == "zero" else value
-    if key not in ("dp", "tp", "pp", "m", "mbs"):
-        raise InputError(f"--pin {key}: unknown; known are dp, tp, pp, m, mbs, recompute, schedule, zero")
-    if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) < 1:
-        raise InputError(f"--pin {key}={value}: expected a whole number of at least 1")
-    return _num_microbatches(int(value), batch_size) if key == "mbs" else int(value)
-
-
-def _num_microbatches(microbatch_size: int, batch_size: int | None) -> int:
-    if batch_size is None:
-        raise InputError("--pin mbs=... needs --batch; or fix the number of microbatches with --pin m=...")
-    if batch_size % microbatch_size:
-        raise InputError(
-            f"--pin mbs={microbatch_size}: a batch of {batch_size} does not divide into microbatches of it"
-        )
-    return batch_size // microbatch_size

@@ -19,6 +19,7 @@ from autopar.ir.plan import Baseline, Prediction
 from autopar.ir.quantity import Quantity
 from autopar.ir.solution import Decisions, Limits, Objective, Pins, Solution
 from autopar.ir.verify import broken_limits, limited_figures
+from autopar.planner.pinned import check_constraints
 from autopar.planner.request import PlanRequest, Target
 from autopar.search.baselines import BASELINES, Family, best_of_family
 from autopar.search.infeasible import WORDS
@@ -67,6 +68,8 @@ class Chooser:
     progress: Callable[[str], None]
 
     def tables(self, pins: Pins) -> CostTables:
+        """Cost tables under pins. Raises InputError for a per-op constraint that fits no op."""
+        check_constraints(self.graph, pins)
         return CostTables(self.graph, self.target.cluster, pins=pins, profile=self.target.profile.store)
 
     def choose(self, tables: CostTables) -> Choice:

@@ -22,7 +22,7 @@ from autopar.ir.serialize_graph import graph_hash
 from autopar.ir.solution import Alternative
 from autopar.ir.verify import verify
 from autopar.planner.choose import Choice, Chooser, describe
-from autopar.planner.request import PlanRequest, Progress, Target, choose_target
+from autopar.planner.request import PlanRequest, Progress, Target, choose_target, say_nothing
 from autopar.rules.strategies import has_rule
 from autopar.version import __version__
 
@@ -113,7 +113,7 @@ def plan_graph(
     graph: OpGraph, reference: ModelReference, request: PlanRequest, target: Target, progress: Progress | None = None
 ) -> Plan:
     """Plan a captured graph; `reference` says where it came from, its hash and batch size are filled in here."""
-    chooser = Chooser(graph, request, target, progress or _say_nothing)
+    chooser = Chooser(graph, request, target, progress or say_nothing)
     choice = chooser.choose(chooser.tables(request.pins))
     return assemble_plan(graph, reference, request, target, choice)
 
@@ -226,10 +226,6 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _say_nothing(_phrase: str) -> None:
-    """Progress that nobody follows."""
 
 
 def _tell(progress: Progress | None, phrase: str) -> None:

@@ -62,8 +62,8 @@ def time_parts(plan: Plan) -> dict[str, float]:
     return parts
 
 
-def compare(plan: Plan, rival: Plan, rival_name: str) -> list[str]:
-    """A table of the plan beside the rival."""
+def compare(plan: Plan, rival: Plan, rival_name: str, verdict: str = "") -> list[str]:
+    """A table of the plan beside the rival, below `verdict` and what the rival is."""
     rows = [("", "this plan", rival_name[:24], "ratio")]
     mine, other = plan.predicted, rival.predicted
     for name, show, a, b in (
@@ -72,7 +72,9 @@ def compare(plan: Plan, rival: Plan, rival_name: str) -> list[str]:
         ("peak memory", format_bytes, _peak(plan), _peak(rival)),
     ):
         rows.append((name, show(a), show(b), f"{b / a:.3f}"))
-    verdict = f"Why not {rival_name}: it becomes {mesh_words(rival)} on {rival.decisions.num_gpus} GPUs"
+    verdict = (
+        verdict or f"Why not {rival_name}: it becomes "
+    ) + f"{mesh_words(rival)} on {rival.decisions.num_gpus} GPUs"
     return [*wrapped("Rival", verdict), *table(rows)]
 
 

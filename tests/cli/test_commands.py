@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from autopar.cli.options import parse_pins
+from autopar.cli.pins import parse_pins
 from autopar.cli.quantities import parse_bytes, parse_joules, parse_seconds, parse_watts
 from autopar.errors import InputError
 from autopar.ir.serialize import load_plan, plan_digest

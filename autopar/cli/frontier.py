@@ -1,0 +1,64 @@
+"""`autopar frontier`: the plans between the fastest and the thriftiest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autopar.cli.console import print_json, progress_line
+from autopar.cli.options import build_request, frontier_options, json_option, parse_settings, set_option
+from autopar.errors import InputError
+from autopar.ir.serialize import check_writable, save_plan
+from autopar.planner.frontier import trace_frontier
+from autopar.report.frontier import check_plot, frontier_json, frontier_report, plot_frontier
+
+
+@click.command()
+@click.argument("model")
+@frontier_options
+@set_option
+@click.option("--points", default=40, show_default=True, metavar="N", help="Most plans to look for.")
+@click.option("--plot", metavar="FILE", help="Draw the frontier, e.g. into frontier.svg.")
+@click.option("--out-dir", metavar="DIR", help="Write the plan of every point into this directory.")
+@json_option
+def frontier(
+    model: str,
+    *,
+    settings: tuple[str, ...],
+    points: int,
+    plot: str | None,
+    out_dir: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Trace the time-energy frontier of MODEL: what a longer step saves in energy."""
+    request = build_request(options)
+    chosen = parse_settings(settings)
+    if points < 1:
+        raise InputError(f"--points must be at least 1, got {points}")
+    if plot is not None:
+        check_plot()
+        check_writable(plot)
+    directory = None if out_dir is None else _make_directory(out_dir)
+    with progress_line(as_json) as progress:
+        found = trace_frontier(model, chosen, request, points, progress)
+    if plot is not None:
+        plot_frontier(found.plans, f"{model} on up to {request.num_gpus} GPUs", plot)
+    for i, plan in enumerate(found.plans if directory is not None else ()):
+        save_plan(plan, Path(out_dir or "") / f"plan_{i:02d}.json")
+    report = (found.plans, found.num_dropped, found.complete)
+    print_json(frontier_json(*report)) if as_json else click.echo(frontier_report(*report))
+
+
+def _make_directory(name: str) -> Path:
+    path = Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the directory {name}: {error.strerror}; give another one with --out-dir"
+        ) from error
+    check_writable(path / "plan_00.json")
+    return path

@@ -1,0 +1,39 @@
+"""Restrictions in the user's words: their check against the graph, which the search cannot do by itself."""
+
+from __future__ import annotations
+
+import re
+
+from autopar.cost.choices import matches
+from autopar.errors import InputError
+from autopar.ir.graph import OpGraph
+from autopar.ir.solution import Pins
+from autopar.rules.strategies import axis_strategies
+
+
+def check_constraints(graph: OpGraph, pins: Pins) -> None:
+    """Every per-op constraint is a regex that matches some op which has the label.
+
+    Raises:
+        InputError: names the constraint, and the labels that the ops it matches have.
+    """
+    for regex, label in pins.ops:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise InputError(f"the constraint {regex!r} is no regular expression: {error}") from error
+        found = [op for op in graph.ops if matches(regex, op) and not op.is_shared]
+        if not found:
+            paths = sorted({op.module_path for op in graph.ops if op.module_path})[:3]
+            raise InputError(
+                f"the constraint {regex!r} matches no op whole, neither by name nor by module path, "
+                f"e.g. {', '.join([found_name(graph), *paths])}"
+            )
+        known = sorted({s.label for op in found for s in axis_strategies(op, graph.values)})
+        if label not in known:
+            raise InputError(f"no op that {regex!r} matches has the label {label!r}; theirs are {', '.join(known)}")
+
+
+def found_name(graph: OpGraph) -> str:
+    """Name of some op, for an example."""
+    return graph.ops[0].name if graph.ops else "none"

@@ -1,0 +1,102 @@
+"""The time-energy frontier as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from autopar.errors import InputError
+from autopar.ir.plan import Plan
+from autopar.report.text import WIDTH, table
+from autopar.units import format_joules, format_seconds, format_watts
+
+INSTALL_PLOT = "plotting needs matplotlib; install it with: pip install 'autopar[plot]'"
+
+
+def point_words(plan: Plan) -> str:
+    """`dp=4 tp=2 pp=2 m=8 1530 MHz`."""
+    decisions = plan.decisions
+    axes = [f"{axis.name}={axis.size}" for axis in decisions.mesh.axes if axis.size > 1]
+    clocks = sorted({stage.clock_hz for stage in decisions.stages} - {0.0})
+    locked = [f"{'-'.join(f'{hz / 1e6:.0f}' for hz in clocks)} MHz"] if clocks else []
+    recompute = ["recompute"] if any(stage.recompute == "full" for stage in decisions.stages) else []
+    words = [*axes, f"pp={len(decisions.stages)}", f"m={decisions.num_microbatches}", *locked, *recompute]
+    return " ".join(words)
+
+
+def frontier_report(plans: Sequence[Plan], num_dropped: int, complete: bool) -> str:
+    """One line per plan; every line fits into 80 columns."""
+    rows = [("step time", "energy", "average", "GPUs", "gap", "plan")]
+    for plan in plans:
+        predicted = plan.predicted
+        rows.append(
+            (
+                format_seconds(predicted.step_time_s.value),
+                format_joules(predicted.energy_j.value),
+                format_watts(predicted.average_power_w.value),
+                str(plan.decisions.num_gpus),
+                f"{plan.solver.gap:.2%}",
+                point_words(plan),
+            )
+        )
+    width = max(len(row[-1]) for row in rows)
+    lines = [line[:WIDTH].rstrip() for line in table([(*row[:-1], row[-1].ljust(width)) for row in rows])]
+    count = f"{len(plans)} plans, none better than another in both"
+    lines += ["", count if complete else f"{count}; more may lie between them"]
+    if num_dropped:
+        lines.append(f"{num_dropped} plans left out: dominated, or above a limit, when simulated")
+    return "\n".join(lines)
+
+
+def frontier_json(plans: Sequence[Plan], num_dropped: int, complete: bool) -> dict[str, Any]:
+    """Plain numbers, SI units in the names."""
+    points = [
+        {
+            "time_s": plan.predicted.step_time_s.value,
+            "energy_j": plan.predicted.energy_j.value,
+            "average_power_w": plan.predicted.average_power_w.value,
+            "num_gpus": plan.decisions.num_gpus,
+            "description": point_words(plan),
+            "gap": plan.solver.gap,
+        }
+        for plan in plans
+    ]
+    return {"points": points, "num_dropped": num_dropped, "complete": complete}
+
+
+def check_plot() -> None:
+    """Raises InputError with the install command where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise InputError(INSTALL_PLOT) from error
+
+
+def plot_frontier(plans: Sequence[Plan], title: str, path: str | Path) -> None:
+    """Draw energy over step time as a staircase, points coloured by number of GPUs; the suffix names the format.
+
+    Raises:
+        InputError: the file cannot be written in that format.
+    """
+    check_plot()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    times = [plan.predicted.step_time_s.value for plan in plans]
+    joules = [plan.predicted.energy_j.value for plan in plans]
+    axes.step(times, joules, where="post", color="0.7", linewidth=1, zorder=1)
+    for count in sorted({plan.decisions.num_gpus for plan in plans}):
+        own = [i for i, plan in enumerate(plans) if plan.decisions.num_gpus == count]
+        label = f"{count} GPU{'s' * (count > 1)}"
+        axes.scatter([times[i] for i in own], [joules[i] for i in own], s=24, label=label, zorder=2)
+    axes.set_xlabel("step time, s (predicted)")
+    axes.set_ylabel("energy per step, J (predicted, GPUs and hosts)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot draw {path}: {error}") from error
