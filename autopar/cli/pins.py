@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from autopar.errors import InputError
 from autopar.ir.pipeline import SCHEDULES
 from autopar.ir.solution import RECOMPUTE, Pins
-from autopar.rules.contractions import CONTEXT
-from autopar.rules.experts import EXCHANGE, EXPERTS
-
-FORBIDDEN: Mapping[str, tuple[str, ...]] = MappingProxyType({"context": (CONTEXT,), "experts": (EXPERTS, EXCHANGE)})
-"""Pin -> labels that it forbids when off."""
+from autopar.report.explain import SPECIAL
 
 
 def parse_pins(text: str, batch_size: int | None = None) -> Pins:
@@ -26,7 +20,7 @@ def parse_pins(text: str, batch_size: int | None = None) -> Pins:
     found: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = part.rpartition("=") if part.startswith("op:") and "=" in part else part.partition("=")
-        if key.startswith("op:") or key in FORBIDDEN:
+        if key.startswith("op:") or key in SPECIAL:
             _add_labels(found, key, value)
             continue
         name = "num_microbatches" if key in ("m", "mbs") else key
@@ -39,10 +33,10 @@ def parse_pins(text: str, batch_size: int | None = None) -> Pins:
 
 
 def _add_labels(found: dict[str, Any], key: str, value: str) -> None:
-    if key in FORBIDDEN:
+    if key in SPECIAL:
         if value != "off":
             raise InputError(f"--pin {key}={value}: expected {key}=off")
-        found["without"] = tuple(sorted({*found.get("without", ()), *FORBIDDEN[key]}))
+        found["without"] = tuple(sorted({*found.get("without", ()), *SPECIAL[key]}))
         return
     regex = key.removeprefix("op:")
     if not regex or not value:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from autopar.ir.pipeline import step_time_s
 from autopar.ir.plan import Plan
 from autopar.ir.solution import Alternative
 from autopar.report.text import WIDTH, baseline_table, mesh_words, table, wrapped
+from autopar.rules.contractions import CONTEXT
+from autopar.rules.experts import EXCHANGE, EXPERTS
 from autopar.units import format_bytes, format_joules, format_seconds
 
 MAX_ALTERNATIVES = 10
+SPECIAL: Mapping[str, frozenset[str]] = MappingProxyType(
+    {"context": frozenset({CONTEXT}), "experts": frozenset({EXPERTS, EXCHANGE})}
+)
+"""Pin that switches a way to split off -> its labels."""
 
 
 def explain_report(plan: Plan, rival: Plan | None = None, rival_name: str = "") -> str:
@@ -19,9 +26,18 @@ def explain_report(plan: Plan, rival: Plan | None = None, rival_name: str = "") 
     parts = [wrapped("Plan", f"{plan.decisions.num_gpus} GPUs: {mesh_words(plan)}, objective {plan.objective.kind}")]
     parts += [_time(plan), _energy(plan), _memory(plan)]
     parts += [_alternatives(plan.alternatives, plan.objective.kind), baseline_table(plan)[:-1]]
+    parts.append(_special(plan))
     if rival is not None:
         parts.append(compare(plan, rival, rival_name))
     return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _special(plan: Plan) -> list[str]:
+    """How to price the plan without what it uses of sequence-parallel attention and expert parallelism."""
+    labels = {axis.label for strategy in plan.decisions.ops.values() for axis in strategy}
+    used = [name for name, own in SPECIAL.items() if labels & own]
+    words = " and ".join(f"--why-not {name}=off" for name in used)
+    return wrapped("Without", f"{words} compares with the best plan that does without") if used else []
 
 
 def explain_json(plan: Plan, rival: Plan | None = None) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def frontier(
     if fastest is None or thrifty is None:
         if space.out_of_time:
             raise SolverLimitError(f"no plan found within {time_limit_s} s; allow more time or pin more choices")
-        raise no_plan_error(space, pins, limits)
+        raise no_plan_error(space, pins, limits, skeletons, use_all=use_all, max_microbatches=max_microbatches)
     space.tolerance = gap_tolerance * SEARCH_SHARE
     fast = _ask(space, "energy", replace(limits, deadline_s=fastest.time_s)) or fastest
     points, complete = _between(space, limits, (fast, thrifty), num_points, math.log1p(resolution))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.errors import AutoparError, InfeasibleError, InputError, Remedy
 from autopar.ir.solution import Limits, Pins
@@ -70,15 +70,21 @@ class _Found:
 
 
 def no_plan_error(
-    space: Space, pins: Pins, limits: Limits, *, use_all: bool = False, max_microbatches: int | None = None
+    space: Space,
+    pins: Pins,
+    limits: Limits,
+    skeletons: tuple[Skeleton, ...],
+    *,
+    use_all: bool = False,
+    max_microbatches: int | None = None,
 ) -> AutoparError:
-    """The error for a space without any plan that fits and keeps the limits."""
+    """The error for a space without any plan that fits and keeps the limits; `skeletons` are those without limits."""
     stop_s = time.monotonic() + REMEDIES_S if space.deadline_s is None else space.deadline_s
-    explorer = Explorer(space, pins, use_all, max_microbatches, stop_s)
+    explorer = Explorer(space, pins, skeletons, use_all, max_microbatches, stop_s)
     room = Room(space.device.memory_bytes, space.device.num_gpus, limits)
     free = Room(room.memory_bytes, room.num_gpus, Limits())
     if limits.is_free or explorer.ask(free) is None:
-        return memory_error(space, pins, explorer, free)
+        return memory_error(replace(space, skeletons=skeletons), pins, explorer, free)
     return _limits_error(explorer, room)
 
 

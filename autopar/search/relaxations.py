@@ -118,12 +118,14 @@ class Explorer:
     """Asks for plans in other rooms than that of `space`.
 
     Attributes:
+        skeletons: of the space, whatever power they draw.
         least_growth: so many times the devices are needed at least.
         deadline_s: `time.monotonic` value at which to stop; `ran_out` says that it struck.
     """
 
     space: Space
     pins: Pins
+    skeletons: tuple[Skeleton, ...]
     use_all: bool = False
     max_microbatches: int | None = None
     deadline_s: float | None = None
@@ -160,7 +162,7 @@ class Explorer:
         memory = room.memory_bytes if math.isfinite(room.memory_bytes) else 2**62
         other = _OtherDevice(int(memory), room.num_gpus, device.blocked_w, device.host_w_per_node, device.gpus_per_node)
         source = _OtherRoom(base.source, other)
-        skeletons = base.skeletons
+        skeletons = self.skeletons
         if room.num_gpus != device.num_gpus:
             try:
                 skeletons = list_skeletons(
@@ -168,7 +170,7 @@ class Explorer:
                     self.pins,
                     use_all=self.use_all,
                     max_microbatches=self.max_microbatches,
-                    clocks=base.skeletons[0].clocks,
+                    clocks=self.skeletons[0].clocks,
                 )
             except InputError:
                 return None

@@ -10,6 +10,7 @@ from autopar.errors import InputError, SolverLimitError
 from autopar.ir.cost import CostTable, TableSource
 from autopar.ir.pipeline import SCHEDULES
 from autopar.ir.solution import RECOMPUTE, Alternative, Decisions, Limits, Objective, Pins, Solution
+from autopar.search.evaluate import fixed_power_w
 from autopar.search.infeasible import no_plan_error
 from autopar.search.shared import Plan, Progress, Space
 from autopar.search.space import Skeleton, list_skeletons
@@ -71,7 +72,7 @@ def search(
     if answer.plan is None:
         if space.out_of_time:
             raise SolverLimitError(f"no plan found within {time_limit_s} s; allow more time or pin more choices")
-        raise no_plan_error(space, pins, limits, use_all=use_all, max_microbatches=max_microbatches)
+        raise no_plan_error(space, pins, limits, skeletons, use_all=use_all, max_microbatches=max_microbatches)
     return solution_of(question, gap_tolerance, time.monotonic() - started)
 
 
@@ -86,7 +87,10 @@ def useful_clocks(tables: TableSource, objective: Objective, limits: Limits) -> 
 def make_space(
     tables: TableSource, skeletons: tuple[Skeleton, ...], pins: Pins, limits: Limits, tolerance: float
 ) -> Space:
-    """A fresh space; a peak power limit shapes its problems."""
+    """A fresh space; a peak power limit shapes its problems, and leaves out what draws more even while it waits."""
+    cap_w = limits.peak_power_w
+    if cap_w is not None:
+        skeletons = tuple(s for s in skeletons if fixed_power_w(tables.device, s.num_gpus) <= cap_w)
     return Space(tables, pins.schedule or "1f1b", tolerance, skeletons, peak_power_w=limits.peak_power_w)
 
 
