@@ -132,11 +132,11 @@ class Explorer:
     ran_out: bool = False
     least_growth: float = 1.0
     floors_w: dict[tuple[tuple[int, ...], int], Array] = field(default_factory=dict)
-    spaces: dict[tuple[float, int, float | None], Space] = field(default_factory=dict)
+    spaces: dict[tuple[float, int, float | None, int], Space] = field(default_factory=dict)
 
-    def ask(self, room: Room, kind: str = "energy", tolerance: float = ANY_PLAN) -> Reached | None:
-        """The best plan within a room, or any at the default tolerance; None if there is none."""
-        space = self._space(room)
+    def ask(self, room: Room, kind: str = "energy", tolerance: float = ANY_PLAN, more_than: int = 0) -> Reached | None:
+        """The best plan within a room, or any at the default tolerance, on more than so many devices; None if none."""
+        space = self._space(room, more_than)
         if space is None:
             return None
         space.tolerance = tolerance
@@ -146,16 +146,16 @@ class Explorer:
         plan = answer.plan
         return None if plan is None else _reached(question, plan, answer.bound)
 
-    def _space(self, room: Room) -> Space | None:
-        key = (room.memory_bytes, room.num_gpus, room.limits.peak_power_w)
+    def _space(self, room: Room, more_than: int) -> Space | None:
+        key = (room.memory_bytes, room.num_gpus, room.limits.peak_power_w, more_than)
         if key not in self.spaces:
-            made = self._make(room)
+            made = self._make(room, more_than)
             if made is None:
                 return None
             self.spaces[key] = made
         return self.spaces[key]
 
-    def _make(self, room: Room) -> Space | None:
+    def _make(self, room: Room, more_than: int) -> Space | None:
         """None if the pins leave no skeleton on so many devices."""
         base, device = self.space, self.space.device
         cap_w = room.limits.peak_power_w
@@ -174,6 +174,7 @@ class Explorer:
                 )
             except InputError:
                 return None
+        skeletons = tuple(s for s in skeletons if s.num_gpus > more_than)
         if cap_w is not None:
             skeletons = tuple(s for s in skeletons if self._floor_w(s, cap_w) <= cap_w)
         return Space(
@@ -264,10 +265,10 @@ class Explorer:
         high, reached = max(low, int(room.num_gpus * self.least_growth) // 2), None
         while reached is None and high < room.num_gpus * MOST_GROWTH and not self.ran_out:
             low, high = high, min(2 * high, room.num_gpus * MOST_GROWTH)
-            reached = self.ask(room.with_level("num_gpus", high))
+            reached = self.ask(room.with_level("num_gpus", high), more_than=low)
         while reached is not None and high > low + 1 and not self.ran_out:
             middle = (low + high) // 2
-            found = self.ask(room.with_level("num_gpus", middle))
+            found = self.ask(room.with_level("num_gpus", middle), more_than=low)
             if found is not None:
                 high, reached = middle, found
             elif not self.ran_out:
