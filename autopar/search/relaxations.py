@@ -176,7 +176,7 @@ class Explorer:
                 return None
         skeletons = tuple(s for s in skeletons if s.num_gpus > more_than)
         if cap_w is not None:
-            skeletons = tuple(s for s in skeletons if self._floor_w(s, cap_w) <= cap_w)
+            skeletons = skeletons.only(lambda s: self._floor_w(s, cap_w) <= cap_w)
         return Space(
             source,
             base.schedule,

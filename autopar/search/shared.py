@@ -21,10 +21,11 @@ from autopar.ir.mesh import stage_mesh
 from autopar.search.aim import Plane
 from autopar.search.cuts import Prices
 from autopar.search.evaluate import Figures, Layout, fixed_power_w
+from autopar.search.first import FirstBounds
 from autopar.search.optimist import Blocks
 from autopar.search.problem import Problem, make_problem
 from autopar.search.ranges import Stack, make_stack
-from autopar.search.space import FEW_TABLES, IdealBound, Skeleton
+from autopar.search.space import FEW_TABLES, IdealBound, Skeleton, Skeletons
 
 Entry = TypeVar("Entry", CostNode, CostEdge)
 Progress = Callable[[dict[str, object]], None]
@@ -57,7 +58,7 @@ class Space:
     source: TableSource
     schedule: str
     tolerance: float
-    skeletons: tuple[Skeleton, ...]
+    skeletons: Skeletons
     deadline_s: float | None = None
     progress: Progress | None = None
     peak_power_w: float | None = None
@@ -71,13 +72,15 @@ class Space:
     offered: set[tuple[Skeleton, tuple[int, ...], Prices]] = field(default_factory=set)
     coarser: dict[tuple[Skeleton, Prices, int], float] = field(default_factory=dict)
     ideal: IdealBound | None = None
+    first: FirstBounds | None = None
     ideal_planes: dict[tuple[Skeleton, tuple[Prices, ...], float], tuple[Plane, ...]] = field(default_factory=dict)
     ideal_scale: float = 1.0
     coarser_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if len({(s.sizes, s.num_microbatches) for s in self.skeletons}) > FEW_TABLES:
+        if self.skeletons.num_tables > FEW_TABLES:
             self.ideal = IdealBound(self.source)
+            self.first = FirstBounds(self.skeletons, self.ideal, float(self.device.memory_bytes), self.schedule)
 
     @property
     def device(self) -> Device:

@@ -13,7 +13,7 @@ from autopar.ir.solution import RECOMPUTE, Alternative, Decisions, Limits, Objec
 from autopar.search.evaluate import fixed_power_w
 from autopar.search.infeasible import no_plan_error
 from autopar.search.shared import Plan, Progress, Space
-from autopar.search.space import Skeleton, list_skeletons
+from autopar.search.space import Skeleton, Skeletons, list_skeletons
 from autopar.search.stages import Question
 
 SOLVER = "elimination + dynamic programme + HiGHS"
@@ -84,13 +84,11 @@ def useful_clocks(tables: TableSource, objective: Objective, limits: Limits) -> 
     return 0, len(tables.clocks_hz) - 1
 
 
-def make_space(
-    tables: TableSource, skeletons: tuple[Skeleton, ...], pins: Pins, limits: Limits, tolerance: float
-) -> Space:
+def make_space(tables: TableSource, skeletons: Skeletons, pins: Pins, limits: Limits, tolerance: float) -> Space:
     """A fresh space; a peak power limit shapes its problems, and leaves out what draws more even while it waits."""
     cap_w = limits.peak_power_w
     if cap_w is not None:
-        skeletons = tuple(s for s in skeletons if fixed_power_w(tables.device, s.num_gpus) <= cap_w)
+        skeletons = skeletons.only(lambda s: fixed_power_w(tables.device, s.num_gpus) <= cap_w)
     return Space(tables, pins.schedule or "1f1b", tolerance, skeletons, peak_power_w=limits.peak_power_w)
 
 

@@ -21,22 +21,28 @@ scaled down by the ratio seen (`stages`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.errors import InputError
 from autopar.ir.cost import Array, TableSource
 from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh, stage_mesh
 from autopar.ir.solution import Pins
+from autopar.search.evaluate import redo_share
 
 DEFAULT_MAX_MICROBATCHES = 128
 MICROBATCH_RATIO = 1.5
 FEW_TABLES = 24
 EVERY_SIZE_LIMIT = 16
 MODES = {"none": (False,), "full": (True,), "mixed": (False, True)}
+MODE_NAMES = tuple(MODES)
+
+Index = NDArray[np.int64]
 
 
 @dataclass(frozen=True, order=True)
@@ -102,10 +108,57 @@ def mesh_sizes(num_devices: int, pins: Pins) -> Iterator[tuple[int, ...]]:
             yield d, num_devices // d
 
 
+@dataclass(frozen=True)
+class Skeletons(Sequence[Skeleton]):
+    """Skeletons as arrays, each made when it is asked for; all with the same range of clocks.
+
+    Attributes:
+        meshes: every mesh that occurs.
+        stages, mesh_index, counts, modes: [skeleton]; modes are positions in `MODES`.
+    """
+
+    meshes: tuple[tuple[int, ...], ...]
+    stages: Index
+    mesh_index: Index
+    counts: Index
+    modes: Index
+    clocks: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    @overload
+    def __getitem__(self, index: int) -> Skeleton: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Skeleton, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Skeleton | tuple[Skeleton, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(len(self))[index])
+        sizes, count = self.meshes[self.mesh_index[index]], int(self.counts[index])
+        return Skeleton(int(self.stages[index]), sizes, count, MODE_NAMES[self.modes[index]], self.clocks)
+
+    def only(self, keep: Callable[[Skeleton], bool]) -> Skeletons:
+        """Those that pass a test."""
+        kept = np.array([i for i, skeleton in enumerate(self) if keep(skeleton)], dtype=np.int64)
+        arrays = (self.stages[kept], self.mesh_index[kept], self.counts[kept], self.modes[kept])
+        return Skeletons(self.meshes, *arrays, self.clocks)
+
+    @property
+    def num_tables(self) -> int:
+        """Distinct (mesh, microbatches)."""
+        return len(np.unique(self.mesh_index * (int(self.counts.max(initial=0)) + 1) + self.counts))
+
+
 def useful_sizes(graph: OpGraph, limit: int) -> tuple[int, ...]:
     """Axis sizes up to `limit` that divide some dim of some op, ascending, 1 first."""
-    dims = {dim for dims in _dims_by_op(graph).values() for dim in dims}
-    return (1, *(size for size in range(2, limit + 1) if any(dim % size == 0 for dim in dims)))
+    dims = np.array(sorted({dim for dims in _dims_by_op(graph).values() for dim in dims}), dtype=np.int64)
+    sizes = np.arange(2, min(limit, int(dims.max(initial=1))) + 1)
+    divides = np.zeros(len(sizes), dtype=np.bool_)
+    for dim in dims.tolist():
+        divides |= dim % sizes == 0
+    return (1, *sizes[divides].tolist())
 
 
 def _useful_meshes(sizes: tuple[int, ...], limit: int) -> Iterator[tuple[int, ...]]:
@@ -115,15 +168,16 @@ def _useful_meshes(sizes: tuple[int, ...], limit: int) -> Iterator[tuple[int, ..
     yield from sorted([*flat, *square], key=lambda mesh: (math.prod(mesh), mesh))
 
 
-def _meshes(graph: OpGraph, limit: int, pins: Pins, *, exactly: bool) -> Iterator[tuple[int, ...]]:
-    """Stage meshes of at most (or exactly) `limit` devices."""
+def _meshes(
+    useful: tuple[int, ...], limit: int, batch_size: int, pins: Pins, *, exactly: bool
+) -> Iterator[tuple[int, ...]]:
+    """Stage meshes of at most (or exactly) `limit` devices; `useful` are axis sizes that split something."""
     if has_free_mesh(pins) and not exactly and limit > EVERY_SIZE_LIMIT:
-        yield from _useful_meshes(useful_sizes(graph, limit), limit)
+        yield from _useful_meshes(useful, limit)
         return
-    useful = set(useful_sizes(graph, limit)) if pins.roles else set(range(1, limit + 1))
     for num_devices in range(limit if exactly else 1, limit + 1):
         for sizes in mesh_sizes(num_devices, pins):
-            if not pins.roles or (graph.batch_size % sizes[0] == 0 and sizes[1] in useful):
+            if not pins.roles or (batch_size % sizes[0] == 0 and sizes[1] in useful):
                 yield sizes
 
 
@@ -134,7 +188,7 @@ def list_skeletons(
     use_all: bool,
     max_microbatches: int | None,
     clocks: tuple[int, int] = (0, 0),
-) -> tuple[Skeleton, ...]:
+) -> Skeletons:
     """All skeletons in a fixed order, each with the whole range of `clocks`.
 
     Raises:
@@ -145,18 +199,23 @@ def list_skeletons(
     if pins.dp is not None and source.graph.batch_size % pins.dp:
         raise InputError(f"the batch of {source.graph.batch_size} samples does not divide over dp={pins.dp}")
     stages = [pins.pp] if pins.pp is not None else range(1, min(num_blocks, num_gpus) + 1)
-    found = []
+    found: list[tuple[int, int, int, int]] = []
+    useful, index = useful_sizes(source.graph, num_gpus), dict[tuple[int, ...], int]()
     for num_stages in stages:
         if use_all and num_gpus % num_stages:
             continue
-        modes = [pins.recompute] if pins.recompute else ["none", "full", "mixed"][: 2 + (num_stages > 1)]
-        for sizes in _meshes(source.graph, num_gpus // num_stages, pins, exactly=use_all):
-            found += [Skeleton(num_stages, sizes, count, mode, clocks) for count in counts for mode in modes]
+        names = [pins.recompute] if pins.recompute else MODE_NAMES[: 2 + (num_stages > 1)]
+        limit = num_gpus // num_stages
+        rest = [(count, MODE_NAMES.index(name)) for count in counts for name in names]
+        for sizes in _meshes(useful, limit, source.graph.batch_size, pins, exactly=use_all):
+            mesh = index.setdefault(sizes, len(index))
+            found += [(num_stages, mesh, *pair) for pair in rest]
     if not found:
         raise InputError(_empty_space(num_gpus, pins, use_all=use_all))
     if pins.pp is not None and pins.pp > num_blocks:
         raise InputError(f"pp={pins.pp}, but the model has only {num_blocks} blocks to put on stages")
-    return tuple(found)
+    num_stages_of, mesh_of, count_of, mode_of = np.array(found, dtype=np.int64).T
+    return Skeletons(tuple(index), num_stages_of, mesh_of, count_of, mode_of, clocks)
 
 
 def _empty_space(num_gpus: int, pins: Pins, *, use_all: bool) -> str:
@@ -166,12 +225,22 @@ def _empty_space(num_gpus: int, pins: Pins, *, use_all: bool) -> str:
 
 
 @dataclass(frozen=True)
-class _OneDevice:
-    """Least figures of nodes on one device: seconds [clock, node] of a microbatch, joules of a step, state bytes."""
+class OneDevice:
+    """Least figures of nodes on one device: seconds [clock, node] of a microbatch, joules of a step, and bytes.
+
+    Attributes:
+        redo_s, redo_j: [clock, node], what full recompute adds; 0 for shared nodes.
+        kept_bytes, boundary_bytes: kept of one microbatch without recompute and with it; 0 for shared nodes.
+        count: [node, block], how often each block has it; the last column is for shared nodes.
+    """
 
     names: tuple[str, ...]
     time_s: Array
     energy_j: Array
+    redo_s: Array
+    redo_j: Array
+    kept_bytes: Array
+    boundary_bytes: Array
     state_bytes: Array
     count: Array
 
@@ -182,14 +251,14 @@ class IdealBound:
     def __init__(self, source: TableSource) -> None:
         self._source = source
         self._dims = _dims_by_op(source.graph)
-        self._base: dict[int, _OneDevice | None] = {}
+        self._base: dict[int, OneDevice | None] = {}
         self._splits: dict[tuple[tuple[int, ...], tuple[str, ...]], Array] = {}
         self._slowest: dict[tuple[tuple[int, ...], int, int, int], float] = {}
         self._paid: dict[tuple[object, ...], float] = {}
 
     def fits(self, skeleton: Skeleton, memory_bytes: float) -> bool:
         """Whether the state alone fits; False too where even one device has no table."""
-        base = self._one_device(skeleton.num_microbatches)
+        base = self.one_device(skeleton.num_microbatches)
         if base is None:
             return False
         num_devices, stages = math.prod(skeleton.sizes), skeleton.num_stages
@@ -198,14 +267,15 @@ class IdealBound:
     def pay(self, skeleton: Skeleton, time_weight: float, energy_weight: float) -> float:
         """Least time_weight * (seconds of all stages) + energy_weight * joules, every node at its best clock."""
         where = (skeleton.num_stages, skeleton.sizes, skeleton.num_microbatches, skeleton.clocks)
-        key = (*where, time_weight, energy_weight)
+        key = (*where, skeleton.mode == "full", time_weight, energy_weight)
         if key not in self._paid:
-            base = self._one_device(skeleton.num_microbatches)
+            base = self.one_device(skeleton.num_microbatches)
             if base is None:
                 return math.inf
             span = slice(skeleton.clocks[0], skeleton.clocks[1] + 1)
-            seconds = time_weight * base.time_s[span] / self._split(skeleton.sizes, base)
-            least = (seconds + energy_weight * base.energy_j[span]).min(axis=0)
+            split, again = self.split(skeleton.sizes, base), 1.0 if skeleton.mode == "full" else 0.0
+            seconds = time_weight * (base.time_s[span] + again * base.redo_s[span]) / split
+            least = (seconds + energy_weight * (base.energy_j[span] + again * base.redo_j[span])).min(axis=0)
             self._paid[key] = float(least @ _present(base, skeleton.num_stages))
         return self._paid[key]
 
@@ -213,14 +283,15 @@ class IdealBound:
         """Least seconds of the slowest stage, at the highest clock of the range."""
         key = (skeleton.sizes, skeleton.num_microbatches, skeleton.num_stages, skeleton.clocks[0])
         if key not in self._slowest:
-            base = self._one_device(skeleton.num_microbatches)
+            base = self.one_device(skeleton.num_microbatches)
             if base is None:
                 return math.inf
-            blocks = (base.time_s[skeleton.clocks[0]] / self._split(skeleton.sizes, base)) @ base.count
+            blocks = (base.time_s[skeleton.clocks[0]] / self.split(skeleton.sizes, base)) @ base.count
             self._slowest[key] = least_bottleneck(blocks, skeleton.num_stages)
         return self._slowest[key]
 
-    def _split(self, sizes: tuple[int, ...], base: _OneDevice) -> Array:
+    def split(self, sizes: tuple[int, ...], base: OneDevice) -> Array:
+        """[node], into how many parts a mesh splits each."""
         key = (sizes, base.names)
         if key not in self._splits:
             self._splits[key] = np.array([self._parts(name, sizes) for name in base.names], dtype=np.float64)
@@ -232,12 +303,13 @@ class IdealBound:
             return math.prod(sizes)
         return math.prod(size for size in sizes if any(dim % size == 0 for dim in dims))
 
-    def _one_device(self, num_microbatches: int) -> _OneDevice | None:
+    def one_device(self, num_microbatches: int) -> OneDevice | None:
+        """Least figures of nodes, or None where one device has no table."""
         if num_microbatches not in self._base:
             self._base[num_microbatches] = self._make(num_microbatches)
         return self._base[num_microbatches]
 
-    def _make(self, num_microbatches: int) -> _OneDevice | None:
+    def _make(self, num_microbatches: int) -> OneDevice | None:
         table = self._source.table(stage_mesh(1), num_microbatches)
         figures = None if table is None else self._source.clock_figures(stage_mesh(1), num_microbatches)
         if table is None or figures is None:
@@ -251,17 +323,29 @@ class IdealBound:
             + figures.backward_s
             + np.concatenate([node.step_s / num_microbatches for node in table.nodes])
         )
-        joules = num_microbatches * figures.microbatch_j + np.concatenate([node.step_j for node in table.nodes])
-        return _OneDevice(
+        moving = num_microbatches * figures.microbatch_j
+        joules = moving + np.concatenate([node.step_j for node in table.nodes])
+        redo_j = moving * redo_share(figures.forward_s, figures.backward_s)
+        is_own = np.array([node.blocks[0] >= 0 for node in table.nodes])
+
+        def least(values: Array) -> Array:
+            found: Array = np.minimum.reduceat(values, starts, axis=-1)
+            return found
+
+        return OneDevice(
             tuple(node.name for node in table.nodes),
-            np.minimum.reduceat(seconds, starts, axis=1),
-            np.minimum.reduceat(joules, starts, axis=1),
+            least(seconds),
+            least(joules),
+            least(figures.forward_s) * is_own,
+            least(redo_j) * is_own,
+            np.array([np.min(node.activation_bytes) for node in table.nodes]) * is_own,
+            np.array([np.min(node.boundary_bytes) for node in table.nodes]) * is_own,
             np.array([np.min(node.state_bytes) for node in table.nodes]),
             count,
         )
 
 
-def _present(base: _OneDevice, num_stages: int) -> Array:
+def _present(base: OneDevice, num_stages: int) -> Array:
     """How often each node is paid by all stages together."""
     paid: Array = base.count[:, :-1].sum(axis=1) + num_stages * base.count[:, -1]
     return paid

@@ -15,10 +15,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from autopar.ir.cost import Array
 from autopar.ir.solution import Limits, Objective
 from autopar.search.aim import Aim, Plane
 from autopar.search.cuts import Prices
 from autopar.search.evaluate import Layout
+from autopar.search.first import waiting
 from autopar.search.ranges import Stack
 from autopar.search.refine import Asker, Limited, Refiner, coarser_bound, ideal_bounds, range_bound
 from autopar.search.shared import Plan, Space
@@ -89,10 +93,12 @@ class Question:
         for plan in self.space.met:
             self._consider(plan)
         scales = (self.space.ideal_scale, self.space.coarser_scale)
-        heap = [(self._quick(s), 0, s) for s in self.space.skeletons]
-        heapq.heapify(heap)
-        complete = True
-        while heap:
+        heap: list[tuple[float, int, Skeleton]] = []
+        queue, complete = waiting(self.space.skeletons, self._first()), True
+        while heap or queue.least() < math.inf:
+            while queue.least() < math.inf and (not heap or queue.least() <= heap[0][0]):
+                bound, skeleton = queue.take()
+                heapq.heappush(heap, (max(bound, self._known(skeleton)), 0, skeleton))
             bound, level, skeleton = heapq.heappop(heap)
             self.bounds[skeleton] = bound
             if bound >= self.cutoff or self.space.out_of_time:
@@ -111,6 +117,7 @@ class Question:
                     heapq.heappush(heap, (max(refined, self._quick(half)), 0, half))
             else:
                 heapq.heappush(heap, (refined, level + 1, skeleton))
+        self.bounds |= queue.rest()
         best_bound = min([*self.bounds.values(), self.value])
         return Answer(self.value, best_bound, self.plan, complete)
 
@@ -145,6 +152,23 @@ class Question:
         """Planes made so far; of a plain question only its own direction matters."""
         aim, planes = self.aim(skeleton.num_gpus), self._planes(skeleton)
         return [p for p in planes if p.prices == aim.natural] if aim.is_plain else list(planes)
+
+    def _first(self) -> Array:
+        """A first bound of every skeleton of the space."""
+        space, skeletons = self.space, self.space.skeletons
+        if space.first is None or not len(skeletons) or not self.aim(1).is_plain:
+            return np.array([self._quick(s) for s in skeletons], dtype=np.float64)
+        num_gpus = skeletons.stages * space.first.devices[skeletons.mesh_index]
+        sizes, of = np.unique(num_gpus, return_inverse=True)
+        naturals = [self.aim(n).natural for n in sizes.tolist()]
+        weights = np.array([prices.step_weight for prices in naturals], dtype=np.float64)[of]
+        return space.ideal_scale * space.first.levels(weights, naturals[0].beta)
+
+    def _known(self, skeleton: Skeleton) -> float:
+        """What earlier questions found out, where a question is plain (`_quick` looks for itself)."""
+        if not self.aim(skeleton.num_gpus).is_plain:
+            return -math.inf
+        return max((plane.level for plane in self._relevant(skeleton)), default=-math.inf)
 
     def _quick(self, skeleton: Skeleton) -> float:
         """A first bound without any corner: the objective's own direction, and whether a limit is out of reach."""
