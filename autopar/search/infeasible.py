@@ -15,7 +15,7 @@ from autopar.search.cuts import CutRules
 from autopar.search.leanest import EXACT_ENTRIES, Lean, leanest
 from autopar.search.relaxations import LIMIT_NAMES, MOST_GROWTH, Explorer, Reached, Relaxation, Room
 from autopar.search.shared import Space
-from autopar.search.space import MODES, Skeleton
+from autopar.search.space import MODES, Skeleton, Skeletons
 from autopar.units import GIB, KIB, MIB, format_bytes, format_joules, format_seconds, format_watts
 
 MOST_PROMISING = 20
@@ -73,7 +73,7 @@ def no_plan_error(
     space: Space,
     pins: Pins,
     limits: Limits,
-    skeletons: tuple[Skeleton, ...],
+    skeletons: Skeletons,
     *,
     use_all: bool = False,
     max_microbatches: int | None = None,

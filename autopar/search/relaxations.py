@@ -19,7 +19,7 @@ from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh
 from autopar.ir.solution import Limits, Objective, Pins
 from autopar.search.shared import Plan, Space, peak_w
-from autopar.search.space import Skeleton, list_skeletons
+from autopar.search.space import Skeleton, Skeletons, list_skeletons
 from autopar.search.stages import Question
 
 TOLERANCE = 5e-4
@@ -125,7 +125,7 @@ class Explorer:
 
     space: Space
     pins: Pins
-    skeletons: tuple[Skeleton, ...]
+    skeletons: Skeletons
     use_all: bool = False
     max_microbatches: int | None = None
     deadline_s: float | None = None
@@ -170,11 +170,11 @@ class Explorer:
                     self.pins,
                     use_all=self.use_all,
                     max_microbatches=self.max_microbatches,
-                    clocks=self.skeletons[0].clocks,
+                    clocks=self.skeletons.clocks,
                 )
             except InputError:
                 return None
-        skeletons = tuple(s for s in skeletons if s.num_gpus > more_than)
+        skeletons = skeletons.only(lambda s: s.num_gpus > more_than)
         if cap_w is not None:
             skeletons = skeletons.only(lambda s: self._floor_w(s, cap_w) <= cap_w)
         return Space(

@@ -72,7 +72,7 @@ class Space:
     offered: set[tuple[Skeleton, tuple[int, ...], Prices]] = field(default_factory=set)
     coarser: dict[tuple[Skeleton, Prices, int], float] = field(default_factory=dict)
     ideal: IdealBound | None = None
-    first: FirstBounds | None = None
+    first: FirstBounds | None = field(init=False, default=None)
     ideal_planes: dict[tuple[Skeleton, tuple[Prices, ...], float], tuple[Plane, ...]] = field(default_factory=dict)
     ideal_scale: float = 1.0
     coarser_scale: float = 1.0
@@ -80,6 +80,7 @@ class Space:
     def __post_init__(self) -> None:
         if self.skeletons.num_tables > FEW_TABLES:
             self.ideal = IdealBound(self.source)
+        if self.ideal is not None:
             self.first = FirstBounds(self.skeletons, self.ideal, float(self.device.memory_bytes), self.schedule)
 
     @property
