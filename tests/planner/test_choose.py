@@ -50,11 +50,12 @@ def test_no_example_s_plan_is_dearer_than_a_baseline(model: str, kind: str) -> N
 def test_plans_keep_their_limits_when_simulated() -> None:
     free = plan_toy("residual", REQUEST).predicted
     dynamic_w = free.energy_by_cause["dynamic"] / free.step_time_s.value
+    cap_w = free.average_power_w.value - 0.3 * dynamic_w
     limits = (
         Limits(deadline_s=1.05 * free.step_time_s.value),
-        Limits(average_power_w=free.average_power_w.value - 0.3 * dynamic_w),
+        Limits(average_power_w=cap_w),
         Limits(peak_power_w=1.01 * free.peak_power_w.value),
-        Limits(deadline_s=3 * free.step_time_s.value, average_power_w=0.9 * free.average_power_w.value),
+        Limits(deadline_s=3 * free.step_time_s.value, average_power_w=cap_w),
     )
     for limit in limits:
         plan = plan_toy("residual", replace(REQUEST, objective=Objective("energy"), limits=limit))
