@@ -11,6 +11,7 @@ concave in h, so the line lies below it.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,8 @@ from autopar.search.problem import (
     make_problem,
 )
 
-MOST_LAYOUTS = 20_000
+MOST_STEPS = 3_000
+"""Partial layouts that are looked at per skeleton."""
 
 
 @dataclass
@@ -114,38 +116,60 @@ class Optimist:
         """Lower bound over all layouts, inf if none fits."""
         return scan_tau(self.costs(), self.time, self.slope)[0]
 
-    def layouts(self, additive_bound: float, cutoff: float) -> Iterator[tuple[float, Layout]]:
-        """(bound, layout) of every layout whose bound is below `cutoff`; where both are allowed, stages of both kinds.
+    def layouts(self, additive_bound: float, cutoff: float) -> Iterator[tuple[float, Layout | None]]:
+        """(bound, layout) of layouts whose bound is below `cutoff`, by rising bound.
 
-        `additive_bound` is a bound on the part of the objective that is a sum over stages.
+        Where both recompute values are allowed, only layouts with stages of both kinds. After MOST_STEPS steps the
+        last entry has no layout: its bound holds for all that were not listed.
+
+        Args:
+            additive_bound: bound on the part of the objective that is a sum over stages.
+            cutoff: of the objective.
         """
         costs = self.costs()
         num_blocks, num_stages = self.cost.shape[1], len(costs)
         rest = [np.append(np.full(num_blocks, np.inf), 0.0)]
         for cost in costs:
             rest.append(np.append((cost + rest[-1]).min(axis=(0, 2)), np.inf))
-
-        def value(paid: float, slowest: float) -> float:
-            return max(paid, additive_bound) + self.slope * slowest
-
-        def extend(
-            starts: tuple[int, ...], redo: tuple[bool, ...], at: int, paid: float, slowest: float
-        ) -> Iterator[tuple[float, Layout]]:
-            left = num_stages - len(starts)
-            if left == 0:
-                if len(self.recompute) > 1 and len(set(redo)) == 1:
-                    return
-                yield value(paid, slowest), Layout(num_blocks, starts, redo, self.schedule)
+        first = _Part(max(float(rest[num_stages][0]), additive_bound), (), (), 0, 0.0, 0.0)
+        heap = [first] if first.bound < cutoff else []
+        for _ in range(MOST_STEPS):
+            if not heap:
                 return
-            for r, again in enumerate(self.recompute):
-                stops = np.flatnonzero(np.isfinite(costs[left - 1][r, at] + rest[left - 1]))
-                for stop in stops:
-                    total = paid + float(costs[left - 1][r, at, stop])
-                    worst = max(slowest, float(self.time[r, at, stop]))
-                    if value(total + float(rest[left - 1][stop]), worst) < cutoff:
-                        yield from extend((*starts, at), (*redo, again), int(stop), total, worst)
+            part = heapq.heappop(heap)
+            if len(part.starts) == num_stages:
+                if len(self.recompute) == 1 or len(set(part.redo)) > 1:
+                    yield part.bound, Layout(num_blocks, part.starts, part.redo, self.schedule)
+                continue
+            for longer in self._extend(part, costs, rest, additive_bound):
+                if longer.bound < cutoff:
+                    heapq.heappush(heap, longer)
+        if heap:
+            yield heap[0].bound, None
 
-        yield from extend((), (), 0, 0.0, 0.0)
+    def _extend(self, part: _Part, costs: list[Array], rest: list[Array], additive_bound: float) -> Iterator[_Part]:
+        """`part` with one more stage, in every way that can be finished."""
+        left = len(costs) - len(part.starts)
+        for r, again in enumerate(self.recompute):
+            paid = part.paid + costs[left - 1][r, part.stop]
+            slowest = np.maximum(part.slowest, self.time[r, part.stop])
+            bounds = np.maximum(paid + rest[left - 1], additive_bound) + self.slope * slowest
+            starts, redo = (*part.starts, part.stop), (*part.redo, again)
+            for stop in np.flatnonzero(np.isfinite(bounds)).tolist():
+                bound = max(float(bounds[stop]), part.bound)
+                yield _Part(bound, starts, redo, stop, float(paid[stop]), float(slowest[stop]))
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class _Part:
+    """The first stages of a layout, up to block `stop`: what they cost, and a bound on every way to go on."""
+
+    bound: float
+    starts: tuple[int, ...]
+    redo: tuple[bool, ...]
+    stop: int
+    paid: float
+    slowest: float
 
 
 def make_optimist(blocks: Blocks, rules: CutRules, prices: Prices) -> Optimist:

@@ -12,7 +12,6 @@ The first three hold for every plan of the skeleton. The last two hold for those
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from autopar.search.bounds import LayoutBound, add_limits, make_layout_bound, ti
 from autopar.search.branch import close_gap
 from autopar.search.cuts import CutRules, Prices, best_cuts
 from autopar.search.evaluate import MEMORY_TOLERANCE, Layout, evaluate
-from autopar.search.optimist import MOST_LAYOUTS, make_optimist, pay_vectors
+from autopar.search.optimist import make_optimist, pay_vectors
 from autopar.search.problem import Problem, Weights
 from autopar.search.ranges import Stack, price_range
 from autopar.search.relax import (
@@ -159,16 +158,13 @@ class Refiner:
         if bound >= horizon(relax.prices):
             return [Plane(relax.prices, bound)]
         self._improve(natural)
-        found = itertools.islice(optimist.layouts(self._additive(relax), horizon(relax.prices)), MOST_LAYOUTS)
-        layouts = sorted(found, key=lambda entry: (entry[0], entry[1].starts, entry[1].recompute))
-        if len(layouts) == MOST_LAYOUTS:
-            return [Plane(relax.prices, bound)]
         budget = LAYOUT_WORK // (relax.problem.num_entries + LAYOUT_OVERHEAD)
         best = math.inf
-        for index, (least, layout) in enumerate(layouts):
+        listed = optimist.layouts(self._additive(relax), horizon(relax.prices))
+        for index, (least, layout) in enumerate(listed):
             if least >= horizon(relax.prices):
                 break
-            if index >= budget or self.space.out_of_time:
+            if layout is None or index >= budget or self.space.out_of_time:
                 return [Plane(natural.prices, best), Plane(relax.prices, least)]
             best = min(best, self._close(natural, layout))
         return [Plane(natural.prices, min(best, horizon(natural.prices)))]
