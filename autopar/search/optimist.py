@@ -47,7 +47,7 @@ class Blocks:
     """Blocks of a problem one by one; equal blocks share their work. Minima are remembered by weighting."""
 
     problem: Problem
-    parts: dict[bytes, Problem | None] = field(default_factory=dict)
+    parts: dict[object, Problem | None] = field(default_factory=dict)
     known: dict[bytes, Array] = field(default_factory=dict)
 
     def minima(self, own: Array, shared: Array) -> Array:
@@ -63,11 +63,15 @@ class Blocks:
         nodes, edges = self.problem.node_count[:, block], self.problem.edge_count[:, block]
         if not nodes.any() and not edges.any():
             return 0.0
-        key = nodes.tobytes() + edges.tobytes()
+        key = self.key(block)
         if key not in self.parts:
             self.parts[key] = make_problem(block_table(self.problem.table, block))
         part = self.parts[key]
         return part.solve(Weights(np.array([vector, np.zeros(NUM_WEIGHTS)]))).value if part is not None else math.inf
+
+    def key(self, block: int) -> object:
+        """Equal for blocks of equal minima."""
+        return self.problem.node_count[:, block].tobytes() + self.problem.edge_count[:, block].tobytes()
 
     def workspaces(self) -> Array:
         """[num_blocks + 1]: least of the largest workspace of every block."""

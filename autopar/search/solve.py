@@ -15,6 +15,7 @@ from autopar.search.infeasible import no_plan_error
 from autopar.search.shared import Plan, Progress, Space
 from autopar.search.space import Skeleton, Skeletons, list_skeletons
 from autopar.search.stages import Question
+from autopar.search.untied import further_gap, untied_bound
 
 SOLVER = "elimination + dynamic programme + HiGHS"
 NUM_ALTERNATIVES = 8
@@ -35,6 +36,7 @@ def search(
     time_limit_s: float | None = None,
     progress: Progress | None = None,
     max_microbatches: int | None = None,
+    untied: bool = False,
 ) -> Solution:
     """Find the best plan over the space of `space`.
 
@@ -48,6 +50,7 @@ def search(
         time_limit_s: wall-clock limit; the incumbent and its bound are returned when it strikes.
         progress: called with a dict after each refinement.
         max_microbatches: largest M tried.
+        untied: also bound what identical blocks with strategies of their own could gain: `gap_parts["tying"]`.
 
     Raises:
         InputError: if the pins describe an empty space or an unknown name.
@@ -73,7 +76,11 @@ def search(
         if space.out_of_time:
             raise SolverLimitError(f"no plan found within {time_limit_s} s; allow more time or pin more choices")
         raise no_plan_error(space, pins, limits, skeletons, use_all=use_all, max_microbatches=max_microbatches)
-    return solution_of(question, gap_tolerance, time.monotonic() - started)
+    solution = solution_of(question, gap_tolerance, time.monotonic() - started)
+    if not untied:
+        return solution
+    parts = {**solution.gap_parts, "tying": further_gap(solution, untied_bound(space, question))}
+    return replace(solution, gap_parts=parts, wall_s=time.monotonic() - started)
 
 
 def useful_clocks(tables: TableSource, objective: Objective, limits: Limits) -> tuple[int, int]:
