@@ -166,6 +166,7 @@ class Solution:
         objective_value, bound: in the objective's unit; bound <= optimum of the searched space <= objective_value.
         status: one of STATUSES; `optimal` only if the gap is below the tolerance asked for.
         gap_parts: where a remaining gap comes from.
+        contenders: nearly as good plans of other meshes or numbers of stages; simulation may prefer one.
     """
 
     decisions: Decisions
@@ -179,6 +180,7 @@ class Solution:
     wall_s: float
     alternatives: tuple[Alternative, ...] = ()
     gap_parts: Mapping[str, float] = field(default_factory=dict)
+    contenders: tuple[Decisions, ...] = ()
 
     @property
     def gap(self) -> float:

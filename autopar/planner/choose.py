@@ -124,9 +124,8 @@ class Chooser:
         )
 
     def _candidates(self, tables: CostTables, solution: Solution) -> list[Candidate]:
-        contenders: tuple[Decisions, ...] = getattr(solution, "contenders", ())
         found = [self.candidate(tables, solution.decisions, formula=solution.objective_value)]
-        return [*found, *(self.candidate(tables, decisions) for decisions in contenders)]
+        return [*found, *(self.candidate(tables, decisions) for decisions in solution.contenders)]
 
     def _baselines(self) -> tuple[tuple[Baseline, ...], tuple[Candidate, ...]]:
         rows, candidates = [], []

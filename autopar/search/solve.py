@@ -20,6 +20,10 @@ from autopar.search.untied import further_gap, untied_bound
 SOLVER = "elimination + dynamic programme + HiGHS"
 NUM_ALTERNATIVES = 8
 NUM_UNMET = 3
+NUM_CONTENDERS, CONTENDER_SHARE = 3, 0.05
+"""Plans of other skeletons that are handed on for simulation, and how much worse than the best they may be."""
+MOST_EFFORT = 2_500.0
+"""Refinements (see `stages.EFFORT`) after which a search without a time limit ends with the gap it has."""
 PACE_SLACK = 1e-9
 SEARCH_SHARE = 0.999
 """Part of the gap that the search may leave: all but rounding."""
@@ -47,7 +51,8 @@ def search(
         limits: deadline, energy budget and power caps.
         use_all: use exactly `device.num_gpus` devices.
         gap_tolerance: relative gap at which the search stops.
-        time_limit_s: wall-clock limit; the incumbent and its bound are returned when it strikes.
+        time_limit_s: wall-clock limit; the incumbent and its bound are returned when it strikes. None: the search ends
+            after MOST_EFFORT, which depends on no clock.
         progress: called with a dict after each refinement.
         max_microbatches: largest M tried.
         untied: also bound what identical blocks with strategies of their own could gain: `gap_parts["tying"]`.
@@ -70,7 +75,8 @@ def search(
     deadline = None if time_limit_s is None else started + time_limit_s
     space = make_space(tables, skeletons, pins, limits, gap_tolerance * SEARCH_SHARE)
     space.deadline_s, space.progress = deadline, progress
-    question = Question(space, objective, limits)
+    effort = MOST_EFFORT if time_limit_s is None else math.inf
+    question = Question(space, objective, limits, most_effort=effort)
     answer = question.run()
     if answer.plan is None:
         if space.out_of_time:
@@ -125,6 +131,7 @@ def solution_of(question: Question, gap_tolerance: float, wall_s: float) -> Solu
         solver=SOLVER,
         wall_s=wall_s,
         alternatives=_alternatives(question, plan),
+        contenders=_contenders(question, plan),
         gap_parts={"sharding and stages": gap} if gap > 0 else {},
     )
 
@@ -168,6 +175,16 @@ def spell_out(table: CostTable, plan: Plan, schedule: str, clock_hz: float = 0.0
         hubs=ordered["hub"],  # type: ignore[arg-type]
         parameters=ordered["param"],  # type: ignore[arg-type]
     )
+
+
+def _contenders(question: Question, best: Plan) -> tuple[Decisions, ...]:
+    """The best plans of other (mesh, K) that are nearly as good, unpaced."""
+    found: dict[tuple[tuple[int, ...], int], Plan] = {}
+    for value, plan in sorted(question.plans.values(), key=lambda entry: (entry[0], entry[1].skeleton)):
+        if value <= question.value * (1 + CONTENDER_SHARE):
+            found.setdefault((plan.skeleton.sizes, plan.skeleton.num_stages), plan)
+    found.pop((best.skeleton.sizes, best.skeleton.num_stages), None)
+    return tuple(decisions_of(question.space, plan) for plan in list(found.values())[:NUM_CONTENDERS])
 
 
 def _alternatives(question: Question, best: Plan) -> tuple[Alternative, ...]:

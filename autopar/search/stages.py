@@ -32,6 +32,8 @@ ROUNDING = 1e-9
 MOST_PLANES = 24
 """Planes made per skeleton for one question."""
 LEVELS = ("coarser", "table", "memory", "layouts")
+EFFORT = (0.1, 1.0, 1.0, 4.0)
+"""What a refinement of each level counts, about as long as it takes; unlike a clock it is the same on every machine."""
 
 
 def _halves(skeleton: Skeleton) -> tuple[Skeleton, Skeleton]:
@@ -58,6 +60,7 @@ class Question:
     Attributes:
         bounds: per skeleton, of the objective.
         plans: best plan met of each skeleton.
+        most_effort: refinements, by the weights of EFFORT, after which the best plan known is the answer.
         most_layouts: skeletons whose layouts are closed at most; the others keep the bound they have. None: all.
         assumed: per skeleton and direction, the coarser bound, until its table has been held against it.
     """
@@ -69,6 +72,8 @@ class Question:
     value: float = math.inf
     plan: Plan | None = None
     plans: dict[Skeleton, tuple[float, Plan]] = field(default_factory=dict)
+    most_effort: float = math.inf
+    effort: float = 0.0
     most_layouts: int | None = None
     num_layouts: int = 0
     aims: dict[int, Aim] = field(default_factory=dict)
@@ -101,11 +106,12 @@ class Question:
                 heapq.heappush(heap, (max(bound, self._known(skeleton)), 0, skeleton))
             bound, level, skeleton = heapq.heappop(heap)
             self.bounds[skeleton] = bound
-            if bound >= self.cutoff or self.space.out_of_time:
+            if bound >= self.cutoff or self.space.out_of_time or self._is_spent:
                 complete = bound >= self.cutoff
                 self.bounds |= {s: b for b, _, s in heap}
                 break
             refined = max(bound, self._refine(skeleton, level))
+            self.effort += EFFORT[level]
             self._report(skeleton, level, refined)
             if scales != (self.space.ideal_scale, self.space.coarser_scale):
                 return self.run()
@@ -120,6 +126,11 @@ class Question:
         self.bounds |= queue.rest()
         best_bound = min([*self.bounds.values(), self.value])
         return Answer(self.value, best_bound, self.plan, complete)
+
+    @property
+    def _is_spent(self) -> bool:
+        """Whether a plan is known and the effort is used up."""
+        return self.effort >= self.most_effort and self.plan is not None
 
     def _report(self, skeleton: Skeleton, level: int, bound: float) -> None:
         if self.space.progress is not None:
