@@ -49,6 +49,7 @@ def plan(
     gpu_hour_price: float | None = None,
     energy_price: float | None = None,
     use_all: bool = False,
+    clocks: str = "auto",
     time_limit_s: float | None = None,
 ) -> Plan:
     """Plan a model for up to `gpus` GPUs.
@@ -61,6 +62,7 @@ def plan(
         example_batch: for an `nn.Module`: a tensor, tuple or dict.
         constraints: regex -> label: ops whose name or module path it matches whole take the label, as `op:` of --pin.
         limits: deadline, energy budget and power caps of a step.
+        clocks: `auto`: the plan may lock GPU clocks; `max`: it leaves them alone.
         gpu_hour_price, energy_price: for the objective `cost`: per GPU and hour, and per kWh.
 
     Raises:
@@ -77,6 +79,7 @@ def plan(
         pins=replace(pins or Pins(), ops=((pins or Pins()).ops + tuple((constraints or {}).items()))),
         batch_size=batch_size,
         use_all=use_all,
+        clocks=clocks,
         time_limit_s=time_limit_s,
     )
     if isinstance(model, str):

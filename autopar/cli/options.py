@@ -41,6 +41,13 @@ SPACE_OPTIONS = (
         metavar="KEY=VALUE,...",
         help="Fix dp, tp, pp, m, mbs, recompute, schedule, zero; op:REGEX=LABEL.",
     ),
+    click.option(
+        "--clocks",
+        default="auto",
+        show_default=True,
+        metavar="auto|max",
+        help="Whether the plan may lock GPU clocks (needs an administrator), or leaves them alone.",
+    ),
     click.option("--use-all", is_flag=True, help="Use exactly --gpus GPUs, even where fewer are better."),
     click.option("--time-limit", metavar="TIME", help="Stop the search after this long, e.g. 30s; the best is kept."),
     click.option(
@@ -97,6 +104,7 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
         profile=options["profile"],
         batch_size=batch,
         use_all=options["use_all"],
+        clocks=options["clocks"],
         time_limit_s=_quantity(options, "time_limit", parse_seconds),
         gap_tolerance=gap,
     )

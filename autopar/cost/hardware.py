@@ -29,12 +29,14 @@ class Cluster:
         num_gpus: ceiling on the number of devices, >= 1.
         gpus_per_node: devices that share the fast link.
         memory_bytes: usable by a job on one device: capacity less reserve, or what the user said.
+        free_clocks: whether plans may lock clocks; else devices are left alone.
     """
 
     spec: DeviceSpec
     num_gpus: int
     gpus_per_node: int
     memory_bytes: int
+    free_clocks: bool = True
 
     @property
     def gpu(self) -> str:
@@ -63,7 +65,7 @@ class Cluster:
     def clocks_hz(self) -> tuple[float, ...]:
         """Clocks worth planning with, highest first; only the highest where clocks cannot be locked."""
         control, highest = self.spec.clock_control, self.spec.clock_max_hz
-        if control is None:
+        if control is None or not self.free_clocks:
             return (highest,)
         above = [1 - (1 - control.ridge_share) * k / CLOCKS_ABOVE_RIDGE for k in range(CLOCKS_ABOVE_RIDGE + 1)]
         below = [share * control.ridge_share for share in CLOCKS_BELOW_RIDGE]

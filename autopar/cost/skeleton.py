@@ -251,7 +251,8 @@ def _shared_key(op: Op, graph: OpGraph, dims: Mapping[str, int | None], kept_sha
         value = graph.values[name]
         root = graph.values[value.root]
         is_kept = name in kept_shared, root.name in kept_shared
-        return value.meta, value.origin, value.requires_grad, dims[name], name == root.name, root.meta, dims[root.name], *is_kept
+        own = value.meta, value.origin, value.requires_grad, dims[name]
+        return *own, name == root.name, root.meta, dims[root.name], *is_kept
 
     if op.members or op.mutates:
         return (op.name,)

@@ -59,7 +59,8 @@ class Op:
 
     Attributes:
         name: unique, stable between captures of the same code (the fx node name).
-        target: `aten.linear.default`; `autopar.moe_experts`, `autopar.token_loss`: a region that must share one strategy.
+        target: `aten.linear.default`; `autopar.moe_experts`, `autopar.token_loss`: a region that must share one
+            strategy.
         inputs: names of the tensor values read, in order of appearance; one entry per appearance.
         outputs: names of the values produced.
         args, kwargs: the whole call, with `Ref`s into `inputs`.

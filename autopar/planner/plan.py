@@ -205,6 +205,13 @@ def _notes(graph: OpGraph, request: PlanRequest, target: Target, choice_made: Ch
     if used < request.num_gpus:
         kind = request.objective.kind
         notes.append(f"{used} of {request.num_gpus} GPUs are best for {kind}; --use-all forces all of them")
+    locked = sorted({stage.clock_hz for stage in candidate.decisions.stages if stage.clock_hz})
+    if locked:
+        commands = ", ".join(f"sudo nvidia-smi --lock-gpu-clocks={hz / 1e6:.0f}" for hz in locked)
+        notes.append(
+            f"the figures hold at locked clocks, which 'autopar run' does not set: {commands} on the stage's GPUs "
+            "(undo: --reset-gpu-clocks); --clocks max plans without"
+        )
     if not all(value.requires_grad for value in graph.parameters):
         notes.append("some parameters need no gradient; they are not updated and have no optimizer state")
     notes.append(f"priced with the optimizer {graph.optimizer}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from autopar.cost.hardware import Cluster, load_cluster
@@ -15,6 +15,7 @@ from autopar.planner.profile import LoadedProfile, load_rows
 
 Progress: TypeAlias = Callable[[str], None]
 """Told in one short phrase what is being done."""
+CLOCKS = ("auto", "max")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class PlanRequest:
         with_baselines: search the baselines too.
         use_all: use exactly `num_gpus`.
         time_limit_s: of the search.
+        clocks: `auto`: plans may lock clocks; `max`: devices are left alone.
         gap_tolerance: relative distance to the bound at which the search may stop.
     """
 
@@ -46,10 +48,13 @@ class PlanRequest:
     time_limit_s: float | None = None
     gap_tolerance: float = 1e-3
     with_baselines: bool = True
+    clocks: str = "auto"
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
             raise InputError(f"the number of GPUs must be at least 1, got {self.num_gpus}")
+        if self.clocks not in CLOCKS:
+            raise InputError(f"unknown clocks {self.clocks!r}; one of {', '.join(CLOCKS)}")
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"the batch size must be at least 1, got {self.batch_size}")
 
@@ -76,6 +81,7 @@ def choose_target(request: PlanRequest) -> Target:
     cluster = load_cluster(
         choice.name, request.num_gpus, gpus_per_node=request.gpus_per_node, memory_bytes=request.memory_bytes
     )
+    cluster = replace(cluster, free_clocks=request.clocks == "auto")
     return Target(choice, cluster, load_rows(request.profile, choice.name))
 
 
