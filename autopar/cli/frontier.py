@@ -19,7 +19,7 @@ from autopar.report.frontier import check_plot, frontier_json, frontier_report, 
 @click.argument("model")
 @frontier_options
 @set_option
-@click.option("--points", default=40, show_default=True, metavar="N", help="Most plans to look for.")
+@click.option("--points", default=32, show_default=True, metavar="N", help="Most plans to look for.")
 @click.option("--plot", metavar="FILE", help="Draw the frontier, e.g. into frontier.svg.")
 @click.option("--out-dir", metavar="DIR", help="Write the plan of every point into this directory.")
 @json_option

@@ -27,8 +27,9 @@ from autopar.search.stages import Question
 
 END_TOLERANCE = 1e-3
 """Relative gap of the two ends, that of a single plan."""
-MOST_LAYOUTS = 2
-"""Skeletons closed by HiGHS per plan between the ends; where that is too few, its gap stays above the tolerance."""
+MOST_LAYOUTS = 0
+"""Skeletons closed layout by layout per plan between the ends: none, so that under tight memory, where multipliers
+leave a gap, a plan between the ends keeps one above the tolerance."""
 SAME_SHARE = 1e-9
 """Relative difference in energy below which two plans count as one."""
 
