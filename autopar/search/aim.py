@@ -108,6 +108,7 @@ class Aim:
                 return max(p.level for p in own), (0.0, 0.0)
         if any(math.isinf(p.level) and p.level > 0 for p in planes) or self.headroom_w <= 0:
             return math.inf, (math.inf, math.inf)
+        planes = _binding(planes)
         lines = self._lines(planes)
         best = (math.inf, (math.inf, math.inf))
         for time_s, dynamic_j in _crossings(lines).tolist():
@@ -249,6 +250,30 @@ def _level(prices: Prices, time_s: float, dynamic_j: float) -> float:
 
 def _above(planes: Sequence[Plane], time_s: float, dynamic_j: float) -> bool:
     return all(_level(p.prices, time_s, dynamic_j) >= p.level - SLACK * abs(p.level) for p in planes)
+
+
+def _binding(planes: Sequence[Plane]) -> list[Plane]:
+    """The planes without those that others make redundant in the first quadrant: an upper envelope of T over D."""
+    flat = [p for p in planes if p.prices.step_weight <= 0 and math.isfinite(p.level)]
+    found: list[Plane] = [max(flat, key=lambda p: p.level / p.prices.beta)] if flat else []
+    lines = [
+        (-p.prices.beta / p.prices.step_weight, p.level / p.prices.step_weight, i)
+        for i, p in enumerate(planes)
+        if p.prices.step_weight > 0 and math.isfinite(p.level)
+    ]
+    stack: list[tuple[float, float, int]] = []
+    for slope, height, index in sorted(lines):
+        if stack and stack[-1][0] == slope:
+            stack.pop()
+        while stack and height >= stack[-1][1]:
+            stack.pop()
+        while len(stack) > 1:
+            (m1, c1, _), (m2, c2, _) = stack[-2:]
+            if (c1 - height) * (m2 - m1) > (c1 - c2) * (slope - m1):
+                break
+            stack.pop()
+        stack.append((slope, height, index))
+    return found + [planes[index] for _, _, index in stack]
 
 
 def _crossings(lines: Array) -> Array:

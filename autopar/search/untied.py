@@ -131,7 +131,7 @@ class _UntiedSpace(Space):
         return self.parts.setdefault(id(problem), UntiedBlocks(problem))
 
 
-def untie(space: Space, question: Question, most_layouts: int | None = 0) -> Untied:
+def untie(space: Space, question: Question, most_layouts: int | None = None) -> Untied:
     """The untied problem of an answered question, over the same skeletons and under the same limits.
 
     Args:
