@@ -167,6 +167,7 @@ class Solution:
         status: one of STATUSES; `optimal` only if the gap is below the tolerance asked for.
         gap_parts: where a remaining gap comes from.
         contenders: nearly as good plans of other meshes or numbers of stages; simulation may prefer one.
+        is_interrupted: the search was stopped by Ctrl-C.
     """
 
     decisions: Decisions
@@ -181,6 +182,7 @@ class Solution:
     alternatives: tuple[Alternative, ...] = ()
     gap_parts: Mapping[str, float] = field(default_factory=dict)
     contenders: tuple[Decisions, ...] = ()
+    is_interrupted: bool = False
 
     @property
     def gap(self) -> float:

@@ -20,7 +20,7 @@ from autopar.ir.serialize import load_plan, save_plan
 from autopar.ir.serialize_graph import graph_hash
 from autopar.planner.manifest import own_hash
 from autopar.planner.plan import installed_versions, plan_graph
-from autopar.planner.request import PlanRequest, Progress, Target
+from autopar.planner.request import INTERRUPTED, PlanRequest, Progress, Target
 
 DIRECTORY_VARIABLE = "AUTOPAR_CACHE_DIR"
 
@@ -56,6 +56,8 @@ def cached_plan(
         return load_plan(path)
     except InputError:
         plan = plan_graph(graph, reference, request, target, progress)
+    if INTERRUPTED in plan.notes:
+        return plan
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_plan(plan, path)

@@ -8,7 +8,7 @@ is never dearer than a baseline under the same simulation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.cost.predict import predict
@@ -121,7 +121,16 @@ class Chooser:
             use_all=request.use_all,
             gap_tolerance=request.gap_tolerance,
             time_limit_s=request.time_limit_s,
+            progress=self._follow,
         )
+
+    def _follow(self, state: Mapping[str, object]) -> None:
+        """Tells the best objective so far and the bound on all plans."""
+        best, least = state["incumbent"], state["least"]
+        if isinstance(best, float) and isinstance(least, float) and math.isfinite(best) and best > 0:
+            gap = max(0.0, 1 - max(least, 0.0) / best)
+            found = f"best {best:.5g}, bound {max(least, 0.0):.5g}, gap {gap:.1%}"
+            self.progress(f"searching: {found}; Ctrl-C takes the best")
 
     def _candidates(self, tables: CostTables, solution: Solution) -> list[Candidate]:
         found = [self.candidate(tables, solution.decisions, formula=solution.objective_value)]

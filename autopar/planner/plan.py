@@ -22,7 +22,7 @@ from autopar.ir.serialize_graph import graph_hash
 from autopar.ir.solution import Alternative
 from autopar.ir.verify import verify
 from autopar.planner.choose import Choice, Chooser, describe
-from autopar.planner.request import PlanRequest, Progress, Target, choose_target, say_nothing
+from autopar.planner.request import INTERRUPTED, PlanRequest, Progress, Target, choose_target, say_nothing
 from autopar.rules.strategies import has_rule
 from autopar.version import __version__
 
@@ -201,6 +201,8 @@ def _notes(graph: OpGraph, request: PlanRequest, target: Target, choice_made: Ch
         first = describe(choice_made.solution.decisions)
         name = f"the baseline {candidate.name}" if candidate.name else "another plan"
         notes.append(f"the search's best is {first}; simulated, {name} is better or keeps the limits, and was taken")
+    if choice_made.solution.is_interrupted:
+        notes.append(INTERRUPTED)
     used = candidate.decisions.num_gpus
     if used < request.num_gpus:
         kind = request.objective.kind

@@ -31,7 +31,7 @@ from autopar.ir.serialize_graph import dump_graph, parse_graph
 from autopar.planner.cache import cache_directory
 from autopar.planner.manifest import Manifest, own_hash, watch_files
 from autopar.planner.plan import CapturedGraph, Planned, capture_graph, installed_versions, make_plan
-from autopar.planner.request import PlanRequest, Progress, Target, choose_target
+from autopar.planner.request import INTERRUPTED, PlanRequest, Progress, Target, choose_target
 from autopar.report.text import plan_report
 
 MAX_ENTRIES = 256
@@ -89,7 +89,9 @@ def _finish(planned: Planned) -> Finished:
 
 
 def _is_repeatable(plan: Plan, request: PlanRequest) -> bool:
-    """A search that a time limit has stopped may do better next time."""
+    """A search that was stopped, by a time limit or by Ctrl-C, may do better next time."""
+    if INTERRUPTED in plan.notes:
+        return False
     return plan.solver.status == "optimal" or request.time_limit_s is None
 
 

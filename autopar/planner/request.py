@@ -16,6 +16,8 @@ from autopar.planner.profile import LoadedProfile, load_rows
 Progress: TypeAlias = Callable[[str], None]
 """Told in one short phrase what is being done."""
 CLOCKS = ("auto", "max")
+INTERRUPTED = "the search was interrupted: this is the best plan that it had found"
+"""Note of a plan that another run with equal inputs need not give."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def search(
         gap_tolerance: relative gap at which the search stops.
         time_limit_s: wall-clock limit; the incumbent and its bound are returned when it strikes. None: the search ends
             after MOST_EFFORT, which depends on no clock.
-        progress: called with a dict after each refinement.
+        progress: called with a dict after each refinement; `incumbent` is the best objective so far, `least` a bound
+            on all plans.
         max_microbatches: largest M tried.
         untied: also bound what identical blocks with strategies of their own could gain: `gap_parts["tying"]`.
 
@@ -132,6 +133,7 @@ def solution_of(question: Question, gap_tolerance: float, wall_s: float) -> Solu
         wall_s=wall_s,
         alternatives=_alternatives(question, plan),
         contenders=_contenders(question, plan),
+        is_interrupted=question.is_interrupted,
         gap_parts={"sharding and stages": gap} if gap > 0 else {},
     )
 

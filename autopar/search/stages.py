@@ -60,6 +60,7 @@ class Question:
     Attributes:
         bounds: per skeleton, of the objective.
         plans: best plan met of each skeleton.
+        is_interrupted: Ctrl-C came while a plan was known; the best one is the answer.
         most_effort: refinements, by the weights of EFFORT, after which the best plan known is the answer.
         most_layouts: skeletons whose layouts are closed at most; the others keep the bound they have. None: all.
         assumed: per skeleton and direction, the coarser bound, until its table has been held against it.
@@ -72,6 +73,7 @@ class Question:
     value: float = math.inf
     plan: Plan | None = None
     plans: dict[Skeleton, tuple[float, Plan]] = field(default_factory=dict)
+    is_interrupted: bool = False
     most_effort: float = math.inf
     effort: float = 0.0
     most_layouts: int | None = None
@@ -110,9 +112,16 @@ class Question:
                 complete = bound >= self.cutoff
                 self.bounds |= {s: b for b, _, s in heap}
                 break
-            refined = max(bound, self._refine(skeleton, level))
+            try:
+                refined = max(bound, self._refine(skeleton, level))
+            except KeyboardInterrupt as stop:
+                if self.plan is None or type(stop) is not KeyboardInterrupt:
+                    raise
+                self.is_interrupted, complete = True, False
+                self.bounds |= {s: b for b, _, s in heap}
+                break
             self.effort += EFFORT[level]
-            self._report(skeleton, level, refined)
+            self._report(skeleton, level, refined, bound)
             if scales != (self.space.ideal_scale, self.space.coarser_scale):
                 return self.run()
             if level == len(LEVELS) - 1 or refined >= self.cutoff:
@@ -132,10 +141,16 @@ class Question:
         """Whether a plan is known and the effort is used up."""
         return self.effort >= self.most_effort and self.plan is not None
 
-    def _report(self, skeleton: Skeleton, level: int, bound: float) -> None:
+    def _report(self, skeleton: Skeleton, level: int, bound: float, least: float) -> None:
         if self.space.progress is not None:
             self.space.progress(
-                {"skeleton": skeleton.describe(), "level": LEVELS[level], "bound": bound, "incumbent": self.value}
+                {
+                    "skeleton": skeleton.describe(),
+                    "level": LEVELS[level],
+                    "bound": bound,
+                    "incumbent": self.value,
+                    "least": least,
+                }
             )
 
     def _consider(self, plan: Plan) -> None:

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import InfeasibleError, InputError, SolverLimitError
-from autopar.ir.mesh import stage_mesh
+from autopar.ir.cost import CostTable
+from autopar.ir.mesh import StageMesh, stage_mesh
 from autopar.ir.solution import Objective, Pins
 from autopar.search.brute import brute_force
 from autopar.search.evaluate import Layout, evaluate
@@ -105,7 +106,7 @@ def test_progress_is_told_each_refinement() -> None:
     seen: list[dict[str, object]] = []
     search(FakeSource(1, (0, 1), 2, FakeDevice(10**6, 2)), TIME, pins=Pins(), progress=seen.append)
     assert seen
-    assert {"skeleton", "level", "bound", "incumbent"} == set(seen[0])
+    assert {"skeleton", "level", "bound", "incumbent", "least"} == set(seen[0])
 
 
 @pytest.mark.parametrize(
@@ -168,3 +169,20 @@ def test_evaluate_by_hand() -> None:
     dynamic_j += sum(n.step_j[0] for n in second) + 2 * 2 * size * 1e-4
     assert figures.energy_j == pytest.approx(dynamic_j + expected_w * figures.time_s)
     assert figures.memory_bytes[1] == pytest.approx(memory_1 + max(n.workspace_bytes[0] for n in second))
+
+
+def test_an_interrupt_returns_the_best_plan_so_far() -> None:
+    source = FakeSource(3, (0, 1, 1, 2), 4, FakeDevice(10**6, 4))
+    whole = search(source, TIME, pins=Pins(), gap_tolerance=1e-9)
+
+    class Stopping(FakeSource):
+        """Interrupts when the third table is asked for."""
+
+        def table(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
+            if len(self.made) == 3 and (mesh.sizes, num_microbatches) not in self.made:
+                raise KeyboardInterrupt
+            return super().table(mesh, num_microbatches)
+
+    found = search(Stopping(3, (0, 1, 1, 2), 4, FakeDevice(10**6, 4)), TIME, pins=Pins(), gap_tolerance=1e-9)
+    assert found.is_interrupted
+    assert found.bound <= whole.objective_value <= found.objective_value * (1 + 1e-9)
