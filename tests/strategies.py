@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
-from autopar.ir.cost import ClockFigures, CostEdge, CostNode, CostTable, Crossing
+from autopar.ir.cost import ClockFigures, CostEdge, CostNode, CostTable, Crossing, Link
 from autopar.ir.graph import Block, Op, OpGraph, Value
 from autopar.ir.mesh import StageMesh
+from autopar.ir.mixed import EDGE_FIGURES, NODE_FIGURES, MixedSource
 from autopar.ir.tensor import TensorMeta
 
 MAX_COMBINATIONS = 24
@@ -173,6 +175,77 @@ class _Builder:
         self.edge(shared, other, ((-1, -1),))
         kind = classes[-1]
         self.edge(other, self.first[kind], tuple((-1, b) for b, c in enumerate(classes) if c == kind))
+
+
+@dataclass(frozen=True)
+class ScaledSource:
+    """A fake source on another type of device: every figure of time and energy times a random factor of its own."""
+
+    base: FakeSource
+    device: FakeDevice
+    seed: int
+    slow: float
+    thrifty: float
+
+    @property
+    def graph(self) -> OpGraph:
+        return self.base.graph
+
+    @property
+    def clocks_hz(self) -> tuple[float, ...]:
+        return (1e9,)
+
+    def clock_figures(self, mesh: StageMesh, num_microbatches: int) -> ClockFigures | None:
+        raise AssertionError("a mixed cluster asks its parts for no other clocks")
+
+    def table(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
+        table = self.base.table(mesh, num_microbatches)
+        if table is None:
+            return None
+        rng = np.random.default_rng(self.seed)
+
+        def scaled(entry: CostNode | CostEdge, names: tuple[str, ...]) -> Any:
+            spread = {name: 0.7 + 0.6 * rng.random() for name in names}
+            factors = {name: spread[name] * (self.thrifty if name.endswith("_j") else self.slow) for name in names}
+            return replace(entry, **{name: getattr(entry, name) * factor for name, factor in factors.items()})
+
+        return replace(
+            table,
+            nodes=tuple(scaled(node, NODE_FIGURES) for node in table.nodes),
+            edges=tuple(scaled(edge, EDGE_FIGURES) for edge in table.edges),
+            p2p_latency_s=table.p2p_latency_s * self.slow,
+        )
+
+
+@st.composite
+def mixed_sources(draw: st.DrawFn, *, most_types: int = 2, memory: tuple[int, int] = (3_000, 40_000)) -> MixedSource:
+    """Mixed clusters of one to three types of 1 to 3 devices each."""
+    num_blocks = draw(st.integers(1, 3))
+    classes = tuple(min(b, draw(st.integers(0, num_blocks - 1))) for b in range(num_blocks))
+    base = FakeSource(
+        seed=draw(st.integers(0, 10**6)),
+        classes=classes,
+        batch_size=draw(st.sampled_from([1, 2, 4])),
+        device=FakeDevice(1, 1),
+        with_parameter=draw(st.booleans()),
+        with_shared=draw(st.booleans()),
+        forbid=draw(st.sampled_from([0.0, 0.15])),
+    )
+    parts = tuple(
+        ScaledSource(
+            base,
+            FakeDevice(
+                draw(st.integers(*memory)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2])), 50.0 - 20 * i
+            ),
+            seed=i,
+            slow=draw(st.sampled_from([1.0, 1.5, 4.0])),
+            thrifty=draw(st.sampled_from([0.5, 1.0, 2.0])),
+        )
+        for i in range(draw(st.integers(1, most_types)))
+    )
+    link = Link(draw(st.sampled_from([0.01, 0.2])), 2e-5, 3e-4)
+    links = {(a, b): link for a in range(len(parts)) for b in range(len(parts)) if a != b}
+    return MixedSource(tuple(f"gpu{i}" for i in range(len(parts))), parts, links)
 
 
 @st.composite

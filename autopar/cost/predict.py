@@ -5,17 +5,18 @@ transfer at the speed of the link it really crosses, and at least the plan's `pa
 energy over all devices plus blocked power of every device used, and host power of every node used, for the whole step,
 waiting included. Unused devices cost nothing. Peak power is that fixed power plus the hungriest op or redistribution
 of any stage, on all devices used at once. Uncertainties are those of the device file; they are half widths of the
-whole model, not of single inputs.
+whole model, not of single inputs. On a mixed cluster every stage has the prices of its type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from autopar.cost.collective import send_cost
-from autopar.cost.hardware import Cluster
+from autopar.cost.collective import LinearCost, send_cost
 from autopar.cost.memory import parameter_bytes
+from autopar.cost.mixed import MixedTables
 from autopar.cost.power import dynamic_limit_w
 from autopar.cost.table import CostTables
 from autopar.errors import PlanMismatchError
@@ -114,6 +115,22 @@ def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> t
     return tuple(stages)
 
 
+def stage_tables(tables: CostTables | MixedTables, decisions: Decisions) -> tuple[CostTables, ...]:
+    """The tables that price each stage.
+
+    Raises:
+        PlanMismatchError: a stage lies on a type of GPU that the cluster does not have.
+    """
+    found = []
+    for stage in decisions.stages:
+        is_mixed = isinstance(tables, MixedTables)
+        own = tables.part(stage.gpu) if isinstance(tables, MixedTables) else tables
+        if own is None or (stage.gpu and not is_mixed and stage.gpu != own.cluster.gpu):
+            raise PlanMismatchError(f"the plan has a stage on {stage.gpu or 'no named GPU'}, which the cluster has not")
+        found.append(own)
+    return tuple(found)
+
+
 def _at_clocks(tables: CostTables, table: CostTable, decisions: Decisions) -> tuple[StageCost, ...]:
     """Sums of every stage at the clock of its devices."""
     clocks = [_clock_index(tables, stage.clock_hz) for stage in decisions.stages]
@@ -191,56 +208,86 @@ def memory_by_cause(costs: tuple[StageCost, ...], stage: int, decisions: Decisio
     }
 
 
-def transfers_s(tables: CostTables, costs: tuple[StageCost, ...], decisions: Decisions) -> tuple[float, ...]:
+def transfers_s(
+    tables: CostTables | MixedTables, costs: Sequence[StageCost], decisions: Decisions
+) -> tuple[float, ...]:
     """Seconds to send from each stage to the next, by where their devices stand."""
-    cluster, n = tables.cluster, decisions.mesh.num_devices
+    each, n = stage_tables(tables, decisions), decisions.mesh.num_devices
     found = []
     for k, cost in enumerate(costs[1:], start=1):
-        pairs = ((k * n - n + i, k * n + i) for i in range(n))
+        if each[k - 1] is not each[k]:
+            found.append(_between_types(tables, decisions, k).time_s(cost.received_bytes))
+            continue
+        cluster, local = each[k].cluster, sum(own is each[k] for own in each[:k])
+        pairs = ((local * n - n + i, local * n + i) for i in range(n))
         same_node = all(a // cluster.gpus_per_node == b // cluster.gpus_per_node for a, b in pairs)
         found.append(send_cost(cluster, same_node).time_s(cost.received_bytes))
     return tuple(found)
 
 
-def timeline_of(tables: CostTables, costs: tuple[StageCost, ...], decisions: Decisions) -> Timeline:
+def _between_types(tables: CostTables | MixedTables, decisions: Decisions, stage: int) -> LinearCost:
+    """The link from the stage before to `stage`, which lies on another type."""
+    if not isinstance(tables, MixedTables):
+        raise AssertionError("stages differ in type on a mixed cluster alone")
+    return tables.send(decisions.stages[stage - 1].gpu, decisions.stages[stage].gpu)
+
+
+def timeline_of(tables: CostTables | MixedTables, costs: Sequence[StageCost], decisions: Decisions) -> Timeline:
     """The simulated schedule."""
     times = [StageTimes(c.forward_s, c.backward_s, c.step_s) for c in costs]
     return simulate(times, transfers_s(tables, costs, decisions), decisions.num_microbatches, decisions.schedule)
 
 
-def predict(tables: CostTables, decisions: Decisions) -> Prediction:
+def predict(tables: CostTables | MixedTables, decisions: Decisions) -> Prediction:
     """All figures of a plan.
 
     Raises:
-        PlanMismatchError: if the decisions do not fit the graph and mesh of `tables`.
+        PlanMismatchError: if the decisions do not fit the graph, mesh and cluster of `tables`.
     """
-    table = tables.table(decisions.mesh, decisions.num_microbatches)
-    if table is None:
-        raise PlanMismatchError(f"the batch does not divide into {decisions.num_microbatches} microbatches")
-    costs = _at_clocks(tables, table, decisions)
+    each, labels = stage_tables(tables, decisions), Counter[str]()
+    by_type: dict[int, tuple[StageCost, ...]] = {}
+    for own in each:
+        if id(own) not in by_type:
+            table = own.table(decisions.mesh, decisions.num_microbatches)
+            if table is None:
+                raise PlanMismatchError(f"the batch does not divide into {decisions.num_microbatches} microbatches")
+            by_type[id(own)] = _at_clocks(own, table, decisions)
+            labels.update(table.labels)
+    costs = tuple(by_type[id(own)][k] for k, own in enumerate(each))
     time_s = max(timeline_of(tables, costs, decisions).makespan_s, decisions.pace_s)
-    return _prediction(tables.cluster, decisions, costs, time_s, table.labels)
+    sends_j = sum(2 * c.received_bytes * _send_j_per_byte(tables, decisions, k) for k, c in enumerate(costs))
+    return _prediction(each, decisions, costs, time_s=time_s, sends_j=sends_j, labels=dict(labels))
 
 
 def _prediction(
-    cluster: Cluster, decisions: Decisions, costs: tuple[StageCost, ...], time_s: float, labels: Mapping[str, int]
-) -> Prediction:
-    spec, n = cluster.spec, decisions.mesh.num_devices
-    used = n * len(costs)
-    nodes = cluster.nodes(used)
-    sends = sum(2 * c.received_bytes * _send_j_per_byte(cluster, n) for c in costs)
+    each: Sequence[CostTables], decisions: Decisions, costs: tuple[StageCost, ...],
+    *, time_s: float, sends_j: float, labels: Mapping[str, int],
+) -> Prediction:  # fmt: skip
+    """`sends_j` are joules of one microbatch and one device of every stage."""
+    n, count = decisions.mesh.num_devices, decisions.num_microbatches
+    used = {id(own): own.cluster for own in each}
+    stages_on = Counter(id(own) for own in each)
+    clusters = [(cluster, n * stages_on[key]) for key, cluster in used.items()]
+    blocked_w = sum(cluster.spec.blocked_w * devices for cluster, devices in clusters)
+    host_w = sum(cluster.spec.host_w_per_node * cluster.nodes(devices) for cluster, devices in clusters)
     energy = {
-        "dynamic": n * sum(decisions.num_microbatches * c.microbatch_j + c.step_j for c in costs)
-        + n * decisions.num_microbatches * sends,
-        "blocked": spec.blocked_w * used * time_s,
-        "host": spec.host_w_per_node * nodes * time_s,
+        "dynamic": n * sum(count * c.microbatch_j + c.step_j for c in costs) + n * count * sends_j,
+        "blocked": blocked_w * time_s,
+        "host": host_w * time_s,
     }
     energy_j = sum(energy.values())
-    highest = used * min(max(c.peak_w for c in costs), dynamic_limit_w(spec))
-    peak_w = max(highest + spec.blocked_w * used + spec.host_w_per_node * nodes, energy_j / time_s)
+    highest_w = 0.0
+    for key, cluster in used.items():
+        hungriest = max(c.peak_w for c, own in zip(costs, each, strict=True) if id(own) == key)
+        highest_w += n * stages_on[key] * min(hungriest, dynamic_limit_w(cluster.spec))
+    peak_w = max(highest_w + blocked_w + host_w, energy_j / time_s)
     memory = [memory_by_cause(costs, k, decisions) for k in range(len(costs))]
-    peaks = tuple(_quantity(sum(m.values()), "B", spec.memory_uncertainty) for m in memory)
-    wide, energy_wide = spec.time_uncertainty, spec.energy_uncertainty
+    peaks = tuple(
+        _quantity(sum(m.values()), "B", own.cluster.spec.memory_uncertainty)
+        for m, own in zip(memory, each, strict=True)
+    )
+    wide = max(cluster.spec.time_uncertainty for cluster, _ in clusters)
+    energy_wide = max(cluster.spec.energy_uncertainty for cluster, _ in clusters)
     return Prediction(
         step_time_s=_quantity(time_s, "s", wide),
         energy_j=_quantity(energy_j, "J", energy_wide),
@@ -255,13 +302,18 @@ def _prediction(
             for c, peak, causes in zip(costs, peaks, memory, strict=True)
         ),
         energy_by_cause=energy,
-        tdp_energy_j=spec.limit_w * used * time_s,
+        tdp_energy_j=sum(cluster.spec.limit_w * devices for cluster, devices in clusters) * time_s,
         sources=labels,
     )  # fmt: skip
 
 
-def _send_j_per_byte(cluster: Cluster, num_devices: int) -> float:
-    return send_cost(cluster, same_node=2 * num_devices <= cluster.gpus_per_node).j_per_byte
+def _send_j_per_byte(tables: CostTables | MixedTables, decisions: Decisions, stage: int) -> float:
+    """From the stage before (of stage 0, which receives nothing: its own)."""
+    each = stage_tables(tables, decisions)
+    if stage and each[stage - 1] is not each[stage]:
+        return _between_types(tables, decisions, stage).j_per_byte
+    cluster = each[stage].cluster
+    return send_cost(cluster, same_node=2 * decisions.mesh.num_devices <= cluster.gpus_per_node).j_per_byte
 
 
 def _quantity(value: float, unit: str, half_width: float) -> Quantity:

@@ -131,6 +131,15 @@ class ClockFigures:
 
 
 @dataclass(frozen=True)
+class Link:
+    """One device sending to another, all devices of a stage at once; joules are of the sender."""
+
+    latency_s: float
+    s_per_byte: float
+    j_per_byte: float
+
+
+@dataclass(frozen=True)
 class CostTable:
     """The whole problem for one (mesh, number of microbatches).
 
@@ -149,6 +158,11 @@ class CostTable:
     p2p_s_per_byte: float
     p2p_j_per_byte: float
     labels: Mapping[str, int]
+
+    @property
+    def link(self) -> Link:
+        """Between neighbouring stages."""
+        return Link(self.p2p_latency_s, self.p2p_s_per_byte, self.p2p_j_per_byte)
 
 
 class Device(Protocol):

@@ -112,12 +112,16 @@ class Pins:
 
 @dataclass(frozen=True, slots=True)
 class StageChoice:
-    """Blocks `start..stop-1` on one stage, its devices locked at `clock_hz` (0: left alone)."""
+    """Blocks `start..stop-1` on one stage, its devices locked at `clock_hz` (0: left alone).
+
+    `gpu` names their type where the cluster has several; "": there is only one.
+    """
 
     start: int
     stop: int
     recompute: str
     clock_hz: float = 0.0
+    gpu: str = ""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class LayoutBound:
         multipliers: of the first of `rows`, at the best bound.
         shares: weight of each of `points` in the last master.
         rows: time rows, then memory rows met so far.
+        memory_by_stage: in place of `memory_bytes` where stages differ.
     """
 
     problem: Problem
@@ -59,6 +60,11 @@ class LayoutBound:
     multipliers: Array = field(default_factory=lambda: np.zeros(0))
     points: list[tuple[tuple[int, ...], Array]] = field(default_factory=list)
     shares: Array = field(default_factory=lambda: np.zeros(0))
+    memory_by_stage: tuple[float, ...] = ()
+
+    def limit_bytes(self, stage: int) -> float:
+        """Memory of one device of a stage."""
+        return self.memory_by_stage[stage] if self.memory_by_stage else self.memory_bytes
 
     def combined(self) -> tuple[Weights, float]:
         """Objective plus multipliers times rows, and the constant to add to its minimum."""
@@ -73,23 +79,24 @@ class LayoutBound:
         known = {row.key for row in self.rows}
         added = False
         for stage in range(self.layout.num_stages):
-            near = memory_rows(self.problem, self.layout, stage, choice, totals, memory_bytes=self.memory_bytes)
-            for row in near:
+            limit = self.limit_bytes(stage)
+            for row in memory_rows(self.problem, self.layout, stage, choice, totals, memory_bytes=limit):
                 used = value_of(self.problem, row.weights, choice, totals)
-                if used > self.memory_bytes * (1 + MEMORY_TOLERANCE) and row.key not in known:
+                if used > limit * (1 + MEMORY_TOLERANCE) and row.key not in known:
                     self.rows.append(row)
                     added = True
         return added
 
 
-def make_layout_bound(problem: Problem, layout: Layout, prices: Prices, memory_bytes: float) -> LayoutBound:
+def make_layout_bound(problem: Problem, layout: Layout, prices: Prices, memory: Sequence[float]) -> LayoutBound:
+    """`memory`: bytes of one device, per stage."""
     tau_cost = prices.step_weight * (problem.table.num_microbatches - 1)
     rows = time_rows(problem, layout) if tau_cost > 0 and layout.num_stages > 1 else []
     base = objective_weights(problem, layout, prices)
     if tau_cost > 0 and layout.num_stages == 1:
         base = combine([(1.0, base), (tau_cost, time_rows(problem, layout)[0].weights)])
         tau_cost = 0.0
-    return LayoutBound(problem, layout, base, tau_cost, memory_bytes, rows)
+    return LayoutBound(problem, layout, base, tau_cost, max(memory), rows, memory_by_stage=tuple(memory))
 
 
 def add_limits(work: LayoutBound, layout: Layout, limits: Sequence[tuple[Prices, float]]) -> None:
@@ -146,7 +153,7 @@ def _memory_reachable(work: LayoutBound) -> bool:
     rows = [row for row in work.rows if row.tau_coefficient == 0]
     if work.layout is not None and math.isfinite(work.memory_bytes):
         layout = work.layout
-        rows += [state_row(work.problem, layout, k, work.memory_bytes) for k in range(layout.num_stages)]
+        rows += [state_row(work.problem, layout, k, work.limit_bytes(k)) for k in range(layout.num_stages)]
     return all(
         work.problem.solve(row.weights).value + row.weights.constant <= row.limit * (1 + MEMORY_TOLERANCE)
         for row in rows

@@ -22,7 +22,7 @@ from autopar.search.bounds import LayoutBound, Offer, padded, tighten
 from autopar.search.evaluate import MEMORY_TOLERANCE
 from autopar.search.ilp import Row
 from autopar.search.presolve import solve_reduced
-from autopar.search.problem import NUM_WEIGHTS, Weights
+from autopar.search.problem import Weights
 from autopar.search.reduce import min_marginals, restrict
 from autopar.search.rows import LinearRow, combine
 
@@ -138,7 +138,7 @@ def _split(work: LayoutBound) -> list[LayoutBound]:
 
 def _half(work: LayoutBound, node: int, allowed: NDArray[np.bool_]) -> LayoutBound:
     barrier: Array = np.where(allowed, 0.0, np.inf)
-    nothing = np.zeros((work.problem.num_blocks + 1, NUM_WEIGHTS))
+    nothing = np.zeros((work.problem.num_blocks + 1, work.problem.num_weights))
     return replace(
         work,
         base=combine([(1.0, work.base), (1.0, Weights(nothing, extra={node: barrier}))]),

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from autopar.ir.cost import CostTable, TableSource
+from autopar.ir.cost import CostTable, Device, Link, TableSource
+from autopar.ir.mixed import MixedSource
 from autopar.ir.pipeline import microbatches_in_flight, step_time_s
 from autopar.ir.solution import Decisions, Limits, Objective, Pins
 from autopar.search.evaluate import Figures, Layout
@@ -35,7 +36,8 @@ class BruteResult:
 class Enumerated:
     """One plan of the space and its figures, unpaced: seconds, joules, bytes of the fullest device, watts.
 
-    `fixed_w` is drawn all the time; `peak_w` is that plus the hungriest op or redistribution on all devices.
+    `fits`: every stage into its memory. `fixed_w` is drawn all the time; `peak_w` is that plus the hungriest op or
+    redistribution on all devices.
     """
 
     plan: Plan
@@ -43,13 +45,15 @@ class Enumerated:
     time_s: float
     energy_j: float
     peak_bytes: float
+    fits: bool
     fixed_w: float
     peak_w: float
 
-    def keeps(self, memory_bytes: float, limits: Limits) -> bool:
-        """Whether the plan fits into memory and below the peak power limit."""
+    def keeps(self, memory_bytes: float | None, limits: Limits) -> bool:
+        """Whether the plan fits into memory (None: that of the devices) and below the peak power limit."""
         cool = limits.peak_power_w is None or self.peak_w <= limits.peak_power_w * (1 + 1e-9)
-        return cool and self.peak_bytes <= memory_bytes * (1 + 1e-9)
+        fits = self.fits if memory_bytes is None else self.peak_bytes <= memory_bytes * (1 + 1e-9)
+        return cool and fits
 
     def paced(self, limits: Limits) -> tuple[float, float] | None:
         """(T, E) with the waiting that an average power cap needs; None if a limit is broken all the same."""
@@ -79,18 +83,60 @@ def enumerate_plans(
     }
     for sizes, num_stages, num_microbatches, clock in sorted(cases):
         skeleton = Skeleton(num_stages, sizes, num_microbatches, "none", (clock, clock))
-        table = tables.table(skeleton.mesh, num_microbatches)
-        figures = tables.clock_figures(skeleton.mesh, num_microbatches)
+        for types in _types(tables, num_stages, skeleton.mesh.num_devices):
+            stages = _stages(tables, types, skeleton, clock)
+            for layout in layouts(len(tables.graph.blocks), num_stages, pins.recompute, schedule) if stages else ():
+                table, placed = stages[0].table, replace(layout, kinds=types)
+                for choice in choices(table):
+                    time_s, energy_j, overfull, watts = _price(stages, placed, choice)
+                    if math.isfinite(time_s):
+                        figures = Figures(time_s, energy_j, (), (), (), ())
+                        plan = Plan(replace(skeleton, kinds=types), placed, choice, figures)
+                        hungriest = skeleton.num_gpus * max(_draws_w(table, choice), default=0.0)
+                        peak = max(used for used, _ in overfull)
+                        fits = all(used <= limit * (1 + 1e-9) for used, limit in overfull)
+                        yield Enumerated(plan, table, time_s, energy_j, peak, fits, watts, watts + hungriest)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What a stage is priced with; `link` is that from the stage before."""
+
+    table: CostTable
+    device: Device
+    link: Link
+    kind: int = 0
+
+
+def _types(tables: TableSource, num_stages: int, num_devices: int) -> Iterator[tuple[int, ...]]:
+    """Every sequence of types in which no type comes back after another and none is used up."""
+    if not isinstance(tables, MixedSource):
+        yield ()
+        return
+    for types in itertools.product(range(len(tables.parts)), repeat=num_stages):
+        runs = [kind for kind, _ in itertools.groupby(types)]
+        used = {kind: types.count(kind) * num_devices for kind in runs}
+        if len(runs) == len(used) and all(n <= tables.parts[kind].device.num_gpus for kind, n in used.items()):
+            yield types
+
+
+def _stages(tables: TableSource, types: tuple[int, ...], skeleton: Skeleton, clock: int) -> list[_Stage]:
+    """One entry per stage; none where the batch does not divide."""
+    mesh, count = skeleton.mesh, skeleton.num_microbatches
+    if not isinstance(tables, MixedSource):
+        table, figures = tables.table(mesh, count), tables.clock_figures(mesh, count)
         if table is None or figures is None:
-            continue
+            return []
         table = figures.at(table, clock)
-        for layout in layouts(table.num_blocks, num_stages, pins.recompute, schedule):
-            for choice in choices(table):
-                time_s, energy_j, peak, watts = _price(table, tables, layout, choice)
-                if math.isfinite(time_s):
-                    plan = Plan(skeleton, layout, choice, Figures(time_s, energy_j, (), (), (), ()))
-                    hungriest = skeleton.num_gpus * max(_draws_w(table, choice), default=0.0)
-                    yield Enumerated(plan, table, time_s, energy_j, peak, watts, watts + hungriest)
+        return [_Stage(table, tables.device, table.link)] * skeleton.num_stages
+    found = []
+    for before, kind in zip((types[0], *types), types, strict=False):
+        own = tables.parts[kind].table(mesh, count)
+        if own is None:
+            return []
+        link = own.link if before == kind else tables.links[before, kind]
+        found.append(_Stage(own, tables.parts[kind].device, link, kind))
+    return found
 
 
 def brute_force(
@@ -104,15 +150,16 @@ def brute_force(
 ) -> BruteResult:
     """Enumerate; see the module docstring."""
     schedule, limits = pins.schedule or "1f1b", Limits() if limits is None else limits
+    names = tables.names if isinstance(tables, MixedSource) else ()
     best, least_peak = BruteResult(math.inf, None, math.inf, math.inf, math.inf), math.inf
     for found in enumerate_plans(tables, pins=pins, use_all=use_all, max_microbatches=max_microbatches):
         least_peak = min(least_peak, found.peak_bytes)
-        paced = found.paced(limits) if found.keeps(tables.device.memory_bytes, limits) else None
+        paced = found.paced(limits) if found.keeps(None, limits) else None
         if paced is None:
             continue
         value = objective.value(*paced, found.plan.skeleton.num_gpus)
         if value < best.value:
-            best = BruteResult(value, spell_out(found.table, found.plan, schedule), *paced, math.inf)
+            best = BruteResult(value, spell_out(found.table, found.plan, schedule, 0.0, names), *paced, math.inf)
     return BruteResult(best.value, best.decisions, best.time_s, best.energy_j, least_peak)
 
 
@@ -141,29 +188,35 @@ def choices(table: CostTable) -> Iterator[tuple[int, ...]]:
 
 
 def _price(
-    table: CostTable, tables: TableSource, layout: Layout, choice: Sequence[int]
-) -> tuple[float, float, float, float]:
-    """(T, E, largest stage memory, fixed power)."""
-    bounds = [*layout.starts, table.num_blocks]
+    stages: Sequence[_Stage], layout: Layout, choice: Sequence[int]
+) -> tuple[float, float, list[tuple[float, float]], float]:
+    """(T, E, memory used and usable of every stage, fixed power)."""
+    bounds = [*layout.starts, layout.num_blocks]
     times, steps, joules, peaks = [], [], 0.0, []
-    for k in range(len(layout.starts)):
+    for k, stage in enumerate(stages):
+        table, link = stage.table, stage.link
         blocks = set(range(bounds[k], bounds[k + 1]))
         seconds, step_s, microbatch_j, step_j = _stage_costs(table, choice, blocks, redo=layout.recompute[k])
         if k > 0:
             for crossing in table.crossings:
                 if crossing.producer_block < bounds[k] <= crossing.last_block:
                     size = crossing.bytes_by_choice[choice[crossing.node]]
-                    seconds += 2 * (table.p2p_latency_s + size * table.p2p_s_per_byte)
-                    microbatch_j += 2 * size * table.p2p_j_per_byte
+                    seconds += 2 * (link.latency_s + size * link.s_per_byte)
+                    microbatch_j += 2 * size * link.j_per_byte
         times.append(float(seconds))
         steps.append(float(step_s))
         joules += float(table.mesh.num_devices * (table.num_microbatches * microbatch_j + step_j))
         in_flight = microbatches_in_flight(k, len(layout.starts), table.num_microbatches, layout.schedule)
-        peaks.append(_stage_memory(table, choice, blocks, in_flight, redo=layout.recompute[k]))
-    time_s = step_time_s(times, steps, table.num_microbatches)
-    device, used = tables.device, table.mesh.num_devices * len(layout.starts)
-    watts = device.blocked_w * used + device.host_w_per_node * (-(-used // device.gpus_per_node))
-    return time_s, joules + watts * time_s, max(peaks), watts
+        used_bytes = _stage_memory(table, choice, blocks, in_flight, redo=layout.recompute[k])
+        peaks.append((used_bytes, float(stage.device.memory_bytes)))
+    time_s = step_time_s(times, steps, stages[0].table.num_microbatches)
+    watts = 0.0
+    for kind in {stage.kind for stage in stages}:
+        own = [stage for stage in stages if stage.kind == kind]
+        used = own[0].table.mesh.num_devices * len(own)
+        watts += own[0].device.blocked_w * used
+        watts += own[0].device.host_w_per_node * (-(-used // own[0].device.gpus_per_node))
+    return time_s, joules + watts * time_s, peaks, watts
 
 
 def _occurrences(table: CostTable, index: int, blocks: set[int]) -> Iterator[int]:

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from autopar.ir.cost import Array, CostTable, Device
+from autopar.ir.cost import Array, CostTable, Device, Link
 from autopar.ir.pipeline import microbatches_in_flight, step_time_s
 from autopar.ir.solution import StageChoice
 
@@ -33,12 +33,16 @@ MEMORY_TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Layout:
-    """Stages of a pipeline: `starts[k]` is the first block of stage k (starts[0] == 0)."""
+    """Stages of a pipeline: `starts[k]` is the first block of stage k (starts[0] == 0).
+
+    `kinds` are the types of their devices on a mixed cluster (`ir.mixed`); () where there is one type.
+    """
 
     num_blocks: int
     starts: tuple[int, ...]
     recompute: tuple[bool, ...]
     schedule: str = "1f1b"
+    kinds: tuple[int, ...] = ()
 
     @property
     def num_stages(self) -> int:
@@ -51,9 +55,11 @@ class Layout:
         """Stage of every block."""
         return [k for k in range(self.num_stages) for _ in range(self.starts[k], self.stop(k))]
 
-    def choices(self, clock_hz: float = 0.0) -> tuple[StageChoice, ...]:
+    def choices(self, clock_hz: float = 0.0, names: Sequence[str] = ()) -> tuple[StageChoice, ...]:
+        """As a plan has them; `names` are those of the types."""
+        gpus = [names[kind] for kind in self.kinds] or [""] * self.num_stages
         return tuple(
-            StageChoice(start, self.stop(k), "full" if self.recompute[k] else "none", clock_hz)
+            StageChoice(start, self.stop(k), "full" if self.recompute[k] else "none", clock_hz, gpus[k])
             for k, start in enumerate(self.starts)
         )
 
@@ -73,8 +79,10 @@ class Figures:
     def peak_memory_bytes(self) -> float:
         return max(self.memory_bytes)
 
-    def fits(self, memory_bytes: float) -> bool:
-        return self.peak_memory_bytes <= memory_bytes * (1 + MEMORY_TOLERANCE)
+    def fits(self, memory_bytes: Sequence[float]) -> bool:
+        """Whether every stage keeps its limit."""
+        pairs = zip(self.memory_bytes, memory_bytes, strict=True)
+        return all(used <= limit * (1 + MEMORY_TOLERANCE) for used, limit in pairs)
 
 
 def foreign_reads(table: CostTable) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
@@ -131,7 +139,7 @@ class _Stages:
     workspace: Array
 
 
-def _collect(table: CostTable, layout: Layout, choice: Sequence[int]) -> _Stages:
+def _collect(table: CostTable, layout: Layout, choice: Sequence[int], link: Link) -> _Stages:
     def chosen(name: str) -> Array:
         return np.array([getattr(node, name)[p] for node, p in zip(table.nodes, choice, strict=True)])
 
@@ -147,7 +155,7 @@ def _collect(table: CostTable, layout: Layout, choice: Sequence[int]) -> _Stages
     edge_own, edge_shared = _counts([edge.blocks for edge in table.edges], layout)
     edge_costs = (on_edges("forward_s"), on_edges("backward_s"), on_edges("microbatch_j"))
     edge_seconds, edge_joules = _pay(edge_own, edge_shared, redo, edge_costs)
-    send_s, send_j = _sends(table, layout, choice)
+    send_s, send_j = _sends(table, layout, choice, link)
     paid = own + shared
     return _Stages(
         time_s=seconds + edge_seconds + send_s,
@@ -169,14 +177,14 @@ def _largest_blocks(table: CostTable, layout: Layout, activations: Array) -> Arr
     return np.array([np.max(per_block[start : layout.stop(k)]) for k, start in enumerate(layout.starts)])
 
 
-def _sends(table: CostTable, layout: Layout, choice: Sequence[int]) -> tuple[Array, Array]:
+def _sends(table: CostTable, layout: Layout, choice: Sequence[int], link: Link) -> tuple[Array, Array]:
     seconds, joules = np.zeros(layout.num_stages), np.zeros(layout.num_stages)
     for crossing in table.crossings:
         size = float(crossing.bytes_by_choice[choice[crossing.node]])
         for k, start in enumerate(layout.starts):
             if crossing.producer_block < start <= crossing.last_block:
-                seconds[k] += 2 * (table.p2p_latency_s + size * table.p2p_s_per_byte)
-                joules[k] += 2 * size * table.p2p_j_per_byte
+                seconds[k] += 2 * (link.latency_s + size * link.s_per_byte)
+                joules[k] += 2 * size * link.j_per_byte
     return seconds, joules
 
 
@@ -191,16 +199,39 @@ def evaluate(table: CostTable, device: Device, layout: Layout, choice: Sequence[
     Raises:
         ValueError: if the choice pairs strategies that an edge forbids.
     """
+    _check_pairs(table, choice)
+    stages = _collect(table, layout, choice, table.link)
+    return _figures(table, stages, layout, fixed_power_w(device, table.mesh.num_devices * layout.num_stages))
+
+
+def evaluate_mixed(
+    tables: Sequence[tuple[CostTable, Link]], fixed_w: float, layout: Layout, choice: Sequence[int]
+) -> Figures:
+    """The same where every stage has its own table and link from the stage before; `fixed_w` is that of all.
+
+    Raises:
+        ValueError: if the choice pairs strategies that an edge forbids.
+    """
+    table = tables[0][0]
+    _check_pairs(table, choice)
+    made = {(id(own), link): _collect(own, layout, choice, link) for own, link in tables}
+    each = [made[id(own), link] for own, link in tables]
+    sums = {f.name: np.array([getattr(stages, f.name)[k] for k, stages in enumerate(each)]) for f in fields(_Stages)}
+    return _figures(table, _Stages(**sums), layout, fixed_w)
+
+
+def _check_pairs(table: CostTable, choice: Sequence[int]) -> None:
     for edge in table.edges:
         if not math.isfinite(edge.forward_s[choice[edge.source], choice[edge.target]]):
             names = table.nodes[edge.source].name, table.nodes[edge.target].name
             raise ValueError(f"forbidden pair of strategies between {names[0]} and {names[1]}")
-    stages = _collect(table, layout, choice)
+
+
+def _figures(table: CostTable, stages: _Stages, layout: Layout, fixed_w: float) -> Figures:
     num_microbatches, num_devices, num_stages = table.num_microbatches, table.mesh.num_devices, layout.num_stages
     times, steps = tuple(map(float, stages.time_s)), tuple(map(float, stages.step_s))
     time_s = step_time_s(times, steps, num_microbatches)
     dynamic_j = num_devices * float(np.sum(num_microbatches * stages.energy_j + stages.step_j))
-    fixed_w = fixed_power_w(device, num_devices * num_stages)
     memory = tuple(
         {
             "state": float(stages.state[k]),

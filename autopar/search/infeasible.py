@@ -10,12 +10,13 @@ import time
 from dataclasses import dataclass, replace
 
 from autopar.errors import AutoparError, InfeasibleError, InputError, Remedy
-from autopar.ir.solution import Limits, Pins
+from autopar.ir.solution import Limits, Objective, Pins
 from autopar.search.cuts import CutRules
 from autopar.search.leanest import EXACT_ENTRIES, Lean, leanest
 from autopar.search.relaxations import LIMIT_NAMES, MOST_GROWTH, Explorer, Reached, Relaxation, Room
 from autopar.search.shared import Space
 from autopar.search.space import MODES, Skeleton, Skeletons
+from autopar.search.stages import Question
 from autopar.units import GIB, KIB, MIB, format_bytes, format_joules, format_seconds, format_watts
 
 MOST_PROMISING = 20
@@ -80,12 +81,38 @@ def no_plan_error(
 ) -> AutoparError:
     """The error for a space without any plan that fits and keeps the limits; `skeletons` are those without limits."""
     stop_s = time.monotonic() + REMEDIES_S if space.deadline_s is None else space.deadline_s
+    if space.mixed is not None:
+        space.deadline_s = stop_s
+        return _mixed_error(space, limits)
     explorer = Explorer(space, pins, skeletons, use_all, max_microbatches, stop_s)
     room = Room(space.device.memory_bytes, space.device.num_gpus, limits)
     free = Room(room.memory_bytes, room.num_gpus, Limits())
     if limits.is_free or explorer.ask(free) is None:
         return memory_error(replace(space, skeletons=skeletons), pins, explorer, free)
     return _limits_error(explorer, room)
+
+
+def _mixed_error(space: Space, limits: Limits) -> AutoparError:
+    """On several types of GPU: the least memory, or the least time and energy that plans without limits reach."""
+    fastest = Question(space, Objective("time")).run()
+    if fastest.plan is None:
+        found = _least(space, *_promising(space))
+        if found is None:
+            return _nothing_admissible(space)
+        sizes = ", ".join(format_bytes(part.device.memory_bytes) for part in space.mixed.parts) if space.mixed else ""
+        return InfeasibleError("memory", _need(found), f"{sizes} usable per device", (_roomier(found),))
+    names = [name for name in LIMIT_NAMES if getattr(limits, name) is not None]
+    needs, remedies = [], []
+    for name, kind in (("deadline_s", "time"), ("energy_j", "energy")):
+        reached = Question(space, Objective(kind)).run() if name in names else fastest
+        if name in names and reached.plan is not None:
+            words = WORDS[name]
+            needs.append(f"{words.figure} of at least {words.show(reached.value)} if nothing else were limited")
+            effect = f"{reached.plan.skeleton.describe(space.mixed.names if space.mixed else ())}, other limits free"
+            remedies.append(Remedy(words.at_least(reached.value), effect, name, reached.value))
+    have = ", ".join(f"{WORDS[name].figure} {WORDS[name].show(getattr(limits, name))}" for name in names)
+    limit = " and ".join(WORDS[name].figure for name in names)
+    return InfeasibleError(limit, "; ".join(needs) or "more than the limit allows", have, tuple(remedies))
 
 
 def _limits_error(explorer: Explorer, room: Room) -> InfeasibleError:
@@ -147,12 +174,16 @@ def memory_error(space: Space, pins: Pins, explorer: Explorer, room: Room) -> Au
         closer = _least(space, [found.skeleton], True)
         found = closer if closer is not None and closer.peak < found.peak else found
     if found is None:
-        return InputError(
-            f"no combination of strategies is admissible on the meshes allowed: the batch of "
-            f"{space.source.graph.batch_size} samples or the model's sizes do not divide as the settings ask"
-        )
+        return _nothing_admissible(space)
     have = f"{format_bytes(space.device.memory_bytes)} usable per device"
     return InfeasibleError("memory", _need(found), have, tuple(_remedies(explorer, pins, room, found)))
+
+
+def _nothing_admissible(space: Space) -> InputError:
+    return InputError(
+        f"no combination of strategies is admissible on the meshes allowed: the batch of "
+        f"{space.source.graph.batch_size} samples or the model's sizes do not divide as the settings ask"
+    )
 
 
 def least_peak(space: Space) -> float:
@@ -164,7 +195,8 @@ def least_peak(space: Space) -> float:
 def _promising(space: Space) -> tuple[list[Skeleton], bool]:
     """Skeletons most likely to need least: many devices, recompute, many microbatches; and whether that is all."""
     order = {"full": 0, "mixed": 1, "none": 2}
-    ranked = sorted(space.skeletons, key=lambda s: (-s.num_gpus, order[s.mode], -s.num_microbatches, s))
+    every = dict.fromkeys(replace(s, kinds=()) for s in space.skeletons)  # memory does not depend on the type
+    ranked = sorted(every, key=lambda s: (-s.num_gpus, order[s.mode], -s.num_microbatches, s))
     if space.ideal is None:
         problems = [space.uncapped(s.sizes, s.num_microbatches) for s in ranked]
         if all(problem is None or problem.num_entries <= EXACT_ENTRIES for problem in problems):
@@ -178,7 +210,8 @@ def _least(space: Space, skeletons: list[Skeleton], exact: bool) -> _Found | Non
         problem = space.uncapped(skeleton.sizes, skeleton.num_microbatches)
         if problem is None:
             continue
-        rules = CutRules(skeleton.num_stages, space.schedule, MODES[skeleton.mode], math.inf)
+        memory = (math.inf,) * skeleton.num_stages
+        rules = CutRules(skeleton.num_stages, space.schedule, MODES[skeleton.mode], memory)
         lean = leanest(problem, space.device, rules, exact=exact)
         if lean is not None and (best is None or lean.figures.peak_memory_bytes < best.peak):
             best = _Found(skeleton, lean)
@@ -203,9 +236,13 @@ def _remedies(explorer: Explorer, pins: Pins, room: Room, found: _Found) -> list
         # A device's share of anything falls at most as the number of devices grows.
         more = explorer.relax(room, "num_gpus")
         remedies += [] if more is None else [_remedy(more, room.num_gpus)]
+    return [*remedies, _roomier(found)]
+
+
+def _roomier(found: _Found) -> Remedy:
     effect = f"the least demanding plan ({found.skeleton.describe()}) fits"
     change = f"devices with {format_bytes(found.peak)} of usable memory"
-    return [*remedies, Remedy(change, effect, "memory_bytes", found.peak)]
+    return Remedy(change, effect, "memory_bytes", found.peak)
 
 
 def _if_fits(space: Space, skeleton: Skeleton, mode: str, change: str) -> list[Remedy]:

@@ -17,7 +17,7 @@ import numpy as np
 from autopar.ir.cost import Array, Device
 from autopar.search.bounds import LayoutBound, tighten
 from autopar.search.branch import close_gap
-from autopar.search.cuts import CutRules, chain, interval_figures, memory_by_position
+from autopar.search.cuts import CutRules, chain, intervals_by_position, memory_by_position
 from autopar.search.evaluate import Figures, Layout, evaluate
 from autopar.search.problem import ACTIVATION, NUM_WEIGHTS, WORKSPACE, Problem, Weights
 from autopar.search.rows import combine, state_row
@@ -54,7 +54,7 @@ class _Best:
 
     def offer(self, choice: tuple[int, ...]) -> float:
         """Keep the leanest cuts of these shardings; returns the peak that a bound must reach."""
-        intervals = interval_figures(self.problem, choice, self.rules.recompute)
+        intervals = intervals_by_position(self.problem, choice, self.rules)
         memory = memory_by_position(intervals, self.rules, self.problem.table.num_microbatches)
         peak, path = chain(memory, largest=True)
         if path and peak < self.peak:
@@ -85,7 +85,7 @@ class LeanBound(LayoutBound):
 def leanest(problem: Problem, device: Device, rules: CutRules, *, exact: bool) -> Lean | None:
     """Smallest peak memory of one skeleton; if not `exact`, or with many layouts, a reachable value close to it.
 
-    `rules.memory_bytes` is ignored.
+    `rules.memory` is ignored.
     """
     best = _Best(problem, device, rules)
     starts = itertools.combinations(range(1, problem.num_blocks), rules.num_stages - 1)

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.ir.cost import Array, CostTable
+from autopar.ir.cost import Array, CostTable, Link
 from autopar.ir.pipeline import microbatches_in_flight
-from autopar.search.cuts import CutRules, Prices, running_max, scan_tau
+from autopar.search.cuts import CutRules, Prices, running_max, scan_tau, send_costs
 from autopar.search.evaluate import MEMORY_TOLERANCE, SHARED, Layout
 from autopar.search.problem import (
     ACTIVATION,
@@ -103,22 +103,21 @@ def block_table(table: CostTable, block: int) -> CostTable:
 
 @dataclass(frozen=True)
 class Optimist:
-    """Minima of intervals, [recompute, start, stop]; `memory[h - 1]` for the h-th stage from the end."""
+    """Minima of intervals, [recompute, start, stop]; entry h - 1 of tuples is for the h-th stage from the end."""
 
-    recompute: tuple[bool, ...]
-    time: Array
-    cost: Array
+    rules: CutRules
+    times: tuple[Array, ...]
+    paid: tuple[Array, ...]
     fits: tuple[NDArray[np.bool_], ...]
     slope: float
-    schedule: str
 
     def costs(self) -> list[Array]:
         """As `cuts` wants them: inf where the interval cannot fit at that position."""
-        return [np.where(fits, self.cost, np.inf) for fits in self.fits]
+        return [np.where(fits, cost, np.inf) for fits, cost in zip(self.fits, self.paid, strict=True)]
 
     def bound(self) -> float:
         """Lower bound over all layouts, inf if none fits."""
-        return scan_tau(self.costs(), self.time, self.slope)[0]
+        return scan_tau(self.costs(), self.times, self.slope)[0]
 
     def layouts(self, additive_bound: float, cutoff: float) -> Iterator[tuple[float, Layout | None]]:
         """(bound, layout) of layouts whose bound is below `cutoff`, by rising bound.
@@ -130,8 +129,8 @@ class Optimist:
             additive_bound: bound on the part of the objective that is a sum over stages.
             cutoff: of the objective.
         """
-        costs = self.costs()
-        num_blocks, num_stages = self.cost.shape[1], len(costs)
+        costs, rules = self.costs(), self.rules
+        num_blocks, num_stages = costs[0].shape[1], len(costs)
         rest = [np.append(np.full(num_blocks, np.inf), 0.0)]
         for cost in costs:
             rest.append(np.append((cost + rest[-1]).min(axis=(0, 2)), np.inf))
@@ -142,8 +141,8 @@ class Optimist:
                 return
             part = heapq.heappop(heap)
             if len(part.starts) == num_stages:
-                if len(self.recompute) == 1 or len(set(part.redo)) > 1:
-                    yield part.bound, Layout(num_blocks, part.starts, part.redo, self.schedule)
+                if len(rules.recompute) == 1 or len(set(part.redo)) > 1:
+                    yield part.bound, Layout(num_blocks, part.starts, part.redo, rules.schedule, rules.kinds)
                 continue
             for longer in self._extend(part, costs, rest, additive_bound):
                 if longer.bound < cutoff:
@@ -154,9 +153,9 @@ class Optimist:
     def _extend(self, part: _Part, costs: list[Array], rest: list[Array], additive_bound: float) -> Iterator[_Part]:
         """`part` with one more stage, in every way that can be finished."""
         left = len(costs) - len(part.starts)
-        for r, again in enumerate(self.recompute):
+        for r, again in enumerate(self.rules.recompute):
             paid = part.paid + costs[left - 1][r, part.stop]
-            slowest = np.maximum(part.slowest, self.time[r, part.stop])
+            slowest = np.maximum(part.slowest, self.times[left - 1][r, part.stop])
             bounds = np.maximum(paid + rest[left - 1], additive_bound) + self.slope * slowest
             starts, redo = (*part.starts, part.stop), (*part.redo, again)
             for stop in np.flatnonzero(np.isfinite(bounds)).tolist():
@@ -176,26 +175,41 @@ class _Part:
     slowest: float
 
 
-def make_optimist(blocks: Blocks, rules: CutRules, prices: Prices) -> Optimist:
-    """Interval minima of one skeleton; `rules.recompute` are the values a stage may take."""
-    problem, table = blocks.problem, blocks.problem.table
-    num_blocks = problem.num_blocks
-    times, costs, memories = [], [], []
-    seconds, joules = _least_sends(problem)
-    in_flight = [
-        microbatches_in_flight(rules.num_stages - h, rules.num_stages, table.num_microbatches, rules.schedule)
-        for h in range(1, rules.num_stages + 1)
-    ]
-    for redo in rules.recompute:
-        times.append(_intervals(_pay(blocks, 1.0, 0.0, redo=redo)) + seconds[:, None])
-        cost = _intervals(_pay(blocks, prices.step_weight, prices.beta, redo=redo))
-        costs.append(cost + (prices.step_weight * seconds + prices.beta * joules)[:, None])
-        memories.append(_memory(blocks, in_flight, redo=redo))
-    limit = rules.memory_bytes * (1 + MEMORY_TOLERANCE)
-    empty = np.arange(num_blocks + 1)[None, :] <= np.arange(num_blocks)[:, None]
-    fits = tuple(np.array([m[h] <= limit for m in memories]) & ~empty for h in range(rules.num_stages))
+def make_optimist(problem: Problem, blocks: Sequence[Blocks], rules: CutRules, prices: Prices) -> Optimist:
+    """Interval minima of one skeleton; `rules.recompute` are the values a stage may take.
+
+    `blocks` are those of each type of a mixed cluster, else those of the one problem.
+    """
+    table, stages = problem.table, range(rules.num_stages)
+    made: dict[tuple[int, Link], tuple[Array, Array]] = {}
+    found = []
+    for stage in reversed(stages):
+        key = (rules.kinds[stage] if rules.kinds else 0), problem.link(rules.kinds, stage)
+        if key not in made:
+            made[key] = _minima(blocks[key[0]], rules.recompute, prices, key[1])
+        found.append(made[key])
+    in_flight = [microbatches_in_flight(k, rules.num_stages, table.num_microbatches, rules.schedule) for k in stages]
+    memories = [_memory(blocks[0], in_flight[::-1], redo=redo) for redo in rules.recompute]
+    empty = np.arange(problem.num_blocks + 1)[None, :] <= np.arange(problem.num_blocks)[:, None]
+    fits = tuple(
+        np.array([memory[h] <= limit * (1 + MEMORY_TOLERANCE) for memory in memories]) & ~empty
+        for h, limit in enumerate(reversed(rules.memory))
+    )
     slope = prices.step_weight * (table.num_microbatches - 1)
-    return Optimist(rules.recompute, np.array(times), np.array(costs), fits, slope, rules.schedule)
+    return Optimist(rules, tuple(time for time, _ in found), tuple(cost for _, cost in found), fits, slope)
+
+
+def _minima(blocks: Blocks, recompute: Sequence[bool], prices: Prices, link: Link) -> tuple[Array, Array]:
+    """Least seconds and cost of every interval, [recompute, start, stop], with `link` from the stage before."""
+    problem = blocks.problem
+    least = [float(np.min(c.bytes_by_choice[problem.kept[c.node]])) for c in problem.table.crossings]
+    seconds, joules = send_costs(problem, least, link)
+    sends = (prices.step_weight * seconds + prices.beta * joules)[:, None]
+    times, costs = [], []
+    for redo in recompute:
+        times.append(_intervals(_pay(blocks, 1.0, 0.0, redo=redo)) + seconds[:, None])
+        costs.append(_intervals(_pay(blocks, prices.step_weight, prices.beta, redo=redo)) + sends)
+    return np.array(times), np.array(costs)
 
 
 def pay_vectors(time_weight: float, energy_weight: float, *, redo: bool) -> tuple[Array, Array]:
@@ -241,16 +255,3 @@ def _intervals(per_block: Array) -> Array:
     prefix = np.concatenate([[0.0], np.cumsum(per_block[:-1])])
     result: Array = prefix[None, :] - prefix[:-1, None] + per_block[-1]
     return result
-
-
-def _least_sends(problem: Problem) -> tuple[Array, Array]:
-    """Least seconds (one microbatch) and joules (one step) of sends for a stage that starts at each block."""
-    table = problem.table
-    seconds, joules = np.zeros(problem.num_blocks), np.zeros(problem.num_blocks)
-    per_step = table.num_microbatches * table.mesh.num_devices
-    for crossing in table.crossings:
-        size = float(np.min(crossing.bytes_by_choice[problem.kept[crossing.node]]))
-        span = slice(crossing.producer_block + 1, crossing.last_block + 1)
-        seconds[span] += 2 * (table.p2p_latency_s + size * table.p2p_s_per_byte)
-        joules[span] += 2 * size * table.p2p_j_per_byte * per_step
-    return seconds, joules

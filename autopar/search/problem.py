@@ -11,18 +11,19 @@ dropped when the problem is made (arc consistency), so indices here are position
 
 Channels: TIME = forward + backward + step / M, REDO = forward (added by full recompute), ENERGY and REDO_ENERGY in
 joules per step of all devices of the stage, then STATE, ACTIVATION, BOUNDARY, LEAST_KEPT = min(ACTIVATION, BOUNDARY)
-and WORKSPACE in bytes.
+and WORKSPACE in bytes. On a mixed cluster (`ir.mixed`) the first four are those of type 0, and those of type 1, 2, ...
+follow after WORKSPACE, four by four (`pay_channels`); edges have the four of each type.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.ir.cost import Array, CostEdge, CostTable
+from autopar.ir.cost import Array, CostEdge, CostTable, Link
 from autopar.search.evaluate import SHARED, foreign_reads, redo_share
 from autopar.search.ilp import solve_ilp
 from autopar.search.reduce import Elimination, Network, Plan, back_substitute, core_network, make_plan, run_plan
@@ -37,13 +38,19 @@ TABLE_CAP = 12_000_000
 Index = NDArray[np.int64]
 
 
+def pay_channels(kind: int) -> tuple[int, int, int, int]:
+    """TIME, REDO, ENERGY and REDO_ENERGY of a type."""
+    first = NUM_CHANNELS + NUM_EDGE_CHANNELS * (kind - 1) if kind else 0
+    return first, first + 1, first + 2, first + 3
+
+
 @dataclass(frozen=True)
 class Weights:
     """Weights of one linear objective.
 
     Attributes:
-        blocks: [num_blocks + 1, NUM_WEIGHTS]; the last row weighs shared entries.
-        nodes: additional [NUM_WEIGHTS] per node index (a parameter that also exists elsewhere).
+        blocks: [num_blocks + 1, `Problem.num_weights`]; the last row weighs shared entries.
+        nodes: additional [num_weights] per node index (a parameter that also exists elsewhere).
         extra: additional cost per strategy of a node (crossings, workspace).
         constant: added to every value.
     """
@@ -64,7 +71,10 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Problem:
-    """See the module docstring. S = all kept strategies, P = all kept pairs of all edges."""
+    """See the module docstring. S = all kept strategies, P = all kept pairs of all edges.
+
+    On a mixed cluster `table` is that of type 0, `parts` are the problems of all types, and `links` join them.
+    """
 
     table: CostTable
     kept: tuple[Index, ...]
@@ -82,6 +92,8 @@ class Problem:
     plan: Plan
     foreign: tuple[tuple[int, int, tuple[int, ...]], ...]
     cache: dict[bytes, Optimum]
+    parts: tuple[Problem, ...] = ()
+    links: Mapping[tuple[int, int], Link] = field(default_factory=dict)
 
     @property
     def num_blocks(self) -> int:
@@ -90,6 +102,28 @@ class Problem:
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(len(k) for k in self.kept)
+
+    @property
+    def num_weights(self) -> int:
+        """Columns of `Weights.blocks`."""
+        return len(self.values) if self.parts else NUM_WEIGHTS
+
+    @property
+    def edge_channels(self) -> slice | Index:
+        """Columns of `Weights.blocks` that weigh edges."""
+        if not self.parts:
+            return slice(0, NUM_EDGE_CHANNELS)
+        return np.array([channel for kind in range(len(self.parts)) for channel in pay_channels(kind)], dtype=np.int64)
+
+    def part(self, kinds: Sequence[int], stage: int) -> Problem:
+        """The problem of one stage's type; `kinds` () where there is one type."""
+        return self.parts[kinds[stage]] if kinds else self
+
+    def link(self, kinds: Sequence[int], stage: int) -> Link:
+        """From the stage before (of stage 0: never used)."""
+        if kinds and stage and kinds[stage - 1] != kinds[stage]:
+            return self.links[kinds[stage - 1], kinds[stage]]
+        return self.part(kinds, stage).table.link
 
     @property
     def num_entries(self) -> int:
@@ -114,7 +148,7 @@ class Problem:
         unary = [flat[self.offsets[i] : self.offsets[i + 1]] for i in range(len(self.kept))]
         for node, cost in weights.extra.items():
             unary[node] += cost
-        edge_weight = self.edge_count @ weights.blocks[:, :NUM_EDGE_CHANNELS]
+        edge_weight = self.edge_count @ weights.blocks[:, self.edge_channels]
         edge_flat = np.zeros(self.edge_values.shape[1])
         for channel in np.flatnonzero(np.any(edge_weight != 0, axis=0)):
             edge_flat += edge_weight[self.edge_of, channel] * self.edge_values[channel]
@@ -156,7 +190,7 @@ class Problem:
         return run_plan(self.plan, self.network(weights))
 
     def block_totals(self, choice: Sequence[int]) -> Array:
-        """[NUM_CHANNELS, num_blocks + 1]: sums per block of every channel (workspace: maximum); last column shared."""
+        """[channel, num_blocks + 1]: sums per block of every channel (workspace: maximum); last column shared."""
         chosen = self.values[:, self.offsets[:-1] + np.asarray(choice, dtype=np.int64)]
         totals = chosen @ self.node_count
         present = self.node_count > 0
@@ -164,7 +198,7 @@ class Problem:
         if self.ends:
             width = np.array([len(self.kept[j]) for _, j in self.ends])
             at = np.array([choice[i] for i, _ in self.ends]) * width + np.array([choice[j] for _, j in self.ends])
-            totals[:NUM_EDGE_CHANNELS] += self.edge_values[:, self.edge_offsets[:-1] + at] @ self.edge_count
+            totals[self.edge_channels] += self.edge_values[:, self.edge_offsets[:-1] + at] @ self.edge_count
         return totals
 
     def sends(self, start: int) -> tuple[tuple[int, Array], ...]:
@@ -218,6 +252,20 @@ def make_problem(table: CostTable) -> Problem | None:
         plan=_plan(tuple(map(int, sizes)), scopes),
         foreign=foreign_reads(table),
         cache={},
+    )
+
+
+def join_problems(parts: Sequence[Problem], links: Mapping[tuple[int, int], Link]) -> Problem:
+    """The problem of a mixed cluster from those of its types, whose tables have the same structure."""
+    first = parts[0]
+    pays = [part.values[:NUM_EDGE_CHANNELS] for part in parts[1:]]
+    return replace(
+        first,
+        values=np.concatenate([first.values, *pays]),
+        edge_values=np.concatenate([part.edge_values for part in parts]),
+        cache={},
+        parts=tuple(parts),
+        links=links,
     )
 
 

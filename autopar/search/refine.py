@@ -13,6 +13,7 @@ The first three hold for every plan of the skeleton. The last two hold for those
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,8 +22,9 @@ from autopar.search.aim import Plane
 from autopar.search.bounds import LayoutBound, add_limits, make_layout_bound, tighten
 from autopar.search.branch import close_gap
 from autopar.search.cuts import CutRules, Prices, best_cuts
-from autopar.search.evaluate import MEMORY_TOLERANCE, Layout, evaluate
-from autopar.search.optimist import make_optimist, pay_vectors
+from autopar.search.evaluate import MEMORY_TOLERANCE, Figures, Layout, evaluate
+from autopar.search.kinds import MixedIdeal, price_kinds, time_weights
+from autopar.search.optimist import Blocks, make_optimist, pay_vectors
 from autopar.search.problem import Problem, Weights
 from autopar.search.ranges import Stack, price_range
 from autopar.search.relax import (
@@ -77,12 +79,21 @@ class Refiner:
 
     def relax(self, prices: Prices) -> Relaxation:
         skeleton, space = self.skeleton, self.space
-        memory = float(space.device.memory_bytes)
+        memory = statistics.fmean(space.memory(skeleton))
         return Relaxation(self.problem, skeleton.num_stages, skeleton.mode, space.schedule, prices, memory)
 
     def rules(self) -> CutRules:
         skeleton, space = self.skeleton, self.space
-        return CutRules(skeleton.num_stages, space.schedule, MODES[skeleton.mode], float(space.device.memory_bytes))
+        memory = space.memory(skeleton)
+        return CutRules(skeleton.num_stages, space.schedule, MODES[skeleton.mode], memory, skeleton.kinds)
+
+    def figures(self, layout: Layout, choice: tuple[int, ...]) -> Figures:
+        """Exact figures; `choice` indexes the table's strategies."""
+        return evaluate(self.problem.table, self.space.device, layout, choice)
+
+    def blocks(self) -> tuple[Blocks, ...]:
+        """Blocks of the problem, one entry per type of device."""
+        return (self.space.blocks(self.problem),)
 
     def offer(self, relax: Relaxation, choice: tuple[int, ...]) -> float:
         """Make the best plan of these shardings in this direction; returns the horizon."""
@@ -94,8 +105,8 @@ class Refiner:
         if found is not None:
             layout = found[1]
             original = relax.problem.original(choice)
-            figures = evaluate(relax.problem.table, space.device, layout, original)
-            if figures.fits(relax.memory_bytes) and math.isfinite(figures.time_s):
+            figures = self.figures(layout, original)
+            if figures.fits(space.memory(self.skeleton)) and math.isfinite(figures.time_s):
                 mode = "mixed" if len(set(layout.recompute)) > 1 else "full" if layout.recompute[0] else "none"
                 self.asker.met(Plan(replace(self.skeleton, mode=mode), layout, original, figures))
         return self.asker.horizon(relax.prices)
@@ -153,7 +164,7 @@ class Refiner:
         closed in the direction of `natural` under the question's limits.
         """
         horizon = self.asker.horizon
-        optimist = make_optimist(self.space.blocks(relax.problem), self.rules(), relax.prices)
+        optimist = make_optimist(relax.problem, self.blocks(), self.rules(), relax.prices)
         bound = optimist.bound()
         if bound >= horizon(relax.prices):
             return [Plane(relax.prices, bound)]
@@ -185,7 +196,7 @@ class Refiner:
         return bound
 
     def _layout_bound(self, relax: Relaxation, layout: Layout) -> LayoutBound:
-        work = make_layout_bound(relax.problem, layout, relax.prices, relax.memory_bytes)
+        work = make_layout_bound(relax.problem, layout, relax.prices, self.space.memory(self.skeleton))
         limits = self.asker.limits()
         if limits:
             add_limits(work, layout, limits)
@@ -235,9 +246,12 @@ def ideal_bounds(space: Space, skeleton: Skeleton, prices: Prices) -> tuple[floa
     ideal = space.ideal
     if ideal is None:
         return -math.inf, -math.inf
-    if not ideal.fits(skeleton, space.device.memory_bytes * (1 + MEMORY_TOLERANCE)):
+    if not ideal.fits(skeleton, statistics.fmean(space.memory(skeleton)) * (1 + MEMORY_TOLERANCE)):
         return math.inf, math.inf
     waits, scale = skeleton.num_microbatches - 1, space.ideal_scale
+    if isinstance(ideal, MixedIdeal):
+        bound = scale * ideal.spread(skeleton, prices)
+        return bound, bound
     weight, beta = prices.step_weight, prices.beta
     spread = scale * ideal.pay(skeleton, weight * (1 + waits / skeleton.num_stages), beta)
     if waits == 0 or skeleton.num_stages == 1 or weight == 0:
@@ -251,7 +265,7 @@ def coarser_bound(space: Space, skeleton: Skeleton, prices: Prices) -> float:
         return -math.inf
     made = [
         (count, problem)
-        for (sizes, count), problem in space.problems.items()
+        for (sizes, count), problem in (space.joints if skeleton.kinds else space.problems).items()
         if sizes == skeleton.sizes
         and problem is not None
         and count < skeleton.num_microbatches
@@ -271,6 +285,11 @@ def _coarser(space: Space, skeleton: Skeleton, prices: Prices, count: int, probl
     stages, redo = skeleton.num_stages, skeleton.mode == "full"
     factor = (1 + (skeleton.num_microbatches - 1) / stages) * count / skeleton.num_microbatches
     weight = prices.step_weight * factor
+    if space.mixed is not None:
+        shrunk = prices.step_weight * count / skeleton.num_microbatches
+        weights = time_weights(skeleton, space.mixed.speeds, shrunk)
+        network, pay = price_kinds(problem, skeleton.kinds, weights, prices.beta, redo=redo)
+        return network.least(pay)
     if skeleton.clocks != (0, 0):
         stack = space.stack(skeleton.sizes, count)
         if stack is None:

@@ -286,7 +286,7 @@ def _level_of(name: str) -> Callable[[Reached], float]:
 
 def _reached(question: Question, plan: Plan, bound: float) -> Reached:
     space, skeleton, limits = question.space, plan.skeleton, question.limits
-    aim, dynamic_j = question.aim(skeleton.num_gpus), question.space.dynamic_j(plan)
+    aim, dynamic_j = question.aim_of(skeleton), question.space.dynamic_j(plan)
     time_s = aim.paced_s(plan.figures.time_s, dynamic_j)
     problem = space.uncapped(skeleton.sizes, skeleton.num_microbatches, skeleton.clocks[0])
     highest_w = 0.0 if problem is None else peak_w(problem.table, plan.choice)

@@ -7,8 +7,8 @@ For stages k with full recompute rho_k in {0, 1} and in_flight_k microbatches:
     memory row k STATE + in_flight_k * (ACTIVATION or BOUNDARY) + rho_k * ACTIVATION of block b + WORKSPACE of node i
                  <= memory, one row for every choice of (b, i): their maximum is the stage's memory
 
-Shared entries are paid by every stage and never computed again. Values sent at a stage's start add their price to the
-node that fixes their placement.
+TIME, REDO, ENERGY and REDO_ENERGY are those of the stage's type. Shared entries are paid by every stage and never
+computed again. Values sent at a stage's start add their price to the node that fixes their placement.
 """
 
 from __future__ import annotations
@@ -25,15 +25,11 @@ from autopar.search.evaluate import SHARED, Layout
 from autopar.search.problem import (
     ACTIVATION,
     BOUNDARY,
-    ENERGY,
-    NUM_WEIGHTS,
-    REDO,
-    REDO_ENERGY,
     STATE,
-    TIME,
     WORKSPACE,
     Problem,
     Weights,
+    pay_channels,
 )
 
 WORKSPACES_PER_ROW = 6
@@ -52,9 +48,9 @@ class LinearRow:
 
 def value_of(problem: Problem, weights: Weights, choice: Sequence[int], totals: Array) -> float:
     """weights(choice); `totals` are `problem.block_totals(choice)`."""
-    value = weights.constant + float(np.sum(weights.blocks * totals[:NUM_WEIGHTS].T))
+    value = weights.constant + float(np.sum(weights.blocks * totals[: weights.blocks.shape[1]].T))
     for node, vector in weights.nodes.items():
-        value += float(vector @ problem.values[:NUM_WEIGHTS, problem.offsets[node] + choice[node]])
+        value += float(vector @ problem.values[: len(vector), problem.offsets[node] + choice[node]])
     return value + sum(float(cost[choice[node]]) for node, cost in weights.extra.items())
 
 
@@ -83,7 +79,7 @@ def sum_arrays(arrays: Sequence[Array]) -> Array:
 
 def _stage_weights(problem: Problem, layout: Layout, stage: int, own: Array, shared: Array) -> Weights:
     """Every entry that stage `stage` pays, with channel weights `own` (blocks, foreign parameters) and `shared`."""
-    blocks = np.zeros((problem.num_blocks + 1, NUM_WEIGHTS))
+    blocks = np.zeros((problem.num_blocks + 1, problem.num_weights))
     start, stop = layout.starts[stage], layout.stop(stage)
     blocks[start:stop] = own
     blocks[SHARED] = shared
@@ -95,30 +91,34 @@ def _stage_weights(problem: Problem, layout: Layout, stage: int, own: Array, sha
 
 
 def _sends(problem: Problem, layout: Layout, stage: int, time_weight: float, energy_weight: float) -> Weights:
-    table = problem.table
+    table, link = problem.table, problem.link(layout.kinds, stage)
     extra: dict[int, Array] = {}
     constant = 0.0
     per_step = table.num_microbatches * table.mesh.num_devices
     start = layout.starts[stage]
     for node, size in problem.sends(start) if stage else ():
-        cost = size * (2 * time_weight * table.p2p_s_per_byte + 2 * energy_weight * per_step * table.p2p_j_per_byte)
+        cost = size * (2 * time_weight * link.s_per_byte + 2 * energy_weight * per_step * link.j_per_byte)
         extra[node] = extra.get(node, 0.0) + cost
-        constant += 2 * time_weight * table.p2p_latency_s
-    return Weights(np.zeros((problem.num_blocks + 1, NUM_WEIGHTS)), {}, extra, constant)
+        constant += 2 * time_weight * link.latency_s
+    return Weights(np.zeros((problem.num_blocks + 1, problem.num_weights)), {}, extra, constant)
 
 
-def _time_vectors(redo: bool, time_weight: float, energy_weight: float) -> tuple[Array, Array]:
-    own, shared = np.zeros(NUM_WEIGHTS), np.zeros(NUM_WEIGHTS)
-    own[TIME] = shared[TIME] = time_weight
-    own[ENERGY] = shared[ENERGY] = energy_weight
-    if redo:
-        own[REDO], own[REDO_ENERGY] = time_weight, energy_weight
+def _time_vectors(
+    problem: Problem, layout: Layout, stage: int, time_weight: float, energy_weight: float
+) -> tuple[Array, Array]:
+    """Channel weights of a stage's own and shared entries, in the channels of its type."""
+    own, shared = np.zeros(problem.num_weights), np.zeros(problem.num_weights)
+    seconds, redo_s, joules, redo_j = pay_channels(layout.kinds[stage] if layout.kinds else 0)
+    own[seconds] = shared[seconds] = time_weight
+    own[joules] = shared[joules] = energy_weight
+    if layout.recompute[stage]:
+        own[redo_s], own[redo_j] = time_weight, energy_weight
     return own, shared
 
 
 def stage_cost(problem: Problem, layout: Layout, stage: int, time_weight: float, energy_weight: float) -> Weights:
     """time_weight * t'_k + energy_weight * joules of stage k."""
-    own, shared = _time_vectors(layout.recompute[stage], time_weight, energy_weight)
+    own, shared = _time_vectors(problem, layout, stage, time_weight, energy_weight)
     return combine([
         (1.0, _stage_weights(problem, layout, stage, own, shared)),
         (1.0, _sends(problem, layout, stage, time_weight, energy_weight)),
@@ -140,7 +140,7 @@ def time_rows(problem: Problem, layout: Layout) -> list[LinearRow]:
 def state_row(problem: Problem, layout: Layout, stage: int, memory_bytes: float) -> LinearRow:
     """The part of stage k's memory that is a sum: state and what the microbatches in flight keep."""
     in_flight = microbatches_in_flight(stage, layout.num_stages, problem.table.num_microbatches, layout.schedule)
-    own = np.zeros(NUM_WEIGHTS)
+    own = np.zeros(problem.num_weights)
     own[STATE] = 1.0
     own[BOUNDARY if layout.recompute[stage] else ACTIVATION] = in_flight
     return LinearRow(_stage_weights(problem, layout, stage, own, own), memory_bytes, 0.0, (1, stage))

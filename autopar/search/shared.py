@@ -18,12 +18,14 @@ import numpy as np
 
 from autopar.ir.cost import CostEdge, CostNode, CostTable, Device, TableSource
 from autopar.ir.mesh import stage_mesh
+from autopar.ir.mixed import MixedSource
 from autopar.search.aim import Plane
 from autopar.search.cuts import Prices
 from autopar.search.evaluate import Figures, Layout, fixed_power_w
 from autopar.search.first import FirstBounds
+from autopar.search.kinds import MixedIdeal
 from autopar.search.optimist import Blocks
-from autopar.search.problem import Problem, make_problem
+from autopar.search.problem import Problem, Weights, join_problems, make_problem
 from autopar.search.ranges import Stack, make_stack
 from autopar.search.space import FEW_TABLES, IdealBound, Skeleton, Skeletons
 
@@ -66,6 +68,8 @@ class Space:
     stacks: dict[tuple[tuple[int, ...], int], Stack | None] = field(default_factory=dict)
     leaves: dict[tuple[tuple[int, ...], int, int], Problem | None] = field(default_factory=dict)
     capped: dict[tuple[tuple[int, ...], int, int, int], Problem | None] = field(default_factory=dict)
+    joints: dict[tuple[tuple[int, ...], int], Problem | None] = field(default_factory=dict)
+    priced: dict[tuple[object, ...], tuple[Problem, Weights]] = field(default_factory=dict)
     parts: dict[int, Blocks] = field(default_factory=dict)
     planes: dict[Skeleton, list[Plane]] = field(default_factory=dict)
     met: list[Plan] = field(default_factory=list)
@@ -78,9 +82,10 @@ class Space:
     coarser_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        mixed = self.mixed
         if self.skeletons.num_tables > FEW_TABLES:
-            self.ideal = IdealBound(self.source)
-        if self.ideal is not None:
+            self.ideal = IdealBound(self.source) if mixed is None else MixedIdeal(mixed)
+        if self.ideal is not None and mixed is None:
             self.first = FirstBounds(self.skeletons, self.ideal, float(self.device.memory_bytes), self.schedule)
 
     @property
@@ -91,8 +96,22 @@ class Space:
     def out_of_time(self) -> bool:
         return self.deadline_s is not None and time.monotonic() > self.deadline_s
 
-    def fixed_w(self, num_gpus: int) -> float:
+    @property
+    def mixed(self) -> MixedSource | None:
+        """The source where the cluster has several types."""
+        return self.source if isinstance(self.source, MixedSource) else None
+
+    def fixed_w(self, num_gpus: int, kinds: tuple[int, ...] = ()) -> float:
+        """Blocked power of so many devices, evenly over stages of these types, and of their hosts."""
+        if self.mixed is not None and kinds:
+            return self.mixed.fixed_w(kinds, num_gpus // len(kinds))
         return fixed_power_w(self.device, num_gpus)
+
+    def memory(self, skeleton: Skeleton) -> tuple[float, ...]:
+        """Bytes of one device of every stage."""
+        if self.mixed is not None and skeleton.kinds:
+            return self.mixed.memory_bytes(skeleton.kinds)
+        return (float(self.device.memory_bytes),) * skeleton.num_stages
 
     def base(self, sizes: tuple[int, ...], num_microbatches: int) -> Problem | None:
         """The problem of a table at the highest clock."""
@@ -124,6 +143,8 @@ class Space:
 
     def problem(self, skeleton: Skeleton) -> Problem | None:
         """The problem of a leaf without what breaks the peak power limit; None: nothing is admissible."""
+        if self.mixed is not None and skeleton.kinds:
+            return self.joint(skeleton.sizes, skeleton.num_microbatches)
         first = skeleton.clocks[0]
         problem = self.uncapped(skeleton.sizes, skeleton.num_microbatches, first)
         if problem is None or self.peak_power_w is None:
@@ -134,19 +155,29 @@ class Space:
             self.capped[key] = below_power(problem, free_w / skeleton.num_gpus) if free_w >= 0 else None
         return self.capped[key]
 
+    def joint(self, sizes: tuple[int, ...], num_microbatches: int) -> Problem | None:
+        """The problem of all types of a mixed cluster."""
+        key = (sizes, num_microbatches)
+        if key not in self.joints and self.mixed is not None:
+            tables = self.mixed.tables(stage_mesh(*sizes), num_microbatches) or ()
+            parts = [problem for table in tables if (problem := make_problem(table)) is not None]
+            self.joints[key] = join_problems(parts, self.mixed.links) if parts else None
+        return self.joints[key]
+
     def blocks(self, problem: Problem) -> Blocks:
         return self.parts.setdefault(id(problem), Blocks(problem))
 
     def dynamic_j(self, plan: Plan) -> float:
         """Energy of a plan above the fixed power of its devices and hosts, joules per step."""
-        return plan.figures.energy_j - self.fixed_w(plan.skeleton.num_gpus) * plan.figures.time_s
+        fixed_w = self.fixed_w(plan.skeleton.num_gpus, plan.skeleton.kinds)
+        return plan.figures.energy_j - fixed_w * plan.figures.time_s
 
     def record(self, plan: Plan) -> None:
         """Keep the plan unless one met beats it."""
         rank = (plan.figures.time_s, self.dynamic_j(plan))
         kept = []
         for other in self.met:
-            if other.skeleton.num_gpus == plan.skeleton.num_gpus:
+            if other.skeleton.num_gpus == plan.skeleton.num_gpus and other.skeleton.kinds == plan.skeleton.kinds:
                 known = (other.figures.time_s, self.dynamic_j(other))
                 if known[0] <= rank[0] and known[1] <= rank[1]:
                     return

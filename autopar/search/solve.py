@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from autopar.errors import InputError, SolverLimitError
 from autopar.ir.cost import CostTable, TableSource
+from autopar.ir.mixed import MixedSource
 from autopar.ir.pipeline import SCHEDULES
 from autopar.ir.solution import RECOMPUTE, Alternative, Decisions, Limits, Objective, Pins, Solution
 from autopar.search.evaluate import fixed_power_w
@@ -66,6 +68,7 @@ def search(
     started = time.monotonic()
     check_request(pins, gap_tolerance)
     limits = Limits() if limits is None else limits
+    check_limits(tables, limits)
     skeletons = list_skeletons(
         tables,
         pins,
@@ -84,7 +87,7 @@ def search(
             raise SolverLimitError(f"no plan found within {time_limit_s} s; allow more time or pin more choices")
         raise no_plan_error(space, pins, limits, skeletons, use_all=use_all, max_microbatches=max_microbatches)
     solution = solution_of(question, gap_tolerance, time.monotonic() - started)
-    if not untied:
+    if not untied or space.mixed is not None:
         return solution
     parts = {**solution.gap_parts, "tying": further_gap(solution, untied_bound(space, question))}
     return replace(solution, gap_parts=parts, wall_s=time.monotonic() - started)
@@ -115,7 +118,7 @@ def solution_of(question: Question, gap_tolerance: float, wall_s: float) -> Solu
     space, plan = question.space, question.plan
     if plan is None:
         raise ValueError("a question without a plan has no solution")
-    aim = question.aim(plan.skeleton.num_gpus)
+    aim = question.aim_of(plan.skeleton)
     time_s = aim.paced_s(plan.figures.time_s, space.dynamic_j(plan))
     value = question.value
     bound = min([*question.bounds.values(), value])
@@ -152,17 +155,29 @@ def check_request(pins: Pins, gap_tolerance: float) -> None:
             raise InputError(f"{name}={value} is below 1")
 
 
+def check_limits(tables: TableSource, limits: Limits) -> None:
+    """Raises InputError for a limit that the cluster does not support."""
+    if isinstance(tables, MixedSource) and limits.peak_power_w is not None:
+        raise InputError("a peak power limit is for clusters of one type of GPU; --power-cap limits the average")
+
+
 def decisions_of(space: Space, plan: Plan) -> Decisions:
     """Spell a plan out by op, value and parameter name."""
     clock = plan.skeleton.clocks[0]
     problem = space.uncapped(plan.skeleton.sizes, plan.skeleton.num_microbatches, clock)
     if problem is None:
         raise SolverLimitError("the table of the chosen mesh is gone")
-    return spell_out(problem.table, plan, space.schedule, space.source.clocks_hz[clock] if clock else 0.0)
+    clock_hz = space.source.clocks_hz[clock] if clock else 0.0
+    return spell_out(problem.table, plan, space.schedule, clock_hz, _names(space))
 
 
-def spell_out(table: CostTable, plan: Plan, schedule: str, clock_hz: float = 0.0) -> Decisions:
-    """Decisions of a choice of strategies: every concrete op, hub and parameter of tied nodes gets its own entry."""
+def spell_out(
+    table: CostTable, plan: Plan, schedule: str, clock_hz: float = 0.0, names: Sequence[str] = ()
+) -> Decisions:
+    """Decisions of a choice of strategies: every concrete op, hub and parameter of tied nodes gets its own entry.
+
+    `names` are those of the types of a mixed cluster.
+    """
     found: dict[str, dict[str, object]] = {"op": {}, "hub": {}, "param": {}}
     for node, p in zip(table.nodes, plan.choice, strict=True):
         for name in node.names:
@@ -172,7 +187,7 @@ def spell_out(table: CostTable, plan: Plan, schedule: str, clock_hz: float = 0.0
         mesh=table.mesh,
         num_microbatches=table.num_microbatches,
         schedule=schedule,
-        stages=plan.layout.choices(clock_hz),
+        stages=plan.layout.choices(clock_hz, names),
         ops=ordered["op"],  # type: ignore[arg-type]
         hubs=ordered["hub"],  # type: ignore[arg-type]
         parameters=ordered["param"],  # type: ignore[arg-type]
@@ -194,7 +209,7 @@ def _alternatives(question: Question, best: Plan) -> tuple[Alternative, ...]:
     found: dict[tuple[tuple[int, ...], int], tuple[float, Plan]] = {}
     for value, plan in sorted(question.plans.values(), key=lambda entry: (entry[0], entry[1].skeleton)):
         found.setdefault((plan.skeleton.sizes, plan.skeleton.num_stages), (value, plan))
-    chosen = (best.skeleton.sizes, best.skeleton.num_stages)
+    chosen, names = (best.skeleton.sizes, best.skeleton.num_stages), _names(question.space)
     listed = []
     for key, (value, plan) in found.items():
         if key == chosen:
@@ -202,7 +217,7 @@ def _alternatives(question: Question, best: Plan) -> tuple[Alternative, ...]:
         worse = value / question.value - 1 if question.value else 0.0
         listed.append(
             Alternative(
-                plan.skeleton.describe(),
+                plan.skeleton.describe(names),
                 plan.figures.time_s,
                 plan.figures.energy_j,
                 value,
@@ -210,11 +225,16 @@ def _alternatives(question: Question, best: Plan) -> tuple[Alternative, ...]:
                 f"{worse:.1%} worse than the plan chosen",
             )
         )
-    unmet = _unmet(question.bounds, {key[1] for key in found})
+    unmet = _unmet(question.bounds, {key[1] for key in found}, names)
     return tuple(listed[: NUM_ALTERNATIVES - len(unmet)] + unmet)
 
 
-def _unmet(bounds: dict[Skeleton, float], seen: set[int]) -> list[Alternative]:
+def _names(space: Space) -> tuple[str, ...]:
+    """Of the types of a mixed cluster."""
+    return () if space.mixed is None else space.mixed.names
+
+
+def _unmet(bounds: dict[Skeleton, float], seen: set[int], names: Sequence[str]) -> list[Alternative]:
     """For numbers of stages without any plan met: the skeleton of least bound, and why nothing came of it."""
     least: dict[int, Skeleton] = {}
     for skeleton, bound in sorted(bounds.items(), key=lambda entry: (entry[1], entry[0])):
@@ -225,5 +245,5 @@ def _unmet(bounds: dict[Skeleton, float], seen: set[int]) -> list[Alternative]:
         bound = bounds[skeleton]
         fits = math.isfinite(bound)
         reason = "no plan of it can beat its bound" if fits else "no plan of it fits"
-        listed.append(Alternative(skeleton.describe(), None, None, None, bound if fits else None, reason))
+        listed.append(Alternative(skeleton.describe(names), None, None, None, bound if fits else None, reason))
     return listed

@@ -11,6 +11,8 @@ divisors of a power of two stay), at most `max_microbatches` (default 128). A ta
 
 Recompute mode: `none`, `full` (all stages), or `mixed` (at least one stage of each kind; K >= 2).
 
+On a mixed cluster (`ir.mixed`) a skeleton also says on which type each stage lies.
+
 `IdealBound` bounds a skeleton from one-device tables alone. It assumes that a shard of 1/n of an op (or a microbatch
 of 1/n of the samples) takes at least 1/n of its time and energy, and that an axis whose size divides no dim of an op
 splits nothing. It is used only where more than `FEW_TABLES` tables would be needed; below that no assumption is made.
@@ -20,6 +22,7 @@ scaled down by the ratio seen (`stages`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ from autopar.errors import InputError
 from autopar.ir.cost import Array, TableSource
 from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh, stage_mesh
+from autopar.ir.mixed import MixedSource
 from autopar.ir.solution import Pins
 from autopar.search.evaluate import redo_share
 
@@ -50,7 +54,8 @@ class Skeleton:
     """One corner of the space; `order` makes ties deterministic.
 
     `clocks` is a range, first to last inclusive, of indices into the source's `clocks_hz`: all stages run at one of
-    them. A range of one is a leaf; a longer one stands for all its leaves and is split by the search.
+    them. A range of one is a leaf; a longer one stands for all its leaves and is split by the search. `kinds` are the
+    types of the stages on a mixed cluster, else ().
     """
 
     num_stages: int
@@ -58,6 +63,7 @@ class Skeleton:
     num_microbatches: int
     mode: str
     clocks: tuple[int, int] = (0, 0)
+    kinds: tuple[int, ...] = ()
 
     @property
     def mesh(self) -> StageMesh:
@@ -67,9 +73,12 @@ class Skeleton:
     def num_gpus(self) -> int:
         return self.num_stages * math.prod(self.sizes)
 
-    def describe(self) -> str:
+    def describe(self, names: Sequence[str] = ()) -> str:
+        """In words; `names` are those of the types."""
         mesh = " x ".join(f"{axis.name}={axis.size}" for axis in self.mesh.axes)
-        return f"{mesh}, pp={self.num_stages}, microbatches={self.num_microbatches}, recompute={self.mode}"
+        runs = [(names[kind], len(list(same))) for kind, same in itertools.groupby(self.kinds if names else ())]
+        types = "".join(f", {count} on {name}" for name, count in runs)
+        return f"{mesh}, pp={self.num_stages}, microbatches={self.num_microbatches}, recompute={self.mode}{types}"
 
 
 def microbatch_counts(batch_size: int, max_microbatches: int | None, pinned: int | None) -> tuple[int, ...]:
@@ -114,7 +123,8 @@ class Skeletons(Sequence[Skeleton]):
 
     Attributes:
         meshes: every mesh that occurs.
-        stages, mesh_index, counts, modes: [skeleton]; modes are positions in `MODES`.
+        stages, mesh_index, counts, modes, kinds_index: [skeleton]; modes are positions in `MODES`.
+        types: every sequence of types of stages that occurs; () alone where there is one type.
     """
 
     meshes: tuple[tuple[int, ...], ...]
@@ -122,7 +132,9 @@ class Skeletons(Sequence[Skeleton]):
     mesh_index: Index
     counts: Index
     modes: Index
+    kinds_index: Index
     clocks: tuple[int, int]
+    types: tuple[tuple[int, ...], ...] = ((),)
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -137,13 +149,14 @@ class Skeletons(Sequence[Skeleton]):
         if isinstance(index, slice):
             return tuple(self[i] for i in range(len(self))[index])
         sizes, count = self.meshes[self.mesh_index[index]], int(self.counts[index])
-        return Skeleton(int(self.stages[index]), sizes, count, MODE_NAMES[self.modes[index]], self.clocks)
+        kinds = self.types[self.kinds_index[index]]
+        return Skeleton(int(self.stages[index]), sizes, count, MODE_NAMES[self.modes[index]], self.clocks, kinds)
 
     def only(self, keep: Callable[[Skeleton], bool]) -> Skeletons:
         """Those that pass a test."""
         kept = np.array([i for i, skeleton in enumerate(self) if keep(skeleton)], dtype=np.int64)
-        arrays = (self.stages[kept], self.mesh_index[kept], self.counts[kept], self.modes[kept])
-        return Skeletons(self.meshes, *arrays, self.clocks)
+        arrays = (self.stages[kept], self.mesh_index[kept], self.counts[kept], self.modes[kept], self.kinds_index[kept])
+        return Skeletons(self.meshes, *arrays, self.clocks, self.types)
 
     @property
     def num_tables(self) -> int:
@@ -199,8 +212,9 @@ def list_skeletons(
     if pins.dp is not None and source.graph.batch_size % pins.dp:
         raise InputError(f"the batch of {source.graph.batch_size} samples does not divide over dp={pins.dp}")
     stages = [pins.pp] if pins.pp is not None else range(1, min(num_blocks, num_gpus) + 1)
-    found: list[tuple[int, int, int, int]] = []
+    found: list[tuple[int, int, int, int, int]] = []
     useful, index = useful_sizes(source.graph, num_gpus), dict[tuple[int, ...], int]()
+    types: dict[tuple[int, ...], int] = {} if isinstance(source, MixedSource) else {(): 0}
     for num_stages in stages:
         if use_all and num_gpus % num_stages:
             continue
@@ -209,13 +223,17 @@ def list_skeletons(
         rest = [(count, MODE_NAMES.index(name)) for count in counts for name in names]
         for sizes in _meshes(useful, limit, source.graph.batch_size, pins, exactly=use_all):
             mesh = index.setdefault(sizes, len(index))
-            found += [(num_stages, mesh, *pair) for pair in rest]
+            if isinstance(source, MixedSource):
+                every = [types.setdefault(t, len(types)) for t in source.arrangements(num_stages, math.prod(sizes))]
+                found += [(num_stages, mesh, *pair, kinds) for pair in rest for kinds in every]
+            else:
+                found += [(num_stages, mesh, *pair, 0) for pair in rest]
     if not found:
         raise InputError(_empty_space(num_gpus, pins, use_all=use_all))
     if pins.pp is not None and pins.pp > num_blocks:
         raise InputError(f"pp={pins.pp}, but the model has only {num_blocks} blocks to put on stages")
-    num_stages_of, mesh_of, count_of, mode_of = np.array(found, dtype=np.int64).T
-    return Skeletons(tuple(index), num_stages_of, mesh_of, count_of, mode_of, clocks)
+    num_stages_of, mesh_of, count_of, mode_of, kinds_of = np.array(found, dtype=np.int64).T
+    return Skeletons(tuple(index), num_stages_of, mesh_of, count_of, mode_of, kinds_of, clocks, tuple(types))
 
 
 def _empty_space(num_gpus: int, pins: Pins, *, use_all: bool) -> str:
@@ -289,6 +307,15 @@ class IdealBound:
             blocks = (base.time_s[skeleton.clocks[0]] / self.split(skeleton.sizes, base)) @ base.count
             self._slowest[key] = least_bottleneck(blocks, skeleton.num_stages)
         return self._slowest[key]
+
+    def node_figures(self, skeleton: Skeleton) -> tuple[Array, Array, Array] | None:
+        """Least seconds and joules of every node at the highest clock, and [node, block] how often it occurs."""
+        base = self.one_device(skeleton.num_microbatches)
+        if base is None:
+            return None
+        again = 1.0 if skeleton.mode == "full" else 0.0
+        seconds = (base.time_s[0] + again * base.redo_s[0]) / self.split(skeleton.sizes, base)
+        return seconds, base.energy_j[0] + again * base.redo_j[0], base.count
 
     def split(self, sizes: tuple[int, ...], base: OneDevice) -> Array:
         """[node], into how many parts a mesh splits each."""

@@ -23,6 +23,7 @@ from autopar.search.aim import Aim, Plane
 from autopar.search.cuts import Prices
 from autopar.search.evaluate import Layout
 from autopar.search.first import waiting
+from autopar.search.mixed import make_refiner
 from autopar.search.ranges import Stack
 from autopar.search.refine import Asker, Limited, Refiner, coarser_bound, ideal_bounds, range_bound
 from autopar.search.shared import Plan, Space
@@ -78,7 +79,7 @@ class Question:
     effort: float = 0.0
     most_layouts: int | None = None
     num_layouts: int = 0
-    aims: dict[int, Aim] = field(default_factory=dict)
+    aims: dict[tuple[int, tuple[int, ...]], Aim] = field(default_factory=dict)
     assumed: dict[tuple[Skeleton, Prices], float] = field(default_factory=dict)
 
     @property
@@ -86,14 +87,19 @@ class Question:
         """A bound at least this high closes a skeleton."""
         return self.value * (1 - self.space.tolerance) if math.isfinite(self.value) else math.inf
 
-    def aim(self, num_gpus: int) -> Aim:
-        if num_gpus not in self.aims:
-            self.aims[num_gpus] = Aim(self.objective, self.limits, num_gpus, self.space.fixed_w(num_gpus))
-        return self.aims[num_gpus]
+    def aim(self, num_gpus: int, kinds: tuple[int, ...] = ()) -> Aim:
+        """Of plans on so many devices; on a mixed cluster with stages of these types."""
+        key = num_gpus, kinds
+        if key not in self.aims:
+            self.aims[key] = Aim(self.objective, self.limits, num_gpus, self.space.fixed_w(*key))
+        return self.aims[key]
+
+    def aim_of(self, skeleton: Skeleton) -> Aim:
+        return self.aim(skeleton.num_gpus, skeleton.kinds)
 
     def value_of(self, plan: Plan) -> float:
         """Objective of a plan, inf where it breaks a limit."""
-        return self.aim(plan.skeleton.num_gpus).value(plan.figures.time_s, self.space.dynamic_j(plan))
+        return self.aim_of(plan.skeleton).value(plan.figures.time_s, self.space.dynamic_j(plan))
 
     def run(self) -> Answer:
         """Best-first over all skeletons."""
@@ -172,11 +178,11 @@ class Question:
         return self.space.planes.setdefault(skeleton, [])
 
     def _bound(self, skeleton: Skeleton, more: list[Plane]) -> float:
-        return self.aim(skeleton.num_gpus).bound(self._relevant(skeleton) + more)
+        return self.aim_of(skeleton).bound(self._relevant(skeleton) + more)
 
     def _relevant(self, skeleton: Skeleton) -> list[Plane]:
         """Planes made so far; of a plain question only its own direction matters."""
-        aim, planes = self.aim(skeleton.num_gpus), self._planes(skeleton)
+        aim, planes = self.aim_of(skeleton), self._planes(skeleton)
         return [p for p in planes if p.prices == aim.natural] if aim.is_plain else list(planes)
 
     def _first(self) -> Array:
@@ -192,20 +198,20 @@ class Question:
 
     def _known(self, skeleton: Skeleton) -> float:
         """What earlier questions found out, where a question is plain (`_quick` looks for itself)."""
-        if not self.aim(skeleton.num_gpus).is_plain:
+        if not self.aim_of(skeleton).is_plain:
             return -math.inf
         return max((plane.level for plane in self._relevant(skeleton)), default=-math.inf)
 
     def _quick(self, skeleton: Skeleton) -> float:
         """A first bound without any corner: the objective's own direction, and whether a limit is out of reach."""
         planes = [*self._ideal_planes(skeleton), *self._relevant(skeleton)]
-        return self.aim(skeleton.num_gpus).quick(planes) if planes else -math.inf
+        return self.aim_of(skeleton).quick(planes) if planes else -math.inf
 
     def _ideal_planes(self, skeleton: Skeleton) -> tuple[Plane, ...]:
         space = self.space
         if space.ideal is None:
             return ()
-        probes = self.aim(skeleton.num_gpus).probes
+        probes = self.aim_of(skeleton).probes
         key = (skeleton, probes, space.ideal_scale)
         if key not in space.ideal_planes:
             found = (Plane(prices, max(ideal_bounds(space, skeleton, prices))) for prices in probes)
@@ -221,7 +227,7 @@ class Question:
         problem = self.space.problem(skeleton)
         if problem is None:
             return math.inf
-        refiner = Refiner(self.space, skeleton, problem, self._asker(skeleton))
+        refiner = make_refiner(self.space, skeleton, problem, self._asker(skeleton))
         if level == 1:
             return self._planes_of(skeleton, lambda p: self._table(refiner, p))
         if level == 3 and self.most_layouts is not None and self.num_layouts >= self.most_layouts:
@@ -232,13 +238,13 @@ class Question:
 
     def _memory(self, refiner: Refiner) -> float:
         skeleton = refiner.skeleton
-        prices = self.aim(skeleton.num_gpus).closest(self._relevant(skeleton), self.cutoff)
+        prices = self.aim_of(skeleton).closest(self._relevant(skeleton), self.cutoff)
         return self._bound(skeleton, [Plane(prices, refiner.memory(refiner.relax(prices)))])
 
     def _layouts(self, refiner: Refiner) -> float:
         """A product needs layouts closed in several directions, sums in their own."""
         skeleton = refiner.skeleton
-        aim = self.aim(skeleton.num_gpus)
+        aim = self.aim_of(skeleton)
         prices = aim.closest(self._relevant(skeleton), self.cutoff)
         if self.objective.is_linear:
             cases = refiner.layouts(refiner.relax(prices), refiner.relax(aim.natural))
@@ -255,7 +261,7 @@ class Question:
         return self._bound(skeleton, closed)
 
     def _asker(self, skeleton: Skeleton) -> Asker:
-        aim = self.aim(skeleton.num_gpus)
+        aim = self.aim_of(skeleton)
 
         def horizon(prices: Prices) -> float:
             return aim.horizon(prices, self._relevant(skeleton), self.cutoff)
@@ -276,14 +282,14 @@ class Question:
         found = list(self._ideal_planes(skeleton))
         if self._bound(skeleton, found) >= self.cutoff:
             return self._bound(skeleton, found)
-        prices = self.aim(skeleton.num_gpus).closest(found, self.cutoff)
+        prices = self.aim_of(skeleton).closest(found, self.cutoff)
         bound = coarser_bound(self.space, skeleton, prices)
         self.assumed[skeleton, prices] = bound
         return self._bound(skeleton, [*found, Plane(prices, bound)])
 
     def _planes_of(self, skeleton: Skeleton, bound: Callable[[Prices], float]) -> float:
         """Planes from a table in every direction that still moves the corner."""
-        aim, planes = self.aim(skeleton.num_gpus), self._planes(skeleton)
+        aim, planes = self.aim_of(skeleton), self._planes(skeleton)
         known = {plane.prices for plane in planes}
         queue = [prices for prices in aim.probes if prices not in known]
         for _ in range(MOST_PLANES):
