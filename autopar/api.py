@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar, overload
 
 from autopar.errors import InputError
+from autopar.ir.cluster import ClusterDescription
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import load_plan
 from autopar.ir.solution import Limits, Objective, Pins
@@ -50,13 +51,15 @@ def plan(
     energy_price: float | None = None,
     use_all: bool = False,
     clocks: str = "auto",
+    cluster: ClusterDescription | None = None,
     time_limit_s: float | None = None,
 ) -> Plan:
     """Plan a model for up to `gpus` GPUs.
 
     Args:
         model: see the module docstring.
-        gpus: ceiling on the number of GPUs.
+        gpus: ceiling on the number of GPUs; not read with `cluster`.
+        cluster: groups of several types of GPU, in place of `gpu`, `gpus_per_node` and `memory_bytes`.
         gpu: name of a device (`autopar gpus`); None: what this machine has.
         options: of a source file, as text, like `--set`.
         example_batch: for an `nn.Module`: a tensor, tuple or dict.
@@ -70,7 +73,8 @@ def plan(
         InfeasibleError: no plan fits.
     """
     request = PlanRequest(
-        num_gpus=gpus,
+        num_gpus=gpus if cluster is None else cluster.num_gpus,
+        cluster=cluster,
         gpu=gpu,
         gpus_per_node=gpus_per_node,
         memory_bytes=memory_bytes,

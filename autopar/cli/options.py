@@ -10,7 +10,9 @@ import click
 from autopar.cli.pins import parse_pins
 from autopar.cli.quantities import parse_bytes, parse_joules, parse_seconds, parse_watts
 from autopar.errors import InputError
+from autopar.ir.cluster import ClusterDescription
 from autopar.ir.solution import OBJECTIVES, Limits, Objective
+from autopar.planner.cluster_file import read_cluster
 from autopar.planner.detect import detect_gpus
 from autopar.planner.objective import cost_objective
 from autopar.planner.request import PlanRequest
@@ -32,6 +34,11 @@ SPACE_OPTIONS = (
         "--gpus", type=int, metavar="N", help="Ceiling on the number of GPUs; default: those found here, or 1."
     ),
     click.option("--gpu", metavar="NAME", help="GPU to plan for (see 'autopar gpus'); default: what is found here."),
+    click.option(
+        "--cluster",
+        metavar="FILE",
+        help="Groups of several types of GPU, in place of --gpus, --gpu, --gpus-per-node and --memory.",
+    ),
     click.option("--gpus-per-node", type=int, metavar="N", help="GPUs that share the fast link."),
     click.option("--memory", metavar="SIZE", help="Usable memory of one GPU, e.g. 46GiB."),
     click.option("--batch", type=int, metavar="N", help="Global batch; default: that of example_batch()."),
@@ -93,8 +100,11 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
     batch, gap = options["batch"], options.get("gap", 1e-3)
     if not 0 <= gap < 1:
         raise InputError(f"--gap must be at least 0 and below 1, got {gap}")
+    cluster = None if options["cluster"] is None else _cluster(options)
+    num_gpus = options["gpus"] if cluster is None else cluster.num_gpus
     return PlanRequest(
-        num_gpus=max(1, len(detect_gpus())) if options["gpus"] is None else options["gpus"],
+        num_gpus=max(1, len(detect_gpus())) if num_gpus is None else num_gpus,
+        cluster=cluster,
         gpu=options["gpu"],
         gpus_per_node=options["gpus_per_node"],
         memory_bytes=_quantity(options, "memory", parse_bytes),
@@ -108,6 +118,13 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
         time_limit_s=_quantity(options, "time_limit", parse_seconds),
         gap_tolerance=gap,
     )
+
+
+def _cluster(options: Mapping[str, Any]) -> ClusterDescription:
+    given = [name for name in ("gpus", "gpu", "gpus_per_node", "memory") if options[name] is not None]
+    if given:
+        raise InputError(f"--cluster says what --{given[0].replace('_', '-')} would: give one of them")
+    return read_cluster(options["cluster"], parse_bytes)
 
 
 def _limits(options: Mapping[str, Any]) -> Limits:

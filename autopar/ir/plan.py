@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from autopar.ir.cluster import ClusterDescription
 from autopar.ir.quantity import Quantity
 from autopar.ir.solution import Alternative, Decisions, Limits, Objective
 
@@ -41,6 +42,8 @@ class ClusterReference:
         num_gpus: ceiling given to the planner.
         input_hash: SHA-256 of every number that shaped the prices (device file, links, profile rows).
         origin: `flag`, `detected` or `default`: where the choice of GPU came from.
+        description: of a cluster of several types; then `gpu` joins their names, and the other figures are totals
+            (GPUs) and the most of any type.
     """
 
     gpu: str
@@ -49,6 +52,7 @@ class ClusterReference:
     memory_bytes: int
     input_hash: str
     origin: str
+    description: ClusterDescription | None = None
 
 
 @dataclass(frozen=True)

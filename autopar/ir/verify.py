@@ -156,6 +156,21 @@ def _skeleton(plan: Plan) -> Iterator[Issue]:
     if decisions.schedule not in SCHEDULES:
         yield Issue("$.decisions.schedule", f"expected one of {', '.join(SCHEDULES)}, found {decisions.schedule!r}")
     yield from _stages(plan)
+    yield from _types(plan)
+
+
+def _types(plan: Plan) -> Iterator[Issue]:
+    """Types of the stages: those of the cluster, with as many GPUs as it has of each."""
+    description, stages = plan.cluster.description, plan.decisions.stages
+    room = {} if description is None else {group.gpu: sum(group.nodes) for group in description.groups}
+    for i, stage in enumerate(stages):
+        if stage.gpu not in (room or {"", plan.cluster.gpu}):
+            known = ", ".join(sorted(room)) or "no types to choose from"
+            yield Issue(f"$.decisions.stages[{i}].gpu", f"{stage.gpu!r} is not in $.cluster.description: {known}")
+    for gpu, count in sorted(room.items()):
+        used = sum(stage.gpu == gpu for stage in stages) * plan.decisions.mesh.num_devices
+        if used > count:
+            yield Issue("$.decisions.stages", f"uses {used} x {gpu}, the cluster has {count}")
 
 
 def _stages(plan: Plan) -> Iterator[Issue]:

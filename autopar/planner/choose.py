@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from autopar.cost.mixed import MixedCluster, MixedTables, mixed_tables
 from autopar.cost.predict import predict
 from autopar.cost.table import CostTables
 from autopar.errors import InfeasibleError, Remedy
@@ -67,12 +68,15 @@ class Chooser:
     target: Target
     progress: Callable[[str], None]
 
-    def tables(self, pins: Pins) -> CostTables:
+    def tables(self, pins: Pins) -> CostTables | MixedTables:
         """Cost tables under pins. Raises InputError for a per-op constraint that fits no op."""
         check_constraints(self.graph, pins)
-        return CostTables(self.graph, self.target.cluster, pins=pins, profile=self.target.profile.store)
+        cluster = self.target.cluster
+        if isinstance(cluster, MixedCluster):
+            return mixed_tables(self.graph, cluster, pins)
+        return CostTables(self.graph, cluster, pins=pins, profile=self.target.profile.store)
 
-    def choose(self, tables: CostTables) -> Choice:
+    def choose(self, tables: CostTables | MixedTables) -> Choice:
         """The best candidate; `tables` are those of the request's pins.
 
         Raises:
@@ -91,27 +95,32 @@ class Chooser:
                 break
             self.progress("timing the plan")
             found = self._candidates(tables, solution)
-            kept = [c for c in (*found, *allowed) if self.is_kept(c.prediction)]
+            kept = [c for c in (*found, *allowed) if self.is_kept(c)]
             if kept:
                 return Choice(_best(kept), solution, baselines)
             overdrawn = found[0]
             limits = _tightened(limits, overdrawn.prediction)
         raise _overdrawn_error(overdrawn, self.request.limits)
 
-    def is_kept(self, prediction: Prediction) -> bool:
+    def is_kept(self, candidate: Candidate) -> bool:
         """Whether simulated figures fit into memory and keep the limits."""
-        memory = self.target.cluster.memory_bytes * (1 + MEMORY_SLACK)
-        fits = all(peak.value <= memory for peak in prediction.peak_memory_bytes)
+        cluster, prediction = self.target.cluster, candidate.prediction
+        parts = [
+            cluster.part(stage.gpu) if isinstance(cluster, MixedCluster) else cluster
+            for stage in candidate.decisions.stages
+        ]
+        pairs = zip(prediction.peak_memory_bytes, parts, strict=True)
+        fits = all(peak.value <= part.memory_bytes * (1 + MEMORY_SLACK) for peak, part in pairs)
         return fits and not broken_limits(prediction, self.request.limits)
 
     def candidate(
-        self, tables: CostTables, decisions: Decisions, name: str = "", formula: float | None = None
+        self, tables: CostTables | MixedTables, decisions: Decisions, name: str = "", formula: float | None = None
     ) -> Candidate:
         """Decisions simulated, and paced if their average power needs it."""
         paced, prediction = simulated(tables, decisions, self.request.limits)
         return Candidate(name, paced, prediction, value_of(self.request.objective, paced, prediction), formula)
 
-    def _search(self, tables: CostTables, limits: Limits) -> Solution:
+    def _search(self, tables: CostTables | MixedTables, limits: Limits) -> Solution:
         request = self.request
         return search(
             tables,
@@ -132,7 +141,7 @@ class Chooser:
             found = f"best {best:.5g}, bound {max(least, 0.0):.5g}, gap {gap:.1%}"
             self.progress(f"searching: {found}; Ctrl-C takes the best")
 
-    def _candidates(self, tables: CostTables, solution: Solution) -> list[Candidate]:
+    def _candidates(self, tables: CostTables | MixedTables, solution: Solution) -> list[Candidate]:
         found = [self.candidate(tables, solution.decisions, formula=solution.objective_value)]
         return [*found, *(self.candidate(tables, decisions) for decisions in solution.contenders)]
 
@@ -152,7 +161,7 @@ class Chooser:
             rows.append(self._row(found))
         return tuple(rows), tuple(candidates)
 
-    def _family(self, tables: CostTables, pins: Pins, limits: Limits) -> Family:
+    def _family(self, tables: CostTables | MixedTables, pins: Pins, limits: Limits) -> Family:
         request = self.request
         return best_of_family(
             tables,
@@ -192,7 +201,7 @@ def describe(decisions: Decisions) -> str:
     return f"{mesh}, pp={len(decisions.stages)}, microbatches={decisions.num_microbatches}"
 
 
-def simulated(tables: CostTables, decisions: Decisions, limits: Limits) -> tuple[Decisions, Prediction]:
+def simulated(tables: CostTables | MixedTables, decisions: Decisions, limits: Limits) -> tuple[Decisions, Prediction]:
     """Decisions with the pace that the average power cap needs, none if it needs none, and their figures."""
     free = replace(decisions, pace_s=0.0)
     prediction = predict(tables, free)

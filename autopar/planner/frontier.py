@@ -59,7 +59,7 @@ def trace_frontier(
 
     def plan_of(solution: Solution) -> Plan | None:
         candidate = chooser.candidate(tables, solution.decisions, formula=solution.objective_value)
-        if not chooser.is_kept(candidate.prediction):
+        if not chooser.is_kept(candidate):
             return None
         plan = assemble_plan(captured.graph, reference, request, target, Choice(candidate, solution, ()))
         return replace(plan, notes=(*plan.notes, *captured.notes))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
+from autopar.cost.mixed import MixedCluster
 from autopar.errors import AutoparError
 from autopar.ir.graph import OpGraph
 from autopar.ir.plan import SCHEMA_VERSION, ClusterReference, ModelReference, Plan, SolverReport
@@ -151,6 +152,7 @@ def _cluster_reference(request: PlanRequest, target: Target) -> ClusterReference
         memory_bytes=target.cluster.memory_bytes,
         input_hash=target.input_hash,
         origin=target.choice.origin,
+        description=request.cluster if isinstance(target.cluster, MixedCluster) else None,
     )
 
 

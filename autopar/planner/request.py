@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from autopar.cost.hardware import Cluster, load_cluster
+from autopar.cost.mixed import MixedCluster, describe_cluster
 from autopar.errors import InputError
+from autopar.ir.cluster import ClusterDescription
 from autopar.ir.solution import Limits, Objective, Pins
 from autopar.planner.detect import GpuChoice, choose_gpu
-from autopar.planner.profile import LoadedProfile, load_rows
+from autopar.planner.profile import NO_PROFILE, LoadedProfile, load_rows
 
 Progress: TypeAlias = Callable[[str], None]
 """Told in one short phrase what is being done."""
@@ -25,7 +27,8 @@ class PlanRequest:
     """What the user asks for, apart from the model.
 
     Attributes:
-        num_gpus: ceiling on the number of GPUs, >= 1.
+        num_gpus: ceiling on the number of GPUs, >= 1; with `cluster`: all of its GPUs.
+        cluster: groups of several types of GPU, in place of `gpu`, `gpus_per_node` and `memory_bytes`.
         gpu: name in costmodels/, or None: what this machine has.
         gpus_per_node, memory_bytes: override the device file.
         batch_size: samples in the global batch; None: that of the example batch.
@@ -51,14 +54,23 @@ class PlanRequest:
     gap_tolerance: float = 1e-3
     with_baselines: bool = True
     clocks: str = "auto"
+    cluster: ClusterDescription | None = None
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
             raise InputError(f"the number of GPUs must be at least 1, got {self.num_gpus}")
         if self.clocks not in CLOCKS:
             raise InputError(f"unknown clocks {self.clocks!r}; one of {', '.join(CLOCKS)}")
+        if self.cluster is not None:
+            self._check_cluster(self.cluster)
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"the batch size must be at least 1, got {self.batch_size}")
+
+    def _check_cluster(self, cluster: ClusterDescription) -> None:
+        if self.gpu is not None or self.gpus_per_node is not None or self.memory_bytes is not None:
+            raise InputError("a cluster says which GPUs there are: leave out the GPU's name, GPUs per node and memory")
+        if self.num_gpus != cluster.num_gpus:
+            raise InputError(f"the cluster has {cluster.num_gpus} GPUs, not {self.num_gpus}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ class Target:
     """The cluster that a request means, with what was measured on it."""
 
     choice: GpuChoice
-    cluster: Cluster
+    cluster: Cluster | MixedCluster
     profile: LoadedProfile
 
     @property
@@ -79,12 +91,25 @@ class Target:
 
 def choose_target(request: PlanRequest) -> Target:
     """Resolve the GPU and load its numbers. Raises InputError for a GPU that has no cost model."""
+    if request.cluster is not None:
+        return _described_target(request, describe_cluster(request.cluster))
     choice = choose_gpu(request.gpu)
     cluster = load_cluster(
         choice.name, request.num_gpus, gpus_per_node=request.gpus_per_node, memory_bytes=request.memory_bytes
     )
     cluster = replace(cluster, free_clocks=request.clocks == "auto")
     return Target(choice, cluster, load_rows(request.profile, choice.name))
+
+
+def _described_target(request: PlanRequest, cluster: Cluster | MixedCluster) -> Target:
+    choice = GpuChoice(cluster.gpu, "flag", 0, "")
+    if isinstance(cluster, Cluster):
+        cluster = replace(cluster, free_clocks=request.clocks == "auto")
+        return Target(choice, cluster, load_rows(request.profile, cluster.gpu))
+    if request.profile not in (None, NO_PROFILE):
+        raise InputError("measured rows (--profile) are for clusters of one type of GPU")
+    note = "several types of GPU: every price is modelled, and all GPUs are left at their highest clock"
+    return Target(choice, cluster, LoadedProfile(None, "", note))
 
 
 def say_nothing(_phrase: str) -> None:

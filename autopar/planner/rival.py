@@ -11,11 +11,13 @@ from autopar.planner.request import PlanRequest, Progress
 
 def request_of(plan: Plan, pins: Pins) -> PlanRequest:
     """The request that the plan answers, with other pins."""
+    mixed = plan.cluster.description
     return PlanRequest(
         num_gpus=plan.cluster.num_gpus,
-        gpu=plan.cluster.gpu,
-        gpus_per_node=plan.cluster.gpus_per_node,
-        memory_bytes=plan.cluster.memory_bytes,
+        cluster=mixed,
+        gpu=plan.cluster.gpu if mixed is None else None,
+        gpus_per_node=plan.cluster.gpus_per_node if mixed is None else None,
+        memory_bytes=plan.cluster.memory_bytes if mixed is None else None,
         objective=plan.objective,
         limits=plan.limits,
         pins=pins,

@@ -6,6 +6,7 @@ each class of blocks is sharded.
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +60,10 @@ def _header(plan: Plan) -> list[str]:
     model = plan.model.source + "".join(f" {key}={value}" for key, value in sorted(plan.model.options.items()))
     memory = format_bytes(plan.cluster.memory_bytes)
     gpus = f"up to {plan.cluster.num_gpus} x {plan.cluster.gpu} ({origin}), {plan.cluster.gpus_per_node} per node"
+    if plan.cluster.description is not None:
+        groups = plan.cluster.description.groups
+        types = [f"{sum(g.nodes)} x {g.gpu} in {len(g.nodes)} node{'s' * (len(g.nodes) > 1)}" for g in groups]
+        gpus, memory = f"up to {' + '.join(types)}", f"at most {memory}"
     lines = wrapped("Model", f"{model}, global batch {plan.model.batch_size}")
     lines += wrapped("Planned for", f"{gpus}, {memory} usable each")
     if plan.cluster.origin != "flag" and plan.notes:
@@ -101,9 +106,20 @@ def _decision(plan: Plan) -> list[str]:
     recompute = Counter(stage.recompute for stage in decisions.stages)
     words = ", ".join(f"{name} on {count} stage{'s' * (count > 1)}" for name, count in sorted(recompute.items()))
     lines += wrapped("", f"recompute: {words}")
-    lines += _clocks(plan)
+    lines += _types(plan) + _clocks(plan)
     lines += [line for i in range(len(decisions.mesh.axes)) for line in _parameters_on_axis(plan, i)]
     return [*lines, ""]
+
+
+def _types(plan: Plan) -> list[str]:
+    """On a mixed cluster, which stages lie on which type."""
+    width, first, lines = plan.decisions.mesh.num_devices, 0, []
+    for gpu, same in itertools.groupby(stage.gpu for stage in plan.decisions.stages):
+        last = first + len(list(same)) - 1
+        ranks = _span(first * width, (last + 1) * width - 1)
+        lines += wrapped("", f"stage {_span(first, last)} (ranks {ranks}) on {gpu}") if gpu else []
+        first = last + 1
+    return lines
 
 
 def _clocks(plan: Plan) -> list[str]:

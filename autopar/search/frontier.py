@@ -21,7 +21,7 @@ from autopar.ir.cost import TableSource
 from autopar.ir.solution import Limits, Objective, Pins, Solution
 from autopar.search.infeasible import no_plan_error
 from autopar.search.shared import Progress, Space
-from autopar.search.solve import SEARCH_SHARE, check_limits, check_request, make_space, solution_of, useful_clocks
+from autopar.search.solve import SEARCH_SHARE, check_request, make_space, solution_of, useful_clocks
 from autopar.search.space import list_skeletons
 from autopar.search.stages import Question
 
@@ -91,7 +91,6 @@ def frontier(
     if num_points < 1 or not resolution > 0:
         raise InputError(f"a frontier needs at least 1 point and a resolution above 0, got {num_points}, {resolution}")
     limits = Limits() if limits is None else limits
-    check_limits(tables, limits)
     clocks = useful_clocks(tables, Objective("energy"), limits)
     skeletons = list_skeletons(tables, pins, use_all=use_all, max_microbatches=max_microbatches, clocks=clocks)
     space = make_space(tables, skeletons, pins, limits, min(END_TOLERANCE, gap_tolerance) * SEARCH_SHARE)

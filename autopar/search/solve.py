@@ -68,7 +68,6 @@ def search(
     started = time.monotonic()
     check_request(pins, gap_tolerance)
     limits = Limits() if limits is None else limits
-    check_limits(tables, limits)
     skeletons = list_skeletons(
         tables,
         pins,
@@ -102,7 +101,12 @@ def useful_clocks(tables: TableSource, objective: Objective, limits: Limits) -> 
 
 
 def make_space(tables: TableSource, skeletons: Skeletons, pins: Pins, limits: Limits, tolerance: float) -> Space:
-    """A fresh space; a peak power limit shapes its problems, and leaves out what draws more even while it waits."""
+    """A fresh space; a peak power limit shapes its problems, and leaves out what draws more even while it waits.
+
+    Raises:
+        InputError: if the cluster does not support a limit.
+    """
+    _check_limits(tables, limits)
     cap_w = limits.peak_power_w
     if cap_w is not None:
         skeletons = skeletons.only(lambda s: fixed_power_w(tables.device, s.num_gpus) <= cap_w)
@@ -155,8 +159,7 @@ def check_request(pins: Pins, gap_tolerance: float) -> None:
             raise InputError(f"{name}={value} is below 1")
 
 
-def check_limits(tables: TableSource, limits: Limits) -> None:
-    """Raises InputError for a limit that the cluster does not support."""
+def _check_limits(tables: TableSource, limits: Limits) -> None:
     if isinstance(tables, MixedSource) and limits.peak_power_w is not None:
         raise InputError("a peak power limit is for clusters of one type of GPU; --power-cap limits the average")
 
