@@ -86,9 +86,9 @@ class Aim:
     def quick(self, planes: Sequence[Plane]) -> float:
         """A bound without looking for the corner: <= `bound`."""
         natural = self.natural
-        least_s = max((p.level for p in planes if p.prices == Prices(1.0, 0.0)), default=0.0)
-        least_j = max((p.level for p in planes if p.prices == Prices(0.0, 1.0)), default=0.0)
-        if math.isinf(max((p.level for p in planes), default=0.0)):
+        least_s = max([0.0, *(p.level for p in planes if p.prices == Prices(1.0, 0.0))])
+        least_j = max([0.0, *(p.level for p in planes if p.prices == Prices(0.0, 1.0))])
+        if any(p.level == math.inf for p in planes):
             return math.inf
         if not self.is_plain and not math.isfinite(self.value(least_s, least_j)):
             return math.inf

@@ -99,3 +99,18 @@ def test_a_direction_is_worth_a_plane_only_beside_the_corner() -> None:
     assert further not in [p.prices for p in planes]
     assert Aim(Objective("time"), Limits(), 2, 5.0).next_direction(planes) is None
     assert aim.next_direction([*planes, Plane(Prices(1.0, 0.0), 9.0)]) is None
+
+
+@pytest.mark.parametrize("level", [math.inf, -math.inf])
+def test_planes_of_infinite_level_leave_nothing_or_say_nothing(level: float) -> None:
+    aim = Aim(Objective("energy"), Limits(deadline_s=2.0), 2, 5.0)
+    planes = [Plane(Prices(1.0, 0.0), 1.0), Plane(Prices(0.0, 1.0), level)]
+    expected = math.inf if level > 0 else aim.bound(planes[:1])
+    assert aim.bound(planes) == aim.bound(planes[::-1]) == expected
+    assert aim.quick(planes) <= expected
+
+
+def test_a_limit_out_of_reach_closes_without_a_corner() -> None:
+    aim = Aim(Objective("energy"), Limits(deadline_s=2.0), 2, 5.0)
+    assert aim.quick([Plane(Prices(1.0, 0.0), 2.1)]) == math.inf
+    assert aim.quick([Plane(Prices(1.0, 0.0), 1.9)]) < math.inf

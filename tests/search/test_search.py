@@ -20,7 +20,7 @@ OBJECTIVES = {
     "edp": Objective("edp"),
     "weighted": Objective("weighted", 100.0, 0.7),
 }
-FEW = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 pins_strategy = st.builds(
     Pins,
     pp=st.sampled_from([None, None, None, 1, 2]),

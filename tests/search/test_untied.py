@@ -21,7 +21,7 @@ from autopar.search.stages import Question
 from autopar.search.untied import UntiedSource, untie, untied_bound, untied_table
 from tests.strategies import FakeDevice, FakeSource, fake_sources
 
-FEW = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MOST_COMBINATIONS = 120
 KINDS = ["time", "energy", "edp"]
 
