@@ -6,8 +6,8 @@ range finds a plan between them, also one off the convex hull, or halves the ran
 questions share one space: its tables, the planes that bound skeletons, and the plans met, which are the next
 question's first incumbents.
 
-With all ranges narrower than `resolution`, every plan of the space has a listed one that needs no more energy (beyond
-the tolerance) and at most 1 + `resolution` of its time.
+With all ranges narrower than `resolution`, every plan of the space has a listed one that needs no more energy, beyond
+that point's own gap (at most the tolerance where its status is `optimal`), and at most 1 + `resolution` of its time.
 """
 
 from __future__ import annotations
