@@ -32,6 +32,8 @@ from autopar.search.space import Skeleton
 ROUNDING = 1e-9
 MOST_PLANES = 24
 """Planes made per skeleton for one question."""
+MOST_STALLED = 3
+"""Directions in a row that may move the bound by less than a quarter of the tolerance."""
 LEVELS = ("coarser", "table", "memory", "layouts")
 EFFORT = (0.1, 1.0, 1.0, 4.0)
 """What a refinement of each level counts, about as long as it takes; unlike a clock it is the same on every machine."""
@@ -292,18 +294,21 @@ class Question:
         aim, planes = self.aim_of(skeleton), self._planes(skeleton)
         known = {plane.prices for plane in planes}
         queue = [prices for prices in aim.probes if prices not in known]
+        reached, stalled = self._bound(skeleton, []), 0
         for _ in range(MOST_PLANES):
             if not queue:
-                further = aim.next_direction(planes) if self._bound(skeleton, []) < self.cutoff else None
+                further = aim.next_direction(planes) if reached < self.cutoff and stalled < MOST_STALLED else None
                 if further is None or further in known:
                     break
                 queue.append(further)
             prices = queue.pop(0)
             known.add(prices)
             planes.append(Plane(prices, bound(prices)))
-            if self._bound(skeleton, []) >= self.cutoff:
+            before, reached = reached, self._bound(skeleton, [])
+            if reached >= self.cutoff:
                 break
-        return self._bound(skeleton, [])
+            stalled = stalled + 1 if reached - before <= self.space.tolerance / 4 * abs(reached) else 0
+        return reached
 
     def _table(self, refiner: Refiner, prices: Prices) -> float:
         relax = refiner.relax(prices)
