@@ -24,7 +24,7 @@ NUM_ALTERNATIVES = 8
 NUM_UNMET = 3
 NUM_CONTENDERS, CONTENDER_SHARE = 3, 0.05
 """Plans of other skeletons that are handed on for simulation, and how much worse than the best they may be."""
-MOST_EFFORT = 1_500.0
+MOST_EFFORT = 3_000.0
 """Refinements (see `stages.EFFORT`) after which a search without a time limit ends with the gap it has."""
 PACE_SLACK = 1e-9
 SEARCH_SHARE = 0.999
