@@ -73,11 +73,6 @@ class Cluster:
         usable = {hz for hz in steps if self.spec.clock_min_hz <= hz < highest}
         return (highest, *sorted(usable, reverse=True))
 
-    def at_clock(self, clock: int) -> Cluster:
-        """The same cluster locked at `clocks_hz[clock]`."""
-        share = self.clocks_hz[clock] / self.spec.clock_max_hz
-        return replace(self, spec=replace(self.spec, clock_share=share))
-
     def slower_specs(self) -> tuple[DeviceSpec, ...]:
         """The device at every clock below its own, highest first."""
         highest = self.spec.clock_max_hz

@@ -214,13 +214,27 @@ class Refiner:
             tighten(work, lambda p: self.offer(relax, p), self.space.tolerance / 4)
 
 
-def range_bound(space: Space, skeleton: Skeleton, prices: Prices, stack: Stack) -> tuple[float, int, tuple[int, ...]]:
-    """Bound of a range of clocks from its table, with the clock and choice that look best (no choice: infeasible)."""
+@dataclass(frozen=True)
+class RangeBound:
+    """Bound of a range of clocks, and the clock and choice that look best (no choice: infeasible).
+
+    `spread` is the part without memory, as of `Refiner.spread`.
+    """
+
+    bound: float
+    spread: float
+    clock: int
+    choice: tuple[int, ...]
+
+
+def range_bound(space: Space, skeleton: Skeleton, prices: Prices, stack: Stack) -> RangeBound:
+    """Bound of a range of clocks from its table."""
     waits, stages = stack.problem.table.num_microbatches - 1, skeleton.num_stages
     memory = float(space.device.memory_bytes)
     relax = Relaxation(stack.problem, stages, skeleton.mode, space.schedule, prices, memory)
     redo = skeleton.mode == "full"
     found: list[tuple[float, int, tuple[int, ...]]] = []
+    spread = math.inf
     slopes = [(1 + waits / stages, 0.0)]
     if relax.slope > 0 and stages > 1:
         vectors = pay_vectors(1.0, 0.0, redo=redo)
@@ -235,10 +249,13 @@ def range_bound(space: Space, skeleton: Skeleton, prices: Prices, stack: Stack) 
         work = memory_relaxation(replace(relax, problem=priced.problem), weights, surely_in_flight(relax))
         met: list[tuple[int, ...]] = []
         tighten(work, lambda choice, met=met: met.append(choice) or math.inf, space.tolerance / 4)  # type: ignore[misc]
+        if constant == 0:
+            spread = min(spread, priced.problem.solve(weights).value + weights.constant)
         if not met:
-            return math.inf, 0, ()
+            return RangeBound(math.inf, spread, 0, ())
         found.append((work.bound, skeleton.clocks[0] + priced.best_clock(met[-1]), met[-1]))
-    return max(found)
+    bound, clock, choice = max(found)
+    return RangeBound(bound, spread, clock, choice)
 
 
 def ideal_bounds(space: Space, skeleton: Skeleton, prices: Prices) -> tuple[float, float]:

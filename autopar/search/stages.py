@@ -317,13 +317,14 @@ class Question:
 
     def _range(self, skeleton: Skeleton, stack: Stack, prices: Prices) -> float:
         """Bound of a range of clocks; its choice becomes a plan at the clock that suits it best."""
-        bound, clock, choice = range_bound(self.space, skeleton, prices, stack)
-        leaf = replace(skeleton, clocks=(clock, clock))
-        problem = self.space.problem(leaf) if choice else None
+        found = range_bound(self.space, skeleton, prices, stack)
+        self._check_assumptions(skeleton, prices, found.spread)
+        leaf = replace(skeleton, clocks=(found.clock, found.clock))
+        problem = self.space.problem(leaf) if found.choice else None
         if problem is not None and problem.kept is stack.problem.kept:
             refiner = Refiner(self.space, leaf, problem, self._asker(leaf))
-            refiner.offer(refiner.relax(prices), choice)
-        return bound
+            refiner.offer(refiner.relax(prices), found.choice)
+        return found.bound
 
     def _check_assumptions(self, skeleton: Skeleton, prices: Prices, spread: float) -> None:
         """Scale the assumed bounds down where a table of this skeleton lies below them."""
