@@ -84,6 +84,7 @@ class DeviceSpec:
     convolution_efficiency: float
     attention_efficiency: float
     launch_overhead_s: float
+    overlap_slowdown: float
     topology: str
     intra_node: Link
     inter_node: Link
@@ -146,6 +147,7 @@ def read_device(path: Path) -> DeviceSpec:
         convolution_efficiency=value("kernels.convolution_efficiency"),
         attention_efficiency=value("kernels.attention_efficiency"),
         launch_overhead_s=value("kernels.launch_overhead_s"),
+        overlap_slowdown=value("kernels.overlap_slowdown"),
         topology=data["intra_node"]["topology"],
         intra_node=link("intra_node", "power.link_j_per_byte"),
         inter_node=link("inter_node", "power.network_j_per_byte"),

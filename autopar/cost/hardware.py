@@ -14,6 +14,8 @@ from autopar.errors import InputError
 from autopar.ir.mesh import Group
 from autopar.resources import data_directory
 
+NO_DEVICES = ("schema", "software")
+"""Files in `costmodels/` that describe no device."""
 CLOCKS_ABOVE_RIDGE = 24
 """Clocks from the ridge to the highest, where time and energy trade; evenly spaced."""
 CLOCKS_BELOW_RIDGE = (0.85, 0.7, 0.55)
@@ -130,4 +132,4 @@ def list_gpus() -> tuple[DeviceSpec, ...]:
 
 def _names() -> tuple[str, ...]:
     files = data_directory("costmodels").glob("*.json")
-    return tuple(sorted(path.stem for path in files if path.stem != "schema"))
+    return tuple(sorted(path.stem for path in files if path.stem not in NO_DEVICES))

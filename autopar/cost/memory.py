@@ -1,17 +1,22 @@
 """Bytes and traffic of parameters: weights, gradients, optimizer state, and the once-a-step update.
 
-AdamW keeps two states in the parameter's dtype (torch semantics: no fp32 master copy), SGD without momentum none.
+AdamW keeps two states, SGD without momentum none; in which precision, and whether beside a master copy, is a fact of
+the software. autopar's own runtime follows torch: states in the parameter's dtype, no master copy.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from autopar.errors import InputError
 from autopar.ir.graph import Value
 from autopar.ir.placement import Sharding
+from autopar.ir.software import Software
 from autopar.ir.strategy import ParameterStrategy, optimizer_sharding, storage_sharding
+from autopar.ir.tensor import BYTES_BY_DTYPE
 
 STATES_BY_OPTIMIZER: Mapping[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "momentum": 1, "none": 0}
 
@@ -31,24 +36,49 @@ def optimizer_states(optimizer: str) -> int:
     return STATES_BY_OPTIMIZER[optimizer]
 
 
-def update_passes(optimizer: str) -> int:
-    """Passes over a parameter's bytes in one update: read it, its gradient and states; write it and its states."""
-    return 3 + 2 * optimizer_states(optimizer)
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one trained parameter as a whole, by cause; numbers or arrays alike.
+
+    Attributes:
+        weights: what stays in compute precision; 0 where only a master copy does.
+        gradient: kept until the update; `reduced` while it is synchronised.
+        optimizer: states and master copy.
+        update: moved by one update.
+    """
+
+    weights: Any
+    gradient: Any
+    optimizer: Any
+    reduced: Any
+    update: Any
+
+
+def held_bytes(num_bytes: Any, item_bytes: Any, states: int, software: Software) -> Held:
+    """What `software` keeps of a trained parameter of `num_bytes`, `item_bytes` per element, with so many states."""
+    count = num_bytes / item_bytes
+    gradient = num_bytes if software.gradient_bytes is None else count * software.gradient_bytes
+    state = states * (num_bytes if software.state_bytes is None else count * software.state_bytes)
+    master = count * software.master_bytes
+    weights = num_bytes if software.keeps_copy else 0.0 * num_bytes
+    rewritten = 2 * master + weights if software.master_bytes else 2 * num_bytes
+    reduced = num_bytes if software.reduce_bytes is None else count * software.reduce_bytes
+    return Held(weights, gradient, state + master, reduced, rewritten + gradient + 2 * state)
 
 
 def parameter_bytes(
-    value: Value, strategy: ParameterStrategy, axis_sizes: Sequence[int], states: int
+    value: Value, strategy: ParameterStrategy, axis_sizes: Sequence[int], states: int, software: Software
 ) -> tuple[float, float, float]:
-    """Bytes of a parameter, its gradient and its optimizer state on one device.
+    """Bytes of a parameter, its gradient and its optimizer state (with a master copy) on one device.
 
     The gradient lies where the parameter does (zero1 gathers no gradient, but holds the whole one until the step).
     """
 
-    def local(sharding: Sharding) -> float:
-        cut = math.prod(size for p, size in zip(sharding, axis_sizes, strict=True) if p.is_shard)
-        return value.meta.num_bytes / cut
+    def cut(sharding: Sharding) -> int:
+        return math.prod(size for p, size in zip(sharding, axis_sizes, strict=True) if p.is_shard)
 
-    stored = local(storage_sharding(strategy))
+    stored = cut(storage_sharding(strategy))
     if not value.requires_grad:
-        return stored, 0.0, 0.0
-    return stored, stored, states * local(optimizer_sharding(strategy))
+        return value.meta.num_bytes / stored, 0.0, 0.0
+    held = held_bytes(value.meta.num_bytes, BYTES_BY_DTYPE[value.meta.dtype], states, software)
+    return held.weights / stored, held.gradient / stored, held.optimizer / cut(optimizer_sharding(strategy))

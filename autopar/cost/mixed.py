@@ -21,6 +21,7 @@ from autopar.ir.cluster import ClusterDescription
 from autopar.ir.cost import Link
 from autopar.ir.graph import OpGraph
 from autopar.ir.mixed import MixedDevice, MixedSource
+from autopar.ir.software import Software
 from autopar.ir.solution import Pins
 
 
@@ -97,7 +98,7 @@ def describe_cluster(description: ClusterDescription) -> Cluster | MixedCluster:
     return parts[0] if len(parts) == 1 else MixedCluster(parts, description)
 
 
-def mixed_tables(graph: OpGraph, cluster: MixedCluster, pins: Pins) -> MixedTables:
+def mixed_tables(graph: OpGraph, cluster: MixedCluster, pins: Pins, software: Software | None = None) -> MixedTables:
     """Tables of every type, priced by the model alone."""
-    parts = tuple(CostTables(graph, part, pins=pins) for part in cluster.parts)
+    parts = tuple(CostTables(graph, part, pins=pins, software=software) for part in cluster.parts)
     return MixedTables(tuple(part.gpu for part in cluster.parts), parts, cluster.links)

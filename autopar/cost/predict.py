@@ -188,7 +188,7 @@ def _add_node(stage: StageCost, node: CostNode, p: int, redo: bool) -> None:
 def _add_state(stage: StageCost, tables: CostTables, table: CostTable, node: CostNode, p: int) -> None:
     """Divides a parameter's bytes by cause."""
     value = tables.graph.values[node.names[0]]
-    sizes = parameter_bytes(value, node.choices[p], table.mesh.sizes, tables.optimizer_states)
+    sizes = parameter_bytes(value, node.choices[p], table.mesh.sizes, tables.optimizer_states, tables.software)
     if not tables.training:
         sizes = (sizes[0], 0.0, 0.0)
     for cause, size in zip(MEMORY_CAUSES[:3], sizes, strict=True):

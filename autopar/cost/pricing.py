@@ -1,4 +1,4 @@
-"""Pricing of ops and parameters for one mesh and microbatch size, as arrays over the choices of all of them at once."""
+"""Pricing of ops for one mesh and microbatch size, as arrays over the choices of all of them at once."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.cost.collective import LinearCost, collective_cost
+from autopar.cost.collective import collective_cost
 from autopar.cost.device import DeviceSpec
 from autopar.cost.hardware import Cluster
-from autopar.cost.layouts import Codes, Mask
-from autopar.cost.memory import BUCKET_BYTES, optimizer_states, update_passes
-from autopar.cost.power import byte_energy_j, dynamic_limit_w, kernel_energy_j, within_limit_s
-from autopar.cost.roofline import kernel_time_s, memory_rate
+from autopar.cost.layouts import Codes
+from autopar.cost.power import dynamic_limit_w, kernel_energy_j, within_limit_s
+from autopar.cost.roofline import kernel_time_s
 from autopar.cost.shards import Sizes
-from autopar.cost.sheets import Kept, KeptParameters, OpSheet, ParameterSheet
-from autopar.ir.cost import Array
+from autopar.cost.sheets import Kept, OpSheet
+from autopar.ir.cost import Array, Traffic
 from autopar.ir.mesh import StageMesh
+from autopar.ir.software import Software
 
 
 @dataclass
@@ -32,10 +32,17 @@ class NodePrice:
     activation_bytes: Array
     boundary_bytes: Array
     workspace_bytes: Array
+    traffic: Traffic | None = None
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """All arrays but those of the traffic, by name."""
+        return {name: value for name, value in vars(self).items() if name != "traffic"}
 
     def part(self, start: int, stop: int) -> NodePrice:
         """Views of the choices of one node."""
-        return NodePrice(*(array[start:stop] for array in vars(self).values()))
+        traffic = None if self.traffic is None else self.traffic.part(start, stop)
+        return NodePrice(**{name: array[start:stop] for name, array in self.arrays.items()}, traffic=traffic)
 
 
 def free_node(num_choices: int) -> NodePrice:
@@ -54,15 +61,14 @@ class _Work:
 
 
 class Pricer:
-    """Prices nodes on one cluster."""
+    """Prices op nodes on one cluster, run by `software`."""
 
-    def __init__(self, cluster: Cluster, optimizer: str, training: bool) -> None:
+    def __init__(self, cluster: Cluster, training: bool, software: Software) -> None:
         self.cluster = cluster
         self.spec = cluster.spec
         self.slower = cluster.slower_specs()
         self.training = training
-        self.states = optimizer_states(optimizer) if training else 0
-        self.update_passes = update_passes(optimizer)
+        self.software = software
 
     def ops(self, sheet: OpSheet, kept: Kept, sizes: Sizes, mesh: StageMesh, count: int) -> NodePrice:
         """Every op under every kept choice; `sizes` and figures are those of one of `count` microbatches."""
@@ -172,59 +178,6 @@ class Pricer:
         np.add.at(whole, facts.whole_saved[:, 0], sizes.num_bytes[facts.whole_saved[:, 1]])
         saved: Array = np.where(facts.has_backward[kept.owner], extra + own, 0.0) + whole[kept.owner]
         return saved
-
-    def parameters(
-        self, sheet: ParameterSheet, found: KeptParameters, sizes: Sizes, mesh: StageMesh, gathering: Array
-    ) -> NodePrice:
-        """Parameters under every kept choice.
-
-        Args:
-            sheet: all choices.
-            found: those kept.
-            sizes: of tensors.
-            mesh: for group sizes.
-            gathering: [choice, terms] of gathering the exposed from the stored parameter (see `transfers`). What is
-                gathered stays until the block's forward is over, so a gathered parameter takes room for its whole
-                block, and for its gradient.
-        """
-        at, own = found.stored.choices, found.stored.owner
-        whole = sizes.num_bytes[sheet.tensor][own]
-        stored, exposed, optimizer = (
-            whole / parts[at] for parts in (found.stored.parts, found.exposed_parts, found.optimizer_parts)
-        )
-        price, terms, moved = free_node(len(at)), gathering[at], sheet.regathered[at]
-        trained = sheet.requires_grad[own] & self.training
-        gathers = terms[:, 0] + whole * terms[:, 1]
-        price.forward_s = gathers
-        again = np.where(moved, gathers, 0.0)
-        price.backward_s = np.where(trained, again + terms[:, 2] + whole * terms[:, 3], 0.0)
-        price.microbatch_j = whole * terms[:, 4] + np.where(trained & moved, 0.5 * whole * terms[:, 4], 0.0)
-        room = exposed * sheet.block_bytes[own] / np.maximum(whole, 1.0)
-        price.workspace_bytes = np.where(moved, room, 0.0) + np.where(trained & moved, exposed, 0.0)
-        price.state_bytes = np.where(trained, 2 * stored + self.states * optimizer, stored)
-        self._synchronise(price, (sheet.reduced[at], sheet.scattered[at]), mesh, stored)
-        update = self.update_passes * optimizer
-        price.step_s = np.where(trained, price.step_s + update / memory_rate(self.spec), 0.0)
-        price.step_j = np.where(trained, price.step_j + update * byte_energy_j(self.spec), 0.0)
-        return price
-
-    def _synchronise(self, price: NodePrice, masks: tuple[Mask, Mask], mesh: StageMesh, gradient: Array) -> None:
-        """Adds gradient all_reduce (`replicated`) and reduce_scatter with all_gather (`zero1`), axis by axis."""
-        local = gradient.copy()
-        for axis, size in enumerate(mesh.sizes):
-            if size == 1:
-                continue
-            group = mesh.group(axis)
-            parts = [collective_cost(self.cluster, kind, group) for kind in ("reduce_scatter", "all_gather")]
-            pair = LinearCost(
-                sum(p.latency_s for p in parts), sum(p.s_per_byte for p in parts), sum(p.j_per_byte for p in parts)
-            )
-            reduced, scattered = (mask[:, axis] for mask in masks)
-            for mask, cost in ((reduced, collective_cost(self.cluster, "all_reduce", group)), (scattered, pair)):
-                latency = cost.latency_s * np.minimum(1.0, local / BUCKET_BYTES)
-                price.step_s = price.step_s + np.where(mask, latency + local * cost.s_per_byte, 0.0)
-                price.step_j = price.step_j + np.where(mask, local * cost.j_per_byte, 0.0)
-            local = np.where(scattered, local / size, local)
 
 
 def _at(spec: DeviceSpec, kind: str, dtype: str, work: _Work, here: Codes) -> tuple[Array, Array]:

@@ -19,6 +19,7 @@ from autopar.cost.layouts import Codes, Mask, sharding_ids
 from autopar.cost.shards import ShardRows, Sizes, Tensors, shard_rows
 from autopar.ir.cost import Array
 from autopar.ir.graph import Op, Value
+from autopar.ir.tensor import BYTES_BY_DTYPE
 from autopar.rules.experts import exchanged_values
 
 BACKWARD_PASSES = {"none": 0.0, "whole": 1.0, "double": 2.0}
@@ -284,6 +285,7 @@ class ParameterSheet:
         exposed_ids: sharding ids of what ops read.
         gathered_from, gathered_to: sharding ids of the gather that exposes it.
         requires_grad, block_bytes: [parameter]; block_bytes are those of all parameters of its block.
+        item_bytes, whole_share: [parameter]: bytes of one element; its share of its block's parameter bytes.
         tensor: [parameter], row in `Tensors`.
     """
 
@@ -299,6 +301,8 @@ class ParameterSheet:
     regathered: Mask
     requires_grad: Mask
     block_bytes: Array
+    item_bytes: Array
+    whole_share: Array
     tensor: Codes
 
     def keep(self, sizes: Sizes, axis_sizes: Sequence[int]) -> KeptParameters:
@@ -320,6 +324,7 @@ def make_parameter_sheet(
         in_block[home] = in_block.get(home, 0) + value.meta.num_bytes
 
     exposed = np.concatenate([c.exposed for c in choices])
+    block_bytes = np.array([in_block[home] for home in homes], dtype=np.float64)
 
     def rows(codes: Codes) -> ShardRows:
         return shard_rows(np.repeat(tensor, counts), codes, tensors.width)
@@ -336,6 +341,8 @@ def make_parameter_sheet(
         scattered=np.concatenate([c.scattered for c in choices]),
         regathered=np.concatenate([c.regathered for c in choices]),
         requires_grad=np.array([value.requires_grad for value in parameters], dtype=np.bool_),
-        block_bytes=np.array([in_block[home] for home in homes], dtype=np.float64),
+        block_bytes=block_bytes,
+        item_bytes=np.array([BYTES_BY_DTYPE[value.meta.dtype] for value in parameters], dtype=np.float64),
+        whole_share=np.array([value.meta.num_bytes for value in parameters]) / np.maximum(block_bytes, 1.0),
         tensor=tensor,
     )  # fmt: skip

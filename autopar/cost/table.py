@@ -20,15 +20,18 @@ from autopar.cost.layouts import Codes
 from autopar.cost.measured import OpLookup, apply_profile
 from autopar.cost.memory import optimizer_states
 from autopar.cost.pricing import NodePrice, Pricer, free_node
+from autopar.cost.roofline import flop_rate
 from autopar.cost.shards import Sizes, Tensors
 from autopar.cost.sheets import Kept, ParameterSheet, make_op_sheet, make_parameter_sheet
 from autopar.cost.skeleton import SHARED, EdgeTemplate, NodeTemplate, make_skeleton
 from autopar.cost.transfers import Transfers, price
+from autopar.cost.upkeep import ParameterPricer
 from autopar.cost.wiring import Form, Frame, Wiring
 from autopar.errors import InputError
 from autopar.ir.cost import Array, ClockFigures, CostEdge, CostNode, CostTable, Crossing
 from autopar.ir.graph import Op, OpGraph, Value
 from autopar.ir.mesh import StageMesh
+from autopar.ir.software import Software
 from autopar.ir.solution import Pins
 from autopar.rules.batch import batch_dims
 
@@ -36,7 +39,13 @@ KEPT_TABLES = 4
 
 
 class CostTables:
-    """Implements `ir.cost.TableSource`; `training=False` prices forward alone."""
+    """Implements `ir.cost.TableSource`.
+
+    Attributes:
+        training: False prices forward alone.
+        software: how the program runs.
+        keep: one of `ir.solution.KEPT`: what backward computes again on stages without full recompute.
+    """
 
     def __init__(
         self,
@@ -46,6 +55,8 @@ class CostTables:
         pins: Pins | None = None,
         profile: OpLookup | None = None,
         training: bool = True,
+        software: Software | None = None,
+        keep: str = "none",
     ) -> None:
         self.graph = graph
         self.cluster = cluster
@@ -55,11 +66,18 @@ class CostTables:
         self.skeleton = make_skeleton(graph, self.dims)
         self.training = training
         self.optimizer_states = optimizer_states(graph.optimizer)
-        self.pricer = Pricer(cluster, graph.optimizer, training)
+        self.software = Software() if software is None else software
+        self.keep = keep
+        self.pricer = Pricer(cluster, training, self.software)
+        self.parameter_pricer = ParameterPricer(cluster, graph.optimizer, training, self.software)
         self.tensors = Tensors(graph, self.dims)
         self.edge_tensors = np.array([self.tensors.index[edge.value] for edge in self.skeleton.edges], dtype=np.int64)
         self.heads = tuple(_node_head(template) for template in self.skeleton.nodes)
         self.edge_heads = tuple(_edge_head(edge, self.skeleton.nodes) for edge in self.skeleton.edges)
+        self.block_flops = [0.0] * len(graph.blocks)
+        for op in graph.ops:
+            if not op.is_shared:
+                self.block_flops[op.block] += op.flops_forward
         self._choices = ChoiceMaker(graph, self.pins, self.dims)
         self._frames: dict[tuple[bool, ...], Frame] = {}
         self._transfers: dict[int, Transfers] = {}
@@ -205,7 +223,11 @@ class _TableMaker:
         prices = dict(_parts(flat[0], op_kept, frame.op_nodes))
         if frame.parameters is not None and parameter_kept is not None:
             gathering = terms[frame.gathering]
-            flat.append(source.pricer.parameters(frame.parameters, parameter_kept, sizes, self.mesh, gathering))
+            flat.append(
+                source.parameter_pricer.price(
+                    frame.parameters, parameter_kept, sizes, self.mesh, gathering=gathering, compute_s=self._beside()
+                )
+            )
             prices |= _parts(flat[1], parameter_kept.stored, frame.parameter_nodes)
         prices |= {index: self._hub(index, forms[index]) for index in source.skeleton.hubs}
         nodes = [_Node(form, prices[index]) for index, form in enumerate(forms)]
@@ -223,6 +245,13 @@ class _TableMaker:
             send.latency_s, send.s_per_byte, send.j_per_byte,
             self._labels(nodes, measured),
         )  # fmt: skip
+
+    def _beside(self) -> Array:
+        """[parameter], forward seconds of the GEMMs of its block, spread over all devices."""
+        source = self.source
+        rate = flop_rate(source.cluster.spec, "gemm", "bfloat16") * self.mesh.num_devices * self.num_microbatches
+        homes = [source.skeleton.nodes[i].blocks[0] for i in self.frame.parameter_nodes]
+        return np.array([source.block_flops[home] for home in homes]) / rate
 
     def _hub(self, index: int, form: Form) -> NodePrice:
         """A hub keeps a buffer: the redistributed copy."""
@@ -319,10 +348,10 @@ class _TableMaker:
         return {"measured": measured, "modelled": total - measured}
 
     def _check(self, flat: Sequence[NodePrice], nodes: Sequence[_Node]) -> None:
-        if all(_is_price(array) for prices in flat for array in vars(prices).values()):
+        if all(_is_price(array) for prices in flat for array in prices.arrays.values()):
             return
         for template, node in zip(self.source.skeleton.nodes, nodes, strict=True):
-            for field, array in vars(node.price).items():
+            for field, array in node.price.arrays.items():
                 if not _is_price(array):
                     name, found = template.representative, array.tolist()
                     raise InputError(f"cost of {name!r} is not a finite, non-negative number: {field} = {found}")

@@ -49,6 +49,8 @@ class CostNode:
         activation_bytes: kept from forward to backward, per microbatch in flight, without recompute.
         boundary_bytes: size of the value that enters the next block (0 if none does): all that full recompute keeps.
         workspace_bytes: transient, the largest over all nodes of a stage counts once.
+        traffic: of a parameter whose collectives run beside computation (None: none does): what they take in full.
+            `forward_s`, `backward_s` and `step_s` then hold the part that is expected to stay visible.
     """
 
     name: str
@@ -65,6 +67,29 @@ class CostNode:
     activation_bytes: Array
     boundary_bytes: Array
     workspace_bytes: Array
+    traffic: Traffic | None = None
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Seconds per strategy of a parameter's collectives, alone on the link: of one microbatch, `sync_s` once a step.
+
+    Attributes:
+        gather_s, regather_s: of the whole parameter, before forward and again before backward.
+        scatter_s: of its gradient, after each backward.
+        sync_s: of its gradient, after the last backward.
+        update_s: the optimizer's work, which is no traffic but follows it.
+    """
+
+    gather_s: Array
+    regather_s: Array
+    scatter_s: Array
+    sync_s: Array
+    update_s: Array
+
+    def part(self, start: int, stop: int) -> Traffic:
+        """Views of some strategies."""
+        return Traffic(*(array[start:stop] for array in vars(self).values()))
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ they should cost, how far from optimal they can be. It is never executable.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from autopar.ir.cluster import ClusterDescription
 from autopar.ir.quantity import Quantity
+from autopar.ir.software import Software
 from autopar.ir.solution import Alternative, Decisions, Limits, Objective
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Plan:
         baselines: what well-known ways to split the model would cost on the same devices.
         rule_free_ops: target -> number of ops that have no sharding rule and are therefore replicated.
         notes: sentences for the reader (assumptions, defaults taken, warnings).
+        software: how the figures assume that the program runs.
         created: when and by which versions; the only part that may differ between equal runs.
     """
 
@@ -145,3 +147,4 @@ class Plan:
     alternatives: tuple[Alternative, ...]
     notes: tuple[str, ...]
     created: Mapping[str, str]
+    software: Software = field(default_factory=Software)

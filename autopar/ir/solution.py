@@ -10,7 +10,11 @@ from autopar.ir.mesh import StageMesh
 from autopar.ir.placement import Sharding
 from autopar.ir.strategy import ParameterStrategy, Strategy
 
-RECOMPUTE = ("none", "full")
+RECOMPUTE = ("none", "full", "selective", "selective-op", "alternate")
+"""What backward computes again: nothing; every block, from its input; attention between its projections (Korthikanti
+et al. 2022); everything but half of the products and attention (torchtitan's per-op policy); every second block."""
+KEPT = ("none", "selective", "selective-op", "alternate")
+"""Values of RECOMPUTE that a cost table is made for; `full` is derived from any of them."""
 OBJECTIVES = ("time", "energy", "edp", "weighted", "cost")
 STATUSES = ("optimal", "feasible", "infeasible", "no-solution")
 
@@ -92,6 +96,7 @@ class Pins:
     parameter storage), on the tp axis everything but batch splits.
 
     Attributes:
+        interleave: model chunks per stage (interleaved 1F1B); 1: none.
         roles: those restrictions on every (dp, tp) mesh, also where a size is free.
         without: labels that no op may take on any axis.
         ops: (regex, label): on axes longer than one, ops whose name or module path the regex matches whole take the
@@ -105,6 +110,7 @@ class Pins:
     recompute: str | None = None
     schedule: str | None = None
     zero: int | None = None
+    interleave: int | None = None
     roles: bool = False
     without: tuple[str, ...] = ()
     ops: tuple[tuple[str, str], ...] = ()
@@ -145,6 +151,8 @@ class Decisions:
         hubs: placement in which a value read by several ops is kept, by value name.
         parameters: how each parameter is stored, by value name.
         pace_s: seconds between the starts of two steps at least (an average power cap needs it); 0: no waiting.
+        interleave: chunks per pipeline rank: `stages` are then the chunks in order, and rank k of K holds chunks k,
+            k + K, ...; 1: every stage is a rank.
     """
 
     mesh: StageMesh
@@ -155,10 +163,16 @@ class Decisions:
     hubs: Mapping[str, Sharding]
     parameters: Mapping[str, ParameterStrategy]
     pace_s: float = 0.0
+    interleave: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Pipeline ranks: stages, or as many as hold all chunks."""
+        return len(self.stages) // self.interleave
 
     @property
     def num_gpus(self) -> int:
-        return self.mesh.num_devices * len(self.stages)
+        return self.mesh.num_devices * self.num_ranks
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds of one stage: forward and backward of one microbatch, `step_s` once a step."""
+    """Seconds of one stage: forward and backward of one microbatch, `step_s` once a step.
+
+    Attributes:
+        last_backward_s: of the step's last microbatch, where gradients are synchronised beside it; None: as the others.
+    """
 
     forward_s: float
     backward_s: float
     step_s: float
+    last_backward_s: float | None = None
 
 
 @dataclass(frozen=True)

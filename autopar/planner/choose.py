@@ -73,8 +73,10 @@ class Chooser:
         check_constraints(self.graph, pins)
         cluster = self.target.cluster
         if isinstance(cluster, MixedCluster):
-            return mixed_tables(self.graph, cluster, pins)
-        return CostTables(self.graph, cluster, pins=pins, profile=self.target.profile.store)
+            return mixed_tables(self.graph, cluster, pins, self.request.software)
+        return CostTables(
+            self.graph, cluster, pins=pins, profile=self.target.profile.store, software=self.request.software
+        )
 
     def choose(self, tables: CostTables | MixedTables) -> Choice:
         """The best candidate; `tables` are those of the request's pins.

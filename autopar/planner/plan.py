@@ -137,6 +137,7 @@ def assemble_plan(
         alternatives=tuple(_finite(alternative) for alternative in choice.solution.alternatives),
         notes=_notes(graph, request, target, choice),
         created=_created(),
+        software=request.software,
     )
     issues = verify(plan, graph, target.cluster)
     if issues:

@@ -11,6 +11,7 @@ from autopar.cost.hardware import Cluster, load_cluster
 from autopar.cost.mixed import MixedCluster, describe_cluster
 from autopar.errors import InputError
 from autopar.ir.cluster import ClusterDescription
+from autopar.ir.software import Software
 from autopar.ir.solution import Limits, Objective, Pins
 from autopar.planner.detect import GpuChoice, choose_gpu
 from autopar.planner.profile import NO_PROFILE, LoadedProfile, load_rows
@@ -38,6 +39,7 @@ class PlanRequest:
         time_limit_s: of the search.
         clocks: `auto`: plans may lock clocks; `max`: devices are left alone.
         gap_tolerance: relative distance to the bound at which the search may stop.
+        software: how the program would run; the default is autopar's own runtime, others are for prices alone.
     """
 
     num_gpus: int
@@ -55,6 +57,7 @@ class PlanRequest:
     with_baselines: bool = True
     clocks: str = "auto"
     cluster: ClusterDescription | None = None
+    software: Software = field(default_factory=Software)
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:

@@ -22,6 +22,7 @@ def request_of(plan: Plan, pins: Pins) -> PlanRequest:
         limits=plan.limits,
         pins=pins,
         batch_size=plan.model.batch_size,
+        software=plan.software,
     )
 
 

@@ -1,0 +1,53 @@
+"""Software: how a training program runs, besides what a plan decides.
+
+The default is what autopar's own runtime does. Other values describe other frameworks, so that configurations which
+they have run can be priced: which kernels are fused, in which precision parameters are kept, what hides behind what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FUSIONS = ("eager", "fused", "compiled")
+MEMORY_METERS = ("allocated", "reserved")
+
+
+@dataclass(frozen=True, slots=True)
+class Software:
+    """Facts about a framework. Bytes are per element; None means those of the parameter's own dtype.
+
+    Attributes:
+        name: in `costmodels/software.json`.
+        fusion: `eager`: every op of the graph is its own kernel; `fused`: neighbouring pointwise ops are written as
+            one kernel by hand; `compiled`: a compiler fuses pointwise ops, reductions and casts.
+        keeps_copy: parameters stay in memory in compute precision; False: only a master copy stays, and what computes
+            is made from it (FSDP's mixed precision).
+        master_bytes: of a master copy of each trained parameter; 0: none.
+        gradient_bytes, state_bytes: of a kept gradient, and of one optimizer state.
+        reduce_bytes: of a gradient while it is synchronised.
+        overlap_gradients: gradients are synchronised in buckets while backward runs.
+        prefetch_parameters: the next block's parameters are gathered, and the last one's gradients scattered, while a
+            block computes.
+        overlap_tensor: collectives next to a GEMM run in pieces beside it.
+        fp8: linear layers compute in 8 bits, casts included.
+        meter: which of the allocator's peaks memory figures mean: bytes handed out, or bytes taken from the device.
+    """
+
+    name: str = "autopar"
+    fusion: str = "eager"
+    keeps_copy: bool = True
+    master_bytes: float = 0.0
+    gradient_bytes: float | None = None
+    state_bytes: float | None = None
+    reduce_bytes: float | None = None
+    overlap_gradients: bool = False
+    prefetch_parameters: bool = False
+    overlap_tensor: bool = False
+    fp8: bool = False
+    meter: str = "allocated"
+
+    def __post_init__(self) -> None:
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"unknown fusion {self.fusion!r}; one of {', '.join(FUSIONS)}")
+        if self.meter not in MEMORY_METERS:
+            raise ValueError(f"unknown memory meter {self.meter!r}; one of {', '.join(MEMORY_METERS)}")
