@@ -1,0 +1,141 @@
+"""Stage costs: sums of one plan over its cost table, stage by stage.
+
+As defined by the search: shared entries count in every stage, a parameter counts in every stage that reads it, an edge
+in the stage of its consumer. Seconds are kept per block, because communication that runs beside computation is laid
+on streams block by block (`ir.streams`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from autopar.cost.memory import parameter_bytes
+from autopar.cost.table import CostTables
+from autopar.errors import PlanMismatchError
+from autopar.ir.cost import CostNode, CostTable
+from autopar.ir.solution import Decisions
+
+SHARED = -1
+MEMORY_CAUSES = ("parameters", "gradients", "optimizer", "activations", "workspace")
+
+
+@dataclass
+class StageCost:
+    """Sums of one stage on one device: of one microbatch, or once a step where the name says so.
+
+    Recompute is included in `backward_s` and `microbatch_j`. `state` is by cause.
+    """
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    step_s: float = 0.0
+    microbatch_j: float = 0.0
+    step_j: float = 0.0
+    activation_bytes: float = 0.0
+    boundary_bytes: float = 0.0
+    largest_block_bytes: float = 0.0
+    workspace_bytes: float = 0.0
+    received_bytes: float = 0.0
+    peak_w: float = 0.0
+    state: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEMORY_CAUSES[:3], 0.0))
+
+    def pay(self, forward_s: float, backward_s: float, energy_j: float, redo: bool) -> None:
+        """Adds one entry; with `redo` its forward runs a second time in backward."""
+        total = forward_s + backward_s
+        again = forward_s if redo else 0.0
+        self.forward_s += forward_s
+        self.backward_s += backward_s + again
+        if total > 0:
+            self.microbatch_j += energy_j * (1 + again / total)
+            self.peak_w = max(self.peak_w, energy_j / total)
+
+
+def chosen(table: CostTable, decisions: Decisions) -> tuple[int, ...]:
+    """Index of the decided strategy of every node.
+
+    Raises:
+        PlanMismatchError: if a decision is missing or is none of the node's choices.
+    """
+    parts: Mapping[str, Mapping[str, object]] = {
+        "op": decisions.ops, "hub": decisions.hubs, "param": decisions.parameters,
+    }  # fmt: skip
+    found = []
+    for node in table.nodes:
+        decided = parts[node.kind].get(node.names[0])
+        if decided is None and len(node.choices) == 1:
+            found.append(0)
+        elif decided in node.choices:
+            found.append(node.choices.index(decided))
+        else:
+            raise PlanMismatchError(f"the plan's choice for {node.name!r} is not one this model and mesh allow")
+    return tuple(found)
+
+
+def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> tuple[StageCost, ...]:
+    """Sums of every stage, as defined by the search: shared entries count in every stage, a parameter counts in
+    every stage that reads it, an edge in the stage of its consumer.
+    """
+    choice = chosen(table, decisions)
+    stage_of = [k for k, stage in enumerate(decisions.stages) for _ in range(stage.start, stage.stop)]
+    redo = [stage.recompute == "full" for stage in decisions.stages]
+    stages = [StageCost() for _ in decisions.stages]
+    everywhere = range(len(stages))
+    per_block = [0.0] * table.num_blocks
+    for index, k, block in _occurrences(table, stage_of):
+        _add_node(stages[k], table.nodes[index], choice[index], redo[k] and block != SHARED)
+        if block != SHARED:
+            per_block[block] += float(table.nodes[index].activation_bytes[choice[index]])
+        if table.nodes[index].kind == "param":
+            _add_state(stages[k], tables, table, table.nodes[index], choice[index])
+    for edge in table.edges:
+        at = choice[edge.source], choice[edge.target]
+        prices = (float(edge.forward_s[at]), float(edge.backward_s[at]), float(edge.microbatch_j[at]))
+        for block in edge.blocks:
+            for k in everywhere if block == SHARED else (stage_of[block],):
+                stages[k].pay(*prices, redo[k] and block != SHARED)
+    for crossing in table.crossings:
+        size = float(crossing.bytes_by_choice[choice[crossing.node]])
+        for k, stage in enumerate(decisions.stages):
+            if crossing.producer_block < stage.start <= crossing.last_block:
+                stages[k].received_bytes += size
+    for k, stage in enumerate(decisions.stages):
+        stages[k].largest_block_bytes = max(per_block[stage.start : stage.stop])
+    return tuple(stages)
+
+
+def _occurrences(table: CostTable, stage_of: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(node, stage, block) of everything a stage computes or holds."""
+    readers: dict[tuple[int, int], set[int]] = {}
+    for edge in table.edges:
+        if table.nodes[edge.source].kind == "param":
+            for home, reader in edge.cut_pairs:
+                if reader != home:
+                    readers.setdefault((edge.source, home), set()).add(reader)
+    for index, node in enumerate(table.nodes):
+        for block in node.blocks:
+            if block == SHARED:
+                yield from ((index, k, SHARED) for k in range(max(stage_of) + 1))
+                continue
+            yield index, stage_of[block], block
+            others = {stage_of[b]: b for b in sorted(readers.get((index, block), ()))}
+            yield from ((index, k, b) for k, b in sorted(others.items()) if k != stage_of[block])
+
+
+def _add_node(stage: StageCost, node: CostNode, p: int, redo: bool) -> None:
+    stage.pay(float(node.forward_s[p]), float(node.backward_s[p]), float(node.microbatch_j[p]), redo)
+    stage.step_s += float(node.step_s[p])
+    stage.step_j += float(node.step_j[p])
+    stage.activation_bytes += float(node.activation_bytes[p])
+    stage.boundary_bytes += float(node.boundary_bytes[p])
+    stage.workspace_bytes = max(stage.workspace_bytes, float(node.workspace_bytes[p]))
+
+
+def _add_state(stage: StageCost, tables: CostTables, table: CostTable, node: CostNode, p: int) -> None:
+    """Divides a parameter's bytes by cause."""
+    value = tables.graph.values[node.names[0]]
+    sizes = parameter_bytes(value, node.choices[p], table.mesh.sizes, tables.optimizer_states, tables.software)
+    if not tables.training:
+        sizes = (sizes[0], 0.0, 0.0)
+    for cause, size in zip(MEMORY_CAUSES[:3], sizes, strict=True):
+        stage.state[cause] += size
