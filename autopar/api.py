@@ -40,6 +40,7 @@ def plan(
     gpu: str | None = None,
     gpus_per_node: int | None = None,
     memory_bytes: int | None = None,
+    network_bytes_per_s: float | None = None,
     objective: str | Objective = "time",
     batch_size: int | None = None,
     options: Mapping[str, str] | None = None,
@@ -60,7 +61,7 @@ def plan(
         model: see the module docstring.
         gpus: ceiling on the number of GPUs; not read with `cluster`.
         cluster: groups of several types of GPU, in place of `gpu`, `gpus_per_node` and `memory_bytes`.
-        gpu: name of a device (`autopar gpus`); None: what this machine has.
+        gpu, network_bytes_per_s: a device (`autopar gpus`; None: this machine's) and a node's ports (None: as usual).
         options: of a source file, as text, like `--set`.
         example_batch: for an `nn.Module`: a tensor, tuple or dict.
         constraints: regex -> label: ops whose name or module path it matches whole take the label, as `op:` of --pin.
@@ -78,6 +79,7 @@ def plan(
         gpu=gpu,
         gpus_per_node=gpus_per_node,
         memory_bytes=memory_bytes,
+        network_bytes_per_s=network_bytes_per_s,
         objective=_objective(objective, gpu_hour_price, energy_price),
         limits=limits or Limits(),
         pins=replace(pins or Pins(), ops=((pins or Pins()).ops + tuple((constraints or {}).items()))),

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from autopar.cli.pins import parse_pins
-from autopar.cli.quantities import parse_bytes, parse_joules, parse_seconds, parse_watts
+from autopar.cli.quantities import parse_bytes, parse_joules, parse_rate, parse_seconds, parse_watts
 from autopar.errors import InputError
 from autopar.ir.cluster import ClusterDescription
 from autopar.ir.solution import OBJECTIVES, Limits, Objective
@@ -37,10 +37,11 @@ SPACE_OPTIONS = (
     click.option(
         "--cluster",
         metavar="FILE",
-        help="Groups of several types of GPU, in place of --gpus, --gpu, --gpus-per-node and --memory.",
+        help="Groups of several types of GPU, in place of --gpus, --gpu, --gpus-per-node, --memory and --network.",
     ),
     click.option("--gpus-per-node", type=int, metavar="N", help="GPUs that share the fast link."),
     click.option("--memory", metavar="SIZE", help="Usable memory of one GPU, e.g. 46GiB."),
+    click.option("--network", metavar="RATE", help="All network ports of a node together, e.g. 800Gbit/s or 100GB/s."),
     click.option("--batch", type=int, metavar="N", help="Global batch; default: that of example_batch()."),
     click.option(
         "--pin",
@@ -108,6 +109,7 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
         gpu=options["gpu"],
         gpus_per_node=options["gpus_per_node"],
         memory_bytes=_quantity(options, "memory", parse_bytes),
+        network_bytes_per_s=_quantity(options, "network", parse_rate),
         objective=_objective(options) if "objective" in options else Objective("energy"),
         limits=_limits(options),
         pins=parse_pins(options["pin_text"] or "", batch),
@@ -121,7 +123,7 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
 
 
 def _cluster(options: Mapping[str, Any]) -> ClusterDescription:
-    given = [name for name in ("gpus", "gpu", "gpus_per_node", "memory") if options[name] is not None]
+    given = [name for name in ("gpus", "gpu", "gpus_per_node", "memory", "network") if options[name] is not None]
     if given:
         raise InputError(f"--cluster says what --{given[0].replace('_', '-')} would: give one of them")
     return read_cluster(options["cluster"], parse_bytes)

@@ -1,4 +1,4 @@
-"""Quantities with units, as typed on the command line: `46GiB`, `2.5s`, `1.2kJ`, `40kW`."""
+"""Quantities with units, as typed on the command line: `46GiB`, `2.5s`, `1.2kJ`, `40kW`, `800Gbit/s`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ BYTES_BY_SUFFIX = {
 }
 SECONDS_BY_SUFFIX = {"": 1.0, "s": 1.0, "us": 1e-6, "ms": 1e-3, "m": 60.0, "min": 60.0, "h": 3600.0}
 JOULES_BY_SUFFIX = {"": 1.0, "J": 1.0, "mJ": 1e-3, "kJ": 1e3, "MJ": 1e6, "Wh": 3600.0, "kWh": 3.6e6}
+RATES_BY_SUFFIX = {
+    f"{unit}{per}": factor
+    for unit, factor in {
+        "Gbit": GB / 8,
+        "Gb": GB / 8,
+        "Tbit": TB / 8,
+        "Tb": TB / 8,
+        "MB": MB,
+        "GB": GB,
+        "GiB": GIB,
+    }.items()
+    for per in ("/s", "ps")
+} | {"Gbit": GB / 8, "Tbit": TB / 8}
 WATTS_BY_SUFFIX = {"": 1.0, "W": 1.0, "kW": 1e3, "MW": 1e6}
 
 
@@ -46,9 +59,14 @@ def parse_watts(text: str) -> float:
     return _parse_scaled(text, WATTS_BY_SUFFIX, "a power such as 40kW or 700W")
 
 
+def parse_rate(text: str) -> float:
+    """`800Gbit/s`, `1.6Tbps`, `100GB/s` to bytes per second; `b` is bits, `B` bytes. Raises InputError."""
+    return _parse_scaled(text, RATES_BY_SUFFIX, "a rate such as 800Gbit/s or 100GB/s")
+
+
 def _parse_scaled(text: str, factors: Mapping[str, float], expected: str) -> float:
     """Number times the factor of its suffix, which is looked up as written, then in small letters."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z/]*)\s*", text)
     factor = None if match is None else factors.get(match[2], factors.get(match[2].lower()))
     if match is None or factor is None or float(match[1]) == 0:
         raise InputError(f"{text!r} is not {expected}")

@@ -60,7 +60,7 @@ def collective_cost(cluster: Cluster, kind: str, group: Group) -> LinearCost:
         latency_s += slow.latency_s + hops * slow.latency_per_hop_s * (across - 1)
     return LinearCost(
         latency_s,
-        fast_share / fast.bandwidth_bytes_per_s + slow_share / cluster.network_bytes_per_s(),
+        fast_share / fast.bandwidth_bytes_per_s + slow_share / cluster.network_share_bytes_per_s,
         fast_share * fast.j_per_byte + slow_share * slow.j_per_byte,
     )
 
@@ -77,5 +77,5 @@ def _shares(kind: str, inside: int, across: int) -> tuple[float, float]:
 def send_cost(cluster: Cluster, same_node: bool) -> LinearCost:
     """Cost of one rank sending to one other, all ranks of the stage at once."""
     link = cluster.spec.intra_node if same_node else cluster.spec.inter_node
-    bandwidth = link.bandwidth_bytes_per_s if same_node else cluster.network_bytes_per_s()
+    bandwidth = link.bandwidth_bytes_per_s if same_node else cluster.network_share_bytes_per_s
     return LinearCost(link.p2p_latency_s, 1 / bandwidth, link.j_per_byte)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -32,6 +33,7 @@ class Cluster:
         gpus_per_node: devices that share the fast link.
         memory_bytes: usable by a job on one device: capacity less reserve, or what the user said.
         free_clocks: whether plans may lock clocks; else devices are left alone.
+        network_bytes_per_s: of all ports of a node, per direction; None: what the device file says.
     """
 
     spec: DeviceSpec
@@ -39,6 +41,7 @@ class Cluster:
     gpus_per_node: int
     memory_bytes: int
     free_clocks: bool = True
+    network_bytes_per_s: float | None = None
 
     @property
     def gpu(self) -> str:
@@ -92,12 +95,20 @@ class Cluster:
             members -= 1
         return members
 
-    def network_bytes_per_s(self) -> float:
+    @property
+    def network_share_bytes_per_s(self) -> float:
         """Share of one device in its node's network ports, all devices sending at once."""
-        return self.spec.inter_node.bandwidth_bytes_per_s / self.gpus_per_node
+        of_node = self.spec.inter_node.bandwidth_bytes_per_s
+        return (of_node if self.network_bytes_per_s is None else self.network_bytes_per_s) / self.gpus_per_node
 
 
-def load_cluster(gpu: str, num_gpus: int, gpus_per_node: int | None = None, memory_bytes: int | None = None) -> Cluster:
+def load_cluster(
+    gpu: str,
+    num_gpus: int,
+    gpus_per_node: int | None = None,
+    memory_bytes: int | None = None,
+    network_bytes_per_s: float | None = None,
+) -> Cluster:
     """A cluster of built-in devices.
 
     Args:
@@ -105,6 +116,7 @@ def load_cluster(gpu: str, num_gpus: int, gpus_per_node: int | None = None, memo
         num_gpus: >= 1.
         gpus_per_node: >= 1; the device's usual server if None.
         memory_bytes: memory that the job may use on one device, > 0; capacity less reserve if None.
+        network_bytes_per_s: of all network ports of a node, per direction, > 0; the device file's if None.
 
     Raises:
         InputError: for an unknown GPU or a number out of range.
@@ -121,7 +133,9 @@ def load_cluster(gpu: str, num_gpus: int, gpus_per_node: int | None = None, memo
     for what, number in limits.items():
         if number < 1:
             raise InputError(f"{what} must be at least 1, found {number}")
-    return Cluster(spec, num_gpus, per_node, memory)
+    if network_bytes_per_s is not None and not 0 < network_bytes_per_s < math.inf:
+        raise InputError(f"the network of a node must carry more than 0 bytes per second, found {network_bytes_per_s}")
+    return Cluster(spec, num_gpus, per_node, memory, network_bytes_per_s=network_bytes_per_s)
 
 
 def list_gpus() -> tuple[DeviceSpec, ...]:

@@ -45,6 +45,7 @@ class ClusterReference:
         origin: `flag`, `detected` or `default`: where the choice of GPU came from.
         description: of a cluster of several types; then `gpu` joins their names, and the other figures are totals
             (GPUs) and the most of any type.
+        network_bytes_per_s: of a node's network ports, where the request gave it; else None.
     """
 
     gpu: str
@@ -54,6 +55,7 @@ class ClusterReference:
     input_hash: str
     origin: str
     description: ClusterDescription | None = None
+    network_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ def _cluster_reference(request: PlanRequest, target: Target) -> ClusterReference
         input_hash=target.input_hash,
         origin=target.choice.origin,
         description=request.cluster if isinstance(target.cluster, MixedCluster) else None,
+        network_bytes_per_s=request.network_bytes_per_s,
     )
 
 

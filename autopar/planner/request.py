@@ -31,7 +31,7 @@ class PlanRequest:
         num_gpus: ceiling on the number of GPUs, >= 1; with `cluster`: all of its GPUs.
         cluster: groups of several types of GPU, in place of `gpu`, `gpus_per_node` and `memory_bytes`.
         gpu: name in costmodels/, or None: what this machine has.
-        gpus_per_node, memory_bytes: override the device file.
+        gpus_per_node, memory_bytes, network_bytes_per_s: override the device file; the last is of a node's ports.
         batch_size: samples in the global batch; None: that of the example batch.
         profile: file of measured rows; None: the default store if there is one; `none`: no rows.
         with_baselines: search the baselines too.
@@ -58,6 +58,7 @@ class PlanRequest:
     clocks: str = "auto"
     cluster: ClusterDescription | None = None
     software: Software = field(default_factory=Software)
+    network_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
@@ -70,8 +71,11 @@ class PlanRequest:
             raise InputError(f"the batch size must be at least 1, got {self.batch_size}")
 
     def _check_cluster(self, cluster: ClusterDescription) -> None:
-        if self.gpu is not None or self.gpus_per_node is not None or self.memory_bytes is not None:
-            raise InputError("a cluster says which GPUs there are: leave out the GPU's name, GPUs per node and memory")
+        given = (self.gpu, self.gpus_per_node, self.memory_bytes, self.network_bytes_per_s)
+        if any(setting is not None for setting in given):
+            raise InputError(
+                "a cluster says which GPUs there are: leave out the GPU's name, GPUs per node, memory and network"
+            )
         if self.num_gpus != cluster.num_gpus:
             raise InputError(f"the cluster has {cluster.num_gpus} GPUs, not {self.num_gpus}")
 
@@ -98,7 +102,11 @@ def choose_target(request: PlanRequest) -> Target:
         return _described_target(request, describe_cluster(request.cluster))
     choice = choose_gpu(request.gpu)
     cluster = load_cluster(
-        choice.name, request.num_gpus, gpus_per_node=request.gpus_per_node, memory_bytes=request.memory_bytes
+        choice.name,
+        request.num_gpus,
+        gpus_per_node=request.gpus_per_node,
+        memory_bytes=request.memory_bytes,
+        network_bytes_per_s=request.network_bytes_per_s,
     )
     cluster = replace(cluster, free_clocks=request.clocks == "auto")
     return Target(choice, cluster, load_rows(request.profile, choice.name))

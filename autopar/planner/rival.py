@@ -18,6 +18,7 @@ def request_of(plan: Plan, pins: Pins) -> PlanRequest:
         gpu=plan.cluster.gpu if mixed is None else None,
         gpus_per_node=plan.cluster.gpus_per_node if mixed is None else None,
         memory_bytes=plan.cluster.memory_bytes if mixed is None else None,
+        network_bytes_per_s=plan.cluster.network_bytes_per_s,
         objective=plan.objective,
         limits=plan.limits,
         pins=pins,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autopar.cli.pins import parse_pins
-from autopar.cli.quantities import parse_bytes, parse_joules, parse_seconds, parse_watts
+from autopar.cli.quantities import parse_bytes, parse_joules, parse_rate, parse_seconds, parse_watts
 from autopar.errors import InputError
 from autopar.ir.serialize import load_plan, plan_digest
 from autopar.ir.solution import Pins
@@ -155,6 +155,20 @@ def test_energies(text: str, joules: float) -> None:
 @pytest.mark.parametrize(("text", "watts"), [("40kW", 40e3), ("700W", 700), ("0.5MW", 5e5)])
 def test_powers(text: str, watts: float) -> None:
     assert parse_watts(text) == pytest.approx(watts)
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [("800Gbit/s", 100e9), ("800 Gbit", 100e9), ("1.6Tbps", 200e9), ("100GB/s", 100e9), ("8Gb/s", 1e9)],
+)
+def test_rates(text: str, rate: float) -> None:
+    assert parse_rate(text) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("text", ["800", "800gb/s", "800G", "0GB/s", "8GB/h"])
+def test_rates_without_a_clear_unit_are_refused(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_rate(text)
 
 
 @pytest.mark.parametrize("text", ["1KJ", "1kj", "40 kilowatts", "-3W", "inf", "1e3W"])

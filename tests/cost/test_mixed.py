@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from autopar.cost.mixed import MixedCluster, describe_cluster, mixed_tables
-from autopar.cost.predict import predict, stage_costs, stage_tables, transfers_s
+from autopar.cost.predict import predict, stage_tables, transfers_s
+from autopar.cost.stages import stage_costs
 from autopar.errors import InputError, PlanMismatchError
 from autopar.ir.cluster import ClusterDescription, GroupDescription, LinkDescription
 from autopar.ir.pipeline import step_time_s
@@ -53,7 +54,7 @@ def test_description_sets_nodes_memory_and_link() -> None:
     assert [part.num_gpus for part in cluster.parts] == [2, 3]
     assert [part.gpus_per_node for part in cluster.parts] == [2, 1]
     assert cluster.part("a100-sxm-80gb").memory_bytes == 10**9
-    slower = max(1 / part.network_bytes_per_s() for part in cluster.parts)
+    slower = max(1 / part.network_share_bytes_per_s for part in cluster.parts)
     assert cluster.links[0, 1].s_per_byte == slower == cluster.links[1, 0].s_per_byte
     own = cluster_of(LinkDescription(4e9, 5e-6)).links[0, 1]
     assert (own.s_per_byte, own.latency_s) == (2 / 4e9, 5e-6)
