@@ -13,7 +13,8 @@ from autopar.ir.serialize import prediction_json
 from autopar.planner.estimate import estimate_model
 from autopar.report.explain import compare
 from autopar.report.frontier import point_words
-from autopar.report.text import plan_report
+from autopar.report.text import plan_report, wrapped
+from autopar.units import format_bytes
 
 
 @click.command()
@@ -27,12 +28,14 @@ def estimate(model: str, settings: tuple[str, ...], as_json: bool, **options: An
     chosen = parse_settings(settings)
     with progress_line(as_json) as progress:
         found = estimate_model(model, chosen, request, progress)
-    pinned, free = found.pinned.plan, found.free
+    planned, free = found.pinned.planned, found.free
+    pinned, has = planned.plan, found.pinned.memory_bytes
     if as_json:
-        print_json({**_entry(pinned), "free": _entry(free)})
+        print_json({**_entry(pinned), "fits": found.pinned.fits, "free": _entry(free)})
         return
     lines = compare(pinned, free, "the free plan", "Free plan: ")
-    click.echo("\n".join([plan_report(pinned, found.pinned.graph), "", *lines]))
+    fits = [] if found.pinned.fits else wrapped("Memory", f"does not fit: a device has {format_bytes(has)}")
+    click.echo("\n".join([plan_report(pinned, planned.graph), "", *fits, *lines]))
 
 
 def _entry(plan: Plan) -> dict[str, Any]:

@@ -86,15 +86,17 @@ def memory_by_cause(costs: tuple[StageCost, ...], stage: int, decisions: Decisio
 def transfers_s(
     tables: CostTables | MixedTables, costs: Sequence[StageCost], decisions: Decisions
 ) -> tuple[float, ...]:
-    """Seconds to send from each stage to the next, by where their devices stand."""
+    """Seconds to send from each stage (or chunk) to the next, by where their devices stand."""
     each, n = stage_tables(tables, decisions), decisions.mesh.num_devices
+    ranks = decisions.num_ranks
     found = []
     for k, cost in enumerate(costs[1:], start=1):
         if each[k - 1] is not each[k]:
             found.append(_between_types(tables, decisions, k).time_s(cost.received_bytes))
             continue
-        cluster, local = each[k].cluster, sum(own is each[k] for own in each[:k])
-        pairs = ((local * n - n + i, local * n + i) for i in range(n))
+        cluster, local = each[k].cluster, sum(own is each[k] for own in each[: k % ranks])
+        before = local - 1 if k % ranks else ranks - 1
+        pairs = ((before * n + i, local * n + i) for i in range(n))
         same_node = all(a // cluster.gpus_per_node == b // cluster.gpus_per_node for a, b in pairs)
         found.append(send_cost(cluster, same_node).time_s(cost.received_bytes))
     return tuple(found)
@@ -141,7 +143,7 @@ def _prediction(
     """`sends_j` are joules of one microbatch and one device of every stage."""
     n, count = decisions.mesh.num_devices, decisions.num_microbatches
     used = {id(own): own.cluster for own in each}
-    stages_on = Counter(id(own) for own in each)
+    stages_on = Counter(id(own) for own in each[: decisions.num_ranks])
     clusters = [(cluster, n * stages_on[key]) for key, cluster in used.items()]
     blocked_w = sum(cluster.spec.blocked_w * devices for cluster, devices in clusters)
     host_w = sum(cluster.spec.host_w_per_node * cluster.nodes(devices) for cluster, devices in clusters)
@@ -156,11 +158,9 @@ def _prediction(
         hungriest = max(c.peak_w for c, own in zip(costs, each, strict=True) if id(own) == key)
         highest_w += n * stages_on[key] * min(hungriest, dynamic_limit_w(cluster.spec))
     peak_w = max(highest_w + blocked_w + host_w, energy_j / time_s)
-    memory = [memory_by_cause(costs, k, decisions) for k in range(len(costs))]
-    peaks = tuple(
-        _quantity(sum(m.values()), "B", own.cluster.spec.memory_uncertainty)
-        for m, own in zip(memory, each, strict=True)
-    )
+    ranks = range(decisions.num_ranks)
+    memory = [memory_by_cause(costs, k, decisions) for k in ranks]
+    peaks = tuple(_quantity(sum(memory[k].values()), "B", each[k].cluster.spec.memory_uncertainty) for k in ranks)
     wide = max(cluster.spec.time_uncertainty for cluster, _ in clusters)
     energy_wide = max(cluster.spec.energy_uncertainty for cluster, _ in clusters)
     return Prediction(
@@ -172,9 +172,9 @@ def _prediction(
         stages=tuple(
             StageFigures(
                 _quantity(c.forward_s, "s", wide), _quantity(c.backward_s, "s", wide), _quantity(c.step_s, "s", wide),
-                peak, causes,
+                peaks[k % len(ranks)], memory[k % len(ranks)],
             )
-            for c, peak, causes in zip(costs, peaks, memory, strict=True)
+            for k, c in enumerate(costs)
         ),
         energy_by_cause=energy,
         tdp_energy_j=sum(cluster.spec.limit_w * devices for cluster, devices in clusters) * time_s,

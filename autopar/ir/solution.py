@@ -97,6 +97,7 @@ class Pins:
 
     Attributes:
         interleave: model chunks per stage (interleaved 1F1B); 1: none.
+        even_cuts: every stage holds equally many of the repeated blocks, whatever the others cost.
         roles: those restrictions on every (dp, tp) mesh, also where a size is free.
         without: labels that no op may take on any axis.
         ops: (regex, label): on axes longer than one, ops whose name or module path the regex matches whole take the
@@ -111,6 +112,7 @@ class Pins:
     schedule: str | None = None
     zero: int | None = None
     interleave: int | None = None
+    even_cuts: bool = False
     roles: bool = False
     without: tuple[str, ...] = ()
     ops: tuple[tuple[str, str], ...] = ()

@@ -147,6 +147,10 @@ def _skeleton(plan: Plan) -> Iterator[Issue]:
         yield Issue("$.decisions.mesh", "expected axes with different names")
     if not decisions.stages:
         yield Issue("$.decisions.stages", "a plan needs at least one stage")
+    if decisions.interleave < 1 or num_stages % max(1, decisions.interleave):
+        problem = f"{num_stages} chunks do not lie on ranks of {decisions.interleave} each"
+        yield Issue("$.decisions.interleave", problem)
+        return
     if decisions.num_gpus > plan.cluster.num_gpus:
         used = f"{num_stages} stages of {decisions.mesh.num_devices}"
         yield Issue("$.decisions", f"{used} are more GPUs than the {plan.cluster.num_gpus} of $.cluster.num_gpus")
@@ -182,11 +186,11 @@ def _stages(plan: Plan) -> Iterator[Issue]:
         if stage.recompute not in RECOMPUTE:
             yield Issue(f"$.decisions.stages[{i}].recompute", f"expected one of {', '.join(RECOMPUTE)}")
         start = stage.stop
-    num_stages = len(plan.decisions.stages)
-    for name in ("peak_memory_bytes", "stages"):
+    counts = {"peak_memory_bytes": plan.decisions.num_ranks, "stages": len(plan.decisions.stages)}
+    for name, expected in counts.items():
         found = len(getattr(plan.predicted, name))
-        if found != num_stages:
-            yield Issue(f"$.predicted.{name}", f"expected one entry per stage ({num_stages}), found {found}")
+        if found != expected:
+            yield Issue(f"$.predicted.{name}", f"expected one entry per stage ({expected}), found {found}")
 
 
 def _stage_cover(decisions: Decisions, graph: OpGraph) -> Iterator[Issue]:

@@ -18,8 +18,9 @@ from autopar.errors import InfeasibleError, Remedy
 from autopar.ir.graph import OpGraph
 from autopar.ir.plan import Baseline, Prediction
 from autopar.ir.quantity import Quantity
-from autopar.ir.solution import Decisions, Limits, Objective, Pins, Solution
+from autopar.ir.solution import KEPT, Decisions, Limits, Objective, Pins, Solution
 from autopar.ir.verify import broken_limits, limited_figures
+from autopar.planner.cuts import with_even_cuts
 from autopar.planner.pinned import check_constraints
 from autopar.planner.request import PlanRequest, Target
 from autopar.search.baselines import BASELINES, Family, best_of_family
@@ -75,8 +76,14 @@ class Chooser:
         if isinstance(cluster, MixedCluster):
             return mixed_tables(self.graph, cluster, pins, self.request.software)
         return CostTables(
-            self.graph, cluster, pins=pins, profile=self.target.profile.store, software=self.request.software
-        )
+            self.graph, cluster, pins=pins, profile=self.target.profile.store, software=self.request.software,
+            keep=self.keep,
+        )  # fmt: skip
+
+    @property
+    def keep(self) -> str:
+        """What backward computes again on stages without full recompute."""
+        return self.request.pins.recompute if self.request.pins.recompute in KEPT[1:] else "none"
 
     def choose(self, tables: CostTables | MixedTables) -> Choice:
         """The best candidate; `tables` are those of the request's pins.
@@ -109,7 +116,7 @@ class Chooser:
         cluster, prediction = self.target.cluster, candidate.prediction
         parts = [
             cluster.part(stage.gpu) if isinstance(cluster, MixedCluster) else cluster
-            for stage in candidate.decisions.stages
+            for stage in candidate.decisions.stages[: candidate.decisions.num_ranks]
         ]
         pairs = zip(prediction.peak_memory_bytes, parts, strict=True)
         fits = all(peak.value <= part.memory_bytes * (1 + MEMORY_SLACK) for peak, part in pairs)
@@ -118,16 +125,28 @@ class Chooser:
     def candidate(
         self, tables: CostTables | MixedTables, decisions: Decisions, name: str = "", formula: float | None = None
     ) -> Candidate:
-        """Decisions simulated, and paced if their average power needs it."""
-        paced, prediction = simulated(tables, decisions, self.request.limits)
+        """Decisions simulated, under the pins that the search knows nothing of, and paced if a power cap needs it."""
+        paced, prediction = simulated(tables, self._finished(decisions), self.request.limits)
         return Candidate(name, paced, prediction, value_of(self.request.objective, paced, prediction), formula)
+
+    def _finished(self, decisions: Decisions) -> Decisions:
+        """With the name of what backward computes again, and the cuts that are pinned."""
+        pins = self.request.pins
+        if self.keep != "none":
+            stages = (
+                replace(s, recompute=self.keep if s.recompute == "none" else s.recompute) for s in decisions.stages
+            )
+            decisions = replace(decisions, stages=tuple(stages))
+        if len(decisions.stages) > 1 and (pins.even_cuts or (pins.interleave or 1) > 1):
+            return with_even_cuts(decisions, self.graph, pins.interleave or 1)
+        return decisions
 
     def _search(self, tables: CostTables | MixedTables, limits: Limits) -> Solution:
         request = self.request
         return search(
             tables,
             request.objective,
-            pins=request.pins,
+            pins=replace(request.pins, recompute="none") if self.keep != "none" else request.pins,
             limits=limits,
             use_all=request.use_all,
             gap_tolerance=request.gap_tolerance,
@@ -200,7 +219,8 @@ class Chooser:
 def describe(decisions: Decisions) -> str:
     """`dp=4 x tp=2, pp=2, microbatches=8`."""
     mesh = " x ".join(f"{axis.name}={axis.size}" for axis in decisions.mesh.axes if axis.size > 1) or "dp=1"
-    return f"{mesh}, pp={len(decisions.stages)}, microbatches={decisions.num_microbatches}"
+    chunks = f" x {decisions.interleave} chunks" if decisions.interleave > 1 else ""
+    return f"{mesh}, pp={decisions.num_ranks}{chunks}, microbatches={decisions.num_microbatches}"
 
 
 def simulated(tables: CostTables | MixedTables, decisions: Decisions, limits: Limits) -> tuple[Decisions, Prediction]:

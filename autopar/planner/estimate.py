@@ -5,34 +5,79 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from autopar.cost.mixed import MixedCluster
 from autopar.errors import InputError
 from autopar.ir.plan import Plan
 from autopar.ir.solution import Pins
-from autopar.planner.plan import Planned, capture_graph, make_plan
-from autopar.planner.request import PlanRequest, Progress
+from autopar.planner.plan import CapturedGraph, Planned, capture_graph, make_plan
+from autopar.planner.request import PlanRequest, Progress, choose_target
+
+UNLIMITED_BYTES = 10**15
+"""Memory of the devices that a pinned configuration is priced on: whether it fits is said, not enforced."""
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A pinned configuration.
+
+    Attributes:
+        planned: its plan; made for devices of any memory.
+        memory_bytes: what a job may really use on one device; 0 on clusters of several types, where it is enforced.
+    """
+
+    planned: Planned
+    memory_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak lies within the memory of the devices."""
+        peaks = self.planned.plan.predicted.peak_memory_bytes
+        return not self.memory_bytes or max(peak.value for peak in peaks) <= self.memory_bytes
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The best plan under the user's pins, and the one without them."""
+    """The best plan under the user's pins, and the one without them, None if no plan fits."""
 
-    pinned: Planned
+    pinned: Priced
     free: Plan
+
+
+def price_configuration(
+    source: str,
+    options: Mapping[str, str],
+    request: PlanRequest,
+    progress: Progress | None = None,
+    *,
+    captured: CapturedGraph | None = None,
+) -> Priced:
+    """The plan under the request's pins, by the same search and simulation as any plan.
+
+    Raises:
+        InputError: the model, a name or a number is wrong.
+        InfeasibleError: nothing satisfies the pins, or keeps the limits.
+    """
+    target = choose_target(request)
+    request = replace(request, with_baselines=False)
+    memory_bytes = 0
+    if not isinstance(target.cluster, MixedCluster):
+        memory_bytes = target.cluster.memory_bytes
+        request = replace(request, memory_bytes=UNLIMITED_BYTES)
+    return Priced(make_plan(source, options, request, progress, captured=captured), memory_bytes)
 
 
 def estimate_model(
     source: str, options: Mapping[str, str], request: PlanRequest, progress: Progress | None = None
 ) -> Estimate:
-    """Price a configuration by the same search and simulation as a plan.
+    """Price a configuration beside the free plan.
 
     Raises:
         InputError: nothing is pinned, or the model or a number is wrong.
-        InfeasibleError: no plan under the pins fits or keeps the limits.
+        InfeasibleError: no plan under the pins keeps the limits, or no plan fits at all.
     """
     if request.pins == Pins():
         raise InputError("estimate prices a configuration: fix it with --pin, e.g. --pin dp=4,tp=2,pp=1")
-    request = replace(request, with_baselines=False)
     captured = capture_graph(source, options, request.batch_size, progress)
-    pinned = make_plan(source, options, request, progress, captured=captured)
-    free = make_plan(source, options, replace(request, pins=Pins()), progress, captured=captured)
-    return Estimate(pinned, free.plan)
+    pinned = price_configuration(source, options, request, progress, captured=captured)
+    free = replace(request, pins=Pins(), with_baselines=False)
+    return Estimate(pinned, make_plan(source, options, free, progress, captured=captured).plan)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from autopar.cost.hardware import load_cluster
-from autopar.cost.predict import predict, stage_costs, timeline_of, transfers_s
+from autopar.cost.predict import predict, timeline_of, transfers_s
+from autopar.cost.stages import stage_costs
 from autopar.cost.table import CostTables
 from autopar.errors import PlanMismatchError
 from autopar.ir.cost import CostTable

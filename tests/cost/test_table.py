@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from autopar.cost.device import Link
 from autopar.cost.hardware import Cluster
-from autopar.cost.predict import chosen, predict
+from autopar.cost.predict import predict
+from autopar.cost.stages import chosen
 from autopar.cost.table import CostTables
 from autopar.errors import InputError
 from autopar.ir.cost import CostNode, CostTable
