@@ -12,7 +12,7 @@ With a `loss`, only those parts of the batch are passed to the model which its `
 of a tuple, the named ones of a dict), so a batch `(images, labels)` works for a model that takes images alone.
 Without, everything is passed and the model must return its loss (a scalar, or `.loss` / `"loss"` in its output).
 
-`hf:PATH` is a Hugging Face config.json, see `capture.hf_source`.
+`hf:PATH` is a Hugging Face config.json, see `capture.hf_source`; `gpt` and `llama` are `capture.families`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from autopar.capture.families import FAMILIES, load_family
 from autopar.capture.hf_source import load_hf_source
 from autopar.capture.model_source import ModelSource, as_arguments, convert_option
 from autopar.capture.user_code import user_errors
@@ -40,7 +41,9 @@ __all__ = ["ModelSource", "as_arguments", "bind_options", "load_source"]
 
 
 def load_source(text: str, options: Mapping[str, str] | None = None) -> ModelSource:
-    """Load `path/model.py` or `hf:config.json` with `--set` options given as text.
+    """Load `path/model.py`, `hf:config.json` or a built-in family with `--set` options given as text.
+
+    A file called like a family is meant by a path with a slash, e.g. `./gpt`.
 
     Raises:
         InputError: file missing, not Python, raises at import, without a model, or an unknown or bad option.
@@ -48,11 +51,19 @@ def load_source(text: str, options: Mapping[str, str] | None = None) -> ModelSou
     options = dict(options or {})
     if text.startswith("hf:"):
         return load_hf_source(text, options)
+    if text in FAMILIES:
+        return load_family(text, options)
     path = Path(text).expanduser()
     if not path.is_file():
-        what = "is a directory, not a file" if path.is_dir() else "no such file"
-        raise InputError(f"{text}: {what}")
+        raise InputError(f"{text}: {_missing(text, path)}")
     return _python_source(text, path.resolve(), options)
+
+
+def _missing(text: str, path: Path) -> str:
+    if path.is_dir():
+        return "is a directory, not a file"
+    is_name = not path.suffix and path.name == text
+    return f"no such file, and no built-in model; those are {', '.join(FAMILIES)}" if is_name else "no such file"
 
 
 def _python_source(text: str, path: Path, options: Mapping[str, str]) -> ModelSource:
