@@ -24,7 +24,7 @@ from autopar.ir.pipeline import microbatches_in_flight
 from autopar.ir.plan import Prediction, StageFigures
 from autopar.ir.quantity import Quantity
 from autopar.ir.solution import Decisions
-from autopar.ir.timeline import StageTimes, Timeline, simulate
+from autopar.ir.timeline import Timeline, simulate
 
 
 def stage_tables(tables: CostTables | MixedTables, decisions: Decisions) -> tuple[CostTables, ...]:
@@ -111,8 +111,12 @@ def _between_types(tables: CostTables | MixedTables, decisions: Decisions, stage
 
 def timeline_of(tables: CostTables | MixedTables, costs: Sequence[StageCost], decisions: Decisions) -> Timeline:
     """The simulated schedule."""
-    times = [StageTimes(c.forward_s, c.backward_s, c.step_s) for c in costs]
-    return simulate(times, transfers_s(tables, costs, decisions), decisions.num_microbatches, decisions.schedule)
+    return simulate(
+        [cost.times for cost in costs],
+        transfers_s(tables, costs, decisions),
+        decisions.num_microbatches,
+        decisions.schedule,
+    )
 
 
 def predict(tables: CostTables | MixedTables, decisions: Decisions) -> Prediction:

@@ -15,21 +15,27 @@ from autopar.cost.table import CostTables
 from autopar.errors import PlanMismatchError
 from autopar.ir.cost import CostNode, CostTable
 from autopar.ir.solution import Decisions
+from autopar.ir.streams import BlockWork, Overlap, stage_times
+from autopar.ir.timeline import StageTimes
 
 SHARED = -1
 MEMORY_CAUSES = ("parameters", "gradients", "optimizer", "activations", "workspace")
+
+
+WORK = ("forward_s", "backward_s", "gather_s", "regather_s", "scatter_s", "sync_s", "update_s")
+"""Fields of `BlockWork`."""
 
 
 @dataclass
 class StageCost:
     """Sums of one stage on one device: of one microbatch, or once a step where the name says so.
 
-    Recompute is included in `backward_s` and `microbatch_j`. `state` is by cause.
+    Recompute is included in `backward_s` and `microbatch_j`. `state` is by cause, `blocks` by index (SHARED first).
+    `times` are those of the streams that `blocks` run on.
     """
 
-    forward_s: float = 0.0
-    backward_s: float = 0.0
-    step_s: float = 0.0
+    blocks: dict[int, dict[str, float]] = field(default_factory=dict)
+    times: StageTimes = field(default_factory=lambda: StageTimes(0.0, 0.0, 0.0))
     microbatch_j: float = 0.0
     step_j: float = 0.0
     activation_bytes: float = 0.0
@@ -40,15 +46,35 @@ class StageCost:
     peak_w: float = 0.0
     state: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEMORY_CAUSES[:3], 0.0))
 
-    def pay(self, forward_s: float, backward_s: float, energy_j: float, redo: bool) -> None:
-        """Adds one entry; with `redo` its forward runs a second time in backward."""
-        total = forward_s + backward_s
+    @property
+    def forward_s(self) -> float:
+        return self.times.forward_s
+
+    @property
+    def backward_s(self) -> float:
+        return self.times.backward_s
+
+    @property
+    def step_s(self) -> float:
+        return self.times.step_s
+
+    def add(self, block: int, **seconds: float) -> None:
+        """Adds work to a block."""
+        own = self.blocks.setdefault(block, dict.fromkeys(WORK, 0.0))
+        for name, value in seconds.items():
+            own[name] += value
+
+    def pay(self, block: int, forward_s: float, backward_s: float, energy_j: float, redo: bool) -> None:
+        """Adds one entry of the computation stream; with `redo` its forward runs a second time in backward."""
         again = forward_s if redo else 0.0
-        self.forward_s += forward_s
-        self.backward_s += backward_s + again
-        if total > 0:
-            self.microbatch_j += energy_j * (1 + again / total)
-            self.peak_w = max(self.peak_w, energy_j / total)
+        self.add(block, forward_s=forward_s, backward_s=backward_s + again)
+        self.spend(forward_s + backward_s, again, energy_j)
+
+    def spend(self, total_s: float, again_s: float, energy_j: float) -> None:
+        """Adds the joules of an entry of `total_s` seconds, of which `again_s` pass a second time."""
+        if total_s > 0:
+            self.microbatch_j += energy_j * (1 + again_s / total_s)
+            self.peak_w = max(self.peak_w, energy_j / total_s)
 
 
 def chosen(table: CostTable, decisions: Decisions) -> tuple[int, ...]:
@@ -83,7 +109,7 @@ def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> t
     everywhere = range(len(stages))
     per_block = [0.0] * table.num_blocks
     for index, k, block in _occurrences(table, stage_of):
-        _add_node(stages[k], table.nodes[index], choice[index], redo[k] and block != SHARED)
+        _add_node(stages[k], block, table.nodes[index], choice[index], redo=redo[k] and block != SHARED)
         if block != SHARED:
             per_block[block] += float(table.nodes[index].activation_bytes[choice[index]])
         if table.nodes[index].kind == "param":
@@ -93,7 +119,7 @@ def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> t
         prices = (float(edge.forward_s[at]), float(edge.backward_s[at]), float(edge.microbatch_j[at]))
         for block in edge.blocks:
             for k in everywhere if block == SHARED else (stage_of[block],):
-                stages[k].pay(*prices, redo[k] and block != SHARED)
+                stages[k].pay(block, *prices, redo[k] and block != SHARED)
     for crossing in table.crossings:
         size = float(crossing.bytes_by_choice[choice[crossing.node]])
         for k, stage in enumerate(decisions.stages):
@@ -101,7 +127,16 @@ def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> t
                 stages[k].received_bytes += size
     for k, stage in enumerate(decisions.stages):
         stages[k].largest_block_bytes = max(per_block[stage.start : stage.stop])
+        works = [BlockWork(**stages[k].blocks[block]) for block in sorted(stages[k].blocks)]
+        stages[k].times = stage_times(works, overlap_of(tables))
     return tuple(stages)
+
+
+def overlap_of(tables: CostTables) -> Overlap:
+    """What runs side by side under the software of the tables."""
+    software = tables.software
+    slowdown = tables.cluster.spec.overlap_slowdown
+    return Overlap(software.prefetch_parameters, software.overlap_gradients, slowdown)
 
 
 def _occurrences(table: CostTable, stage_of: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -122,9 +157,15 @@ def _occurrences(table: CostTable, stage_of: list[int]) -> Iterator[tuple[int, i
             yield from ((index, k, b) for k, b in sorted(others.items()) if k != stage_of[block])
 
 
-def _add_node(stage: StageCost, node: CostNode, p: int, redo: bool) -> None:
-    stage.pay(float(node.forward_s[p]), float(node.backward_s[p]), float(node.microbatch_j[p]), redo)
-    stage.step_s += float(node.step_s[p])
+def _add_node(stage: StageCost, block: int, node: CostNode, p: int, redo: bool) -> None:
+    energy_j, traffic = float(node.microbatch_j[p]), node.traffic
+    if traffic is None:
+        stage.pay(block, float(node.forward_s[p]), float(node.backward_s[p]), energy_j, redo)
+        stage.add(block, update_s=float(node.step_s[p]))
+    else:
+        seconds = {name: float(values[p]) for name, values in vars(traffic).items()}
+        stage.add(block, **seconds)
+        stage.spend(seconds["gather_s"] + seconds["regather_s"] + seconds["scatter_s"], 0.0, energy_j)
     stage.step_j += float(node.step_j[p])
     stage.activation_bytes += float(node.activation_bytes[p])
     stage.boundary_bytes += float(node.boundary_bytes[p])
