@@ -153,7 +153,7 @@ def _forward(blocks: Sequence[BlockWork], overlap: Overlap) -> Streams:
 
 
 def _backward(blocks: Sequence[BlockWork], overlap: Overlap, last: bool) -> Streams:
-    device, now, scattered = _Device(overlap.slowdown), 0.0, 0.0
+    device, now, needed = _Device(overlap.slowdown), 0.0, 0.0
     final = len(blocks) - 1
     gathered = device.issue("regather", final, blocks[final].regather_s, now)
     for index in range(final, -1, -1):
@@ -163,13 +163,14 @@ def _backward(blocks: Sequence[BlockWork], overlap: Overlap, last: bool) -> Stre
             gathered = device.issue("regather", index - 1, blocks[index - 1].regather_s, start)
         now = device.compute("backward", index, block.backward_s, start)
         scattered = device.issue("scatter", index, block.scatter_s, now)
+        needed = max(needed, scattered)
         if not overlap.prefetch:
             now = scattered
         if last and overlap.gradients:
             device.issue("sync", index, block.sync_s, now)
         if not overlap.prefetch and index > 0:
             gathered = device.issue("regather", index - 1, blocks[index - 1].regather_s, now)
-    return device.streams(max(now, scattered))
+    return device.streams(max(now, needed))
 
 
 def stream_intervals(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) -> Streams:
