@@ -31,11 +31,12 @@ from typing import Any
 
 import torch
 
-from autopar.capture.families import FAMILIES, load_family
+from autopar.capture.families import load_family
 from autopar.capture.hf_source import load_hf_source
 from autopar.capture.model_source import ModelSource, as_arguments, convert_option
 from autopar.capture.user_code import user_errors
 from autopar.errors import InputError
+from autopar.ir.families import FAMILIES
 
 __all__ = ["ModelSource", "as_arguments", "bind_options", "load_source"]
 
