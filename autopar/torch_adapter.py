@@ -11,6 +11,7 @@
 | `custom_gradients*` | `Function.apply`, `Tensor.register_hook`   | replaced while exporting, to see their use     |
 | `Faker`             | `FakeTensorMode`                           | documented, but lives in a private module      |
 | `strided_shard`     | `placement_types._StridedShard`            | DTensor's word for slicing a slice outside in  |
+| `allocations`       | event tree of the profiler                 | public events carry no addresses               |
 
 `encode_constant` and `decode_constant` turn the torch constants of a call into the strings of `ir.graph.Arg` and back.
 """
@@ -164,6 +165,24 @@ def strided_shard(dim: int, split_factor: int) -> Any:
     from torch.distributed.tensor.placement_types import _StridedShard  # costs a second that capture need not pay
 
     return _StridedShard(dim, split_factor=split_factor)
+
+
+def allocations(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
+    """(address, bytes) of everything that torch's CPU allocator handed out, and took back (negative bytes), in order.
+
+    The profiler must have run with `profile_memory` and be over.
+    """
+    from torch._C._profiler import _EventType
+
+    found: list[tuple[int, int, int]] = []
+    events = list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    while events:
+        event = events.pop()
+        events += event.children
+        kind, fields = event.typed
+        if kind == _EventType.Allocation and fields.device.type == "cpu":
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    return [(address, size) for _, address, size in sorted(found, key=lambda row: row[0])]
 
 
 class Faker:
