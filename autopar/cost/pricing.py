@@ -45,6 +45,13 @@ class NodePrice:
         return NodePrice(**{name: array[start:stop] for name, array in self.arrays.items()}, traffic=traffic)
 
 
+def rerun(forward_s: Array, backward_s: Array, energy_j: Array, times: Array) -> tuple[Array, Array]:
+    """Backward seconds and joules of one microbatch, where forward runs so many times again in backward."""
+    total = forward_s + backward_s
+    share = np.divide(forward_s, total, out=np.zeros_like(total), where=total > 0)
+    return backward_s + times * forward_s, energy_j * (1.0 + times * share)
+
+
 def free_node(num_choices: int) -> NodePrice:
     """Choices that cost nothing."""
     return NodePrice(*np.zeros((9, num_choices)))
@@ -80,10 +87,11 @@ class Pricer:
         )
         price.microbatch_j = forward_j + backward_j
         share = np.where(facts.has_batch, float(count), 1.0)
-        price.activation_bytes = self._saved(sheet, kept, sizes, (facts.saved_extra_bytes / share)[op] / work_parts)
+        extra = (facts.saved_extra_bytes / share)[op] / work_parts
+        price.activation_bytes, returning = self._saved(sheet, kept, sizes, extra)
         row_bytes = sizes.num_bytes[sheet.rows.tensor] / kept.parts
         moved = np.add.reduceat(row_bytes * (sheet.written + sheet.gradients), sheet.row_starts)[kept.choices]
-        price.workspace_bytes = np.where(facts.is_view[op], 0.0, moved)
+        price.workspace_bytes = np.where(facts.is_view[op], 0.0, moved) + _room(sheet, kept, returning)
         self._exchange(price, sheet, kept, sizes, mesh)
         return price
 
@@ -166,18 +174,36 @@ class Pricer:
                     break
         return within_limit_s(self.spec, time_s, energy_j), energy_j
 
-    def _saved(self, sheet: OpSheet, kept: Kept, sizes: Sizes, extra: Array) -> Array:
-        """Bytes kept for backward: the storage behind each saved value, which a view keeps alive as a whole.
+    def _saved(self, sheet: OpSheet, kept: Kept, sizes: Sizes, extra: Array) -> tuple[Array, Array]:
+        """Bytes kept for backward, the storage behind each saved value, which a view keeps alive as a whole; and those
+        that are there again while backward works on the block.
 
         Every rank holds whole batch inputs. Shared results are counted where they are made, parameters elsewhere.
         """
-        facts = sheet.facts
+        facts, reruns = sheet.facts, sheet.reruns
         root_bytes = np.where(sheet.saved_root >= 0, sizes.num_bytes[sheet.saved_root], 0.0) / kept.parts
-        own = np.add.reduceat(root_bytes, sheet.row_starts)[kept.choices]
+        own, again = (
+            np.add.reduceat(root_bytes * share, sheet.row_starts)[kept.choices]
+            for share in (sheet.kept_share, sheet.kept_share < 1.0)
+        )
         whole = np.zeros(len(facts.is_view))
         np.add.at(whole, facts.whole_saved[:, 0], sizes.num_bytes[facts.whole_saved[:, 1]])
-        saved: Array = np.where(facts.has_backward[kept.owner], extra + own, 0.0) + whole[kept.owner]
-        return saved
+        stays, is_back = reruns.extra[kept.owner], facts.has_backward[kept.owner]
+        saved: Array = np.where(is_back, stays * extra + own, 0.0) + whole[kept.owner]
+        returning: Array = np.where(is_back, (stays < 1.0) * extra + again, 0.0)
+        return saved, returning
+
+
+def _room(sheet: OpSheet, kept: Kept, returning: Array) -> Array:
+    """Bytes that the recomputed values of the block take beside each op: its own, and the least of all others."""
+    block = sheet.reruns.block
+    if sheet.reruns.is_empty:
+        return np.zeros_like(returning)
+    least = np.minimum.reduceat(returning, kept.starts[:-1])
+    total = np.bincount(block[block >= 0], least[block >= 0])
+    others = np.where(block >= 0, total[block] - least, 0.0)
+    room: Array = others[kept.owner] + returning
+    return room
 
 
 def _at(spec: DeviceSpec, kind: str, dtype: str, work: _Work, here: Codes) -> tuple[Array, Array]:

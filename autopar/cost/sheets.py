@@ -16,6 +16,7 @@ import numpy as np
 from autopar.cost.choices import OpChoices, ParameterChoices, Preference, keep
 from autopar.cost.kernels import backward_kind, forward_bytes_weight, is_view, work_kind
 from autopar.cost.layouts import Codes, Mask, sharding_ids
+from autopar.cost.recompute import Again, Reruns, make_reruns
 from autopar.cost.shards import ShardRows, Sizes, Tensors, shard_rows
 from autopar.ir.cost import Array
 from autopar.ir.graph import Op, Value
@@ -116,6 +117,8 @@ class OpSheet:
         written: moved results.
         gradients: moved operands that need a gradient.
         saved_root: tensor whose storage is kept because of this row, or -1.
+        kept_share: share of it that stays until backward.
+        reruns: what backward computes again.
         splits_work: [choice, axis].
         is_exchanged: [choice, axis], the op sends its operands to other ranks of the axis and its results back.
         exchanged: (op, tensor, times), what an exchange sends in forward.
@@ -133,6 +136,8 @@ class OpSheet:
     written: Array
     gradients: Array
     saved_root: Codes
+    kept_share: Array
+    reruns: Reruns
     splits_work: Mask
     is_exchanged: Mask
     exchanged: Codes
@@ -151,10 +156,20 @@ class OpSheet:
 
 
 def make_op_sheet(
-    ops: Sequence[Op], choices: Sequence[OpChoices], tensors: Tensors, kept_shared: frozenset[str], *, training: bool
+    ops: Sequence[Op],
+    choices: Sequence[OpChoices],
+    tensors: Tensors,
+    kept_shared: frozenset[str],
+    *,
+    training: bool,
+    again: Mapping[str, Again],
 ) -> OpSheet:
-    """The sheet of `ops`, whose choices are given in the same order; `kept_shared` as in `skeleton.Skeleton`."""
-    blocks = [_rows_of(op, found, tensors, kept_shared) for op, found in zip(ops, choices, strict=True)]
+    """The sheet of `ops`, whose choices are given in the same order; `kept_shared` as in `skeleton.Skeleton`, `again`
+    as `recompute.recomputed` makes it.
+    """
+    blocks = [
+        _rows_of(op, found, tensors, kept_shared, again.get(op.name)) for op, found in zip(ops, choices, strict=True)
+    ]
     counts = [len(found.grid.choices) for found in choices]
     widths = np.array([block.width for block in blocks], dtype=np.int64)
     codes = np.concatenate([block.codes for block in blocks])
@@ -177,6 +192,8 @@ def make_op_sheet(
         ids=sharding_ids(codes),
         moved=weights[MOVED], read=weights[READ], written=weights[WRITTEN], gradients=weights[GRADIENTS],
         saved_root=np.concatenate([block.saved_root for block in blocks]),
+        kept_share=np.concatenate([block.kept_share for block in blocks]),
+        reruns=make_reruns(ops, again),
         splits_work=np.concatenate([found.splits_work for found in choices]),
         is_exchanged=np.concatenate([found.is_exchanged for found in choices]),
         exchanged=np.array(exchanged, dtype=np.int64).reshape(-1, 3),
@@ -193,9 +210,10 @@ class _Rows:
     codes: Codes
     weights: Array
     saved_root: Codes
+    kept_share: Array
 
 
-def _rows_of(op: Op, choices: OpChoices, tensors: Tensors, kept_shared: frozenset[str]) -> _Rows:
+def _rows_of(op: Op, choices: OpChoices, tensors: Tensors, kept_shared: frozenset[str], again: Again | None) -> _Rows:
     """Rows of one op, choice after choice."""
     values = tensors.values
     names = (*op.inputs, *op.outputs)
@@ -207,12 +225,12 @@ def _rows_of(op: Op, choices: OpChoices, tensors: Tensors, kept_shared: frozense
             read = forward_bytes_weight(op, slot) if is_input else 1.0
             needs = 1.0 if is_input and values[name].requires_grad else 0.0
             weights[:, slot] = (1.0, read, 0.0 if is_input else 1.0, needs)
-    saved = np.full(len(names), -1, dtype=np.int64)
+    saved, share = np.full(len(names), -1, dtype=np.int64), np.ones(len(names))
     slot_of = {name: slot for slot, name in enumerate(names)}
-    for name in op.saved:
+    for name, part in (dict.fromkeys(op.saved, 1.0) if again is None else again.kept).items():
         root = values[values[name].root]
         if root.origin == "op" and root.name not in kept_shared and name in slot_of:
-            saved[slot_of[name]] = tensors.index[root.name]
+            saved[slot_of[name]], share[slot_of[name]] = tensors.index[root.name], part
     stacked = np.stack([*choices.inputs, *choices.outputs], axis=1)
     count = len(choices.grid.choices)
     return _Rows(
@@ -221,6 +239,7 @@ def _rows_of(op: Op, choices: OpChoices, tensors: Tensors, kept_shared: frozense
         stacked.reshape(count * len(names), -1),
         np.tile(weights, count),
         np.tile(saved, count),
+        np.tile(share, count),
     )
 
 

@@ -19,7 +19,8 @@ from autopar.cost.hardware import Cluster
 from autopar.cost.layouts import Codes
 from autopar.cost.measured import OpLookup, apply_profile
 from autopar.cost.memory import optimizer_states
-from autopar.cost.pricing import NodePrice, Pricer, free_node
+from autopar.cost.pricing import NodePrice, Pricer, free_node, rerun
+from autopar.cost.recompute import recomputed
 from autopar.cost.roofline import flop_rate
 from autopar.cost.shards import Sizes, Tensors
 from autopar.cost.sheets import Kept, ParameterSheet, make_op_sheet, make_parameter_sheet
@@ -68,6 +69,7 @@ class CostTables:
         self.optimizer_states = optimizer_states(graph.optimizer)
         self.software = Software() if software is None else software
         self.keep = keep
+        self.again = recomputed(graph, keep)
         self.pricer = Pricer(cluster, training, self.software)
         self.parameter_pricer = ParameterPricer(cluster, graph.optimizer, training, self.software)
         self.tensors = Tensors(graph, self.dims)
@@ -100,6 +102,9 @@ class CostTables:
         kept = frame.ops.keep(sizes, mesh.sizes)
         own = self.pricer.ops(frame.ops, kept, sizes, mesh, num_microbatches)
         kernels = self.pricer.kernels_by_clock(frame.ops, kept, sizes, mesh, num_microbatches)
+        times = self.times_again(frame, kept)
+        kernels = (kernels[0], *rerun(*kernels, times))
+        own.backward_s, own.microbatch_j = rerun(own.forward_s, own.backward_s, own.microbatch_j, times)
         counts = [len(node.choices) for node in base.nodes]
         starts = np.concatenate([[0], np.cumsum(counts)])
         at = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in frame.op_nodes])
@@ -116,6 +121,11 @@ class CostTables:
             stacked[:, at] += (found - found[0]) * share
             figures.append(stacked)
         return ClockFigures(*figures)
+
+    def times_again(self, frame: Frame, kept: Kept) -> Array:
+        """How often backward runs each choice's forward again."""
+        times: Array = (frame.ops.reruns.times if self.training else np.zeros(len(frame.op_list)))[kept.owner]
+        return times
 
     def table(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
         """The table at the highest clock, or None where the batch does not divide.
@@ -158,7 +168,9 @@ class CostTables:
         op_nodes = tuple(i for i, template in enumerate(skeleton.nodes) if template.kind == "op")
         ops = [by_name[skeleton.nodes[i].representative] for i in op_nodes]
         choices = [self._choices.op(op, active) for op in ops]
-        sheet = make_op_sheet(ops, choices, self.tensors, skeleton.kept_shared, training=self.training)
+        sheet = make_op_sheet(
+            ops, choices, self.tensors, skeleton.kept_shared, training=self.training, again=self.again
+        )
         nodes = tuple(i for i, template in enumerate(skeleton.nodes) if template.kind == "param")
         parameters = self._parameter_sheet(nodes, active) if nodes else None
         transfers = self._transfers.setdefault(len(active), Transfers(len(active)))
@@ -232,6 +244,9 @@ class _TableMaker:
         prices |= {index: self._hub(index, forms[index]) for index in source.skeleton.hubs}
         nodes = [_Node(form, prices[index]) for index, form in enumerate(forms)]
         measured = self._apply_profile(nodes) if source.profile is not None else 0
+        ops = flat[0]
+        times = source.times_again(frame, op_kept)
+        ops.backward_s[:], ops.microbatch_j[:] = rerun(ops.forward_s, ops.backward_s, ops.microbatch_j, times)
         self._gather_loss(nodes, terms, loss)
         self._set_boundaries(nodes)
         self._check(flat, nodes)
