@@ -5,8 +5,14 @@ once a step (gradient synchronisation and optimizer). With t'_k = t_k + g_k / M:
 
     T = sum_k t'_k + (M - 1) * max_k t'_k
 
-Source: the synchronous 1F1B and GPipe makespan with zero transfer time (Narayanan et al. 2021); exact for equal
-stages, an upper bound for forward/backward ratios in [1, 3]. Reported plans are re-timed by simulation.
+With v > 1 the model is cut into K * v chunks, chunk c on rank c % K (interleaved 1F1B), and with t'_k summed over the
+chunks of rank k the bubble shrinks to a v-th:
+
+    T = M * max_k t'_k + (sum_k t'_k - max_k t'_k) / v
+
+Source: the synchronous 1F1B, interleaved 1F1B and GPipe makespans with zero transfer time (Narayanan et al. 2021);
+exact for equal stages or chunks; of the first, an upper bound for forward/backward ratios in [1, 3]. Reported plans are
+re-timed by simulation.
 """
 
 from __future__ import annotations
@@ -16,16 +22,34 @@ from collections.abc import Sequence
 SCHEDULES = ("1f1b", "gpipe")
 
 
-def step_time_s(stage_s: Sequence[float], stage_step_s: Sequence[float], num_microbatches: int) -> float:
+def step_time_s(
+    stage_s: Sequence[float], stage_step_s: Sequence[float], num_microbatches: int, interleave: int = 1
+) -> float:
     """T of the module docstring.
 
     Args:
-        stage_s: t_k, seconds, one per stage, at least one.
-        stage_step_s: g_k, seconds.
+        stage_s: seconds, one per stage, at least one; with `interleave` one per chunk, in the order of the model.
+        stage_step_s: seconds once a step, likewise.
         num_microbatches: M >= 1.
+        interleave: v, chunks per rank.
     """
     loaded = [t + g / num_microbatches for t, g in zip(stage_s, stage_step_s, strict=True)]
+    if interleave > 1:
+        num_ranks = ranks_of(len(loaded), interleave)
+        loaded = [sum(loaded[k::num_ranks]) for k in range(num_ranks)]
+        return num_microbatches * max(loaded) + (sum(loaded) - max(loaded)) / interleave
     return sum(loaded) + (num_microbatches - 1) * max(loaded)
+
+
+def ranks_of(num_chunks: int, interleave: int) -> int:
+    """K, for `num_chunks` = K * `interleave`.
+
+    Raises:
+        ValueError: if the chunks do not divide.
+    """
+    if num_chunks % interleave:
+        raise ValueError(f"{num_chunks} chunks do not divide into ranks of {interleave} chunks each")
+    return num_chunks // interleave
 
 
 def effective_schedule(schedule: str, num_stages: int, num_microbatches: int) -> str:
@@ -44,3 +68,36 @@ def microbatches_in_flight(stage: int, num_stages: int, num_microbatches: int, s
     if effective_schedule(schedule, num_stages, num_microbatches) == "gpipe":
         return num_microbatches
     return min(num_stages - stage, num_microbatches)
+
+
+def check_interleave(num_ranks: int, num_microbatches: int, schedule: str, interleave: int) -> None:
+    """Passes what interleaved 1F1B can run; everything where `interleave` is 1.
+
+    Raises:
+        ValueError: saying why there is no such schedule.
+    """
+    if interleave < 1:
+        raise ValueError(f"a rank has at least one chunk, not {interleave}")
+    if interleave == 1:
+        return
+    if schedule != "1f1b":
+        raise ValueError(f"{interleave} chunks per rank need schedule '1f1b', not {schedule!r}")
+    if num_microbatches % num_ranks:
+        raise ValueError(
+            f"interleaved 1F1B needs microbatches in multiples of the {num_ranks} ranks, not {num_microbatches}"
+        )
+
+
+def chunks_in_flight(rank: int, num_ranks: int, num_microbatches: int, interleave: int) -> int:
+    """Activation sets of one chunk and one microbatch that rank `rank` (from 0) holds at its worst moment, under 1F1B.
+
+    With v > 1: 2 (K - k - 1) + (v - 1) K forwards before the first that has a backward behind it, and that one; at most
+    all M * v (the order of Megatron-LM, Narayanan et al. 2021).
+
+    Raises:
+        ValueError: see `check_interleave`.
+    """
+    check_interleave(num_ranks, num_microbatches, "1f1b", interleave)
+    if interleave == 1:
+        return microbatches_in_flight(rank, num_ranks, num_microbatches, "1f1b")
+    return min(2 * (num_ranks - rank - 1) + (interleave - 1) * num_ranks + 1, num_microbatches * interleave)

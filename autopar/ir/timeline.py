@@ -2,7 +2,11 @@
 
 Each stage runs its actions in a fixed order, one at a time. `F m` waits for `F m` of the stage before plus the
 transfer, `B m` for `B m` of the stage after plus the transfer; a stage's `STEP` (gradient synchronisation and
-optimizer) follows its last backward. Transfers take time but occupy no stage.
+optimizer) follows its last backward. Transfers take time but occupy no stage, unless sends block.
+
+Under interleaved 1F1B the model is cut into K * v chunks, and rank k of K runs chunks k, k + K, ... by turns, in the
+order of Megatron-LM (Narayanan et al. 2021): K microbatches through one of its chunks, the same K through the next,
+and so on; backward the same with the chunks from the last to the first.
 """
 
 from __future__ import annotations
@@ -10,20 +14,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autopar.ir.pipeline import effective_schedule
+from autopar.ir.pipeline import check_interleave, chunks_in_flight, microbatches_in_flight, ranks_of
 
 FORWARD, BACKWARD, STEP = "F", "B", "STEP"
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One thing a stage does; `microbatch` is -1 for `STEP`."""
+    """One thing a stage does; `microbatch` is -1 for `STEP`, `chunk` counts the chunks of the rank from 0."""
 
     kind: str
     microbatch: int
+    chunk: int = 0
 
     def __str__(self) -> str:
-        return self.kind if self.kind == STEP else f"{self.kind}{self.microbatch}"
+        if self.kind == STEP:
+            return self.kind
+        return f"{self.kind}{self.microbatch}.{self.chunk}" if self.chunk else f"{self.kind}{self.microbatch}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,7 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What every stage does when; `stages[k]` is in order of time."""
+    """What every stage does when; `stages[k]` is in order of time (of rank k, where ranks have several chunks)."""
 
     stages: tuple[tuple[Interval, ...], ...]
 
@@ -64,60 +71,114 @@ class Timeline:
         return sum(interval.stop_s - interval.start_s for interval in self.stages[stage])
 
 
-def schedule_actions(stage: int, num_stages: int, num_microbatches: int, schedule: str) -> tuple[Action, ...]:
-    """Actions of one stage in order.
+def schedule_actions(
+    stage: int, num_stages: int, num_microbatches: int, schedule: str, *, interleave: int = 1
+) -> tuple[Action, ...]:
+    """Actions of one stage, or of one rank of `interleave` chunks, in order.
 
     GPipe: all forwards, then all backwards. 1F1B: as many forwards as stages lie from here to the end (at most M),
-    then one backward and one forward in turn, then the remaining backwards.
+    then one backward and one forward in turn, then the remaining backwards. Interleaved 1F1B: more forwards at first
+    (`ir.pipeline.chunks_in_flight`).
 
     Raises:
-        ValueError: for an unknown schedule.
+        ValueError: for an unknown schedule, or one that cannot run.
     """
-    runs = effective_schedule(schedule, num_stages, num_microbatches)
-    warm_up = num_microbatches if runs == "gpipe" else min(num_stages - stage, num_microbatches)
-    actions = [Action(FORWARD, m) for m in range(warm_up)]
-    for m in range(num_microbatches):
-        actions.append(Action(BACKWARD, m))
-        if warm_up + m < num_microbatches:
-            actions.append(Action(FORWARD, warm_up + m))
+    check_interleave(num_stages, num_microbatches, schedule, interleave)
+    turns = _turns(num_stages if interleave > 1 else 1, num_microbatches, interleave)
+    if interleave > 1:
+        warm_up = chunks_in_flight(stage, num_stages, num_microbatches, interleave)
+    else:
+        warm_up = microbatches_in_flight(stage, num_stages, num_microbatches, schedule)
+    actions = [Action(FORWARD, m, chunk) for m, chunk in turns[:warm_up]]
+    for i, (m, chunk) in enumerate(turns):
+        actions.append(Action(BACKWARD, m, interleave - 1 - chunk))
+        if warm_up + i < len(turns):
+            actions.append(Action(FORWARD, *turns[warm_up + i]))
     return (*actions, Action(STEP, -1))
 
 
+def _turns(group: int, num_microbatches: int, interleave: int) -> list[tuple[int, int]]:
+    """(microbatch, chunk) in the order of forward; `group` microbatches pass one chunk before the next chunk's turn."""
+    return [
+        (first + m, chunk)
+        for first in range(0, num_microbatches, group)
+        for chunk in range(interleave)
+        for m in range(group)
+    ]
+
+
+def most_held(actions: Sequence[Action], chunk_size: Sequence[float]) -> float:
+    """Largest sum, over time, of what forwards leave and backwards free; `chunk_size` is per chunk of the rank."""
+    held = most = 0.0
+    for action in actions:
+        if action.kind == FORWARD:
+            held += chunk_size[action.chunk]
+            most = max(most, held)
+        elif action.kind == BACKWARD:
+            held -= chunk_size[action.chunk]
+    return most
+
+
 def simulate(
-    stages: Sequence[StageTimes], transfer_s: Sequence[float], num_microbatches: int, schedule: str
-) -> Timeline:
+    stages: Sequence[StageTimes], transfer_s: Sequence[float], num_microbatches: int, schedule: str,
+    *, interleave: int = 1, blocking_sends: bool = False,
+) -> Timeline:  # fmt: skip
     """Times of all actions.
 
     Args:
-        stages: one entry per stage, from the input.
-        transfer_s: seconds to send from stage k to k + 1, or back; one less than stages.
+        stages: one entry per stage, from the input; one per chunk with `interleave`, in the order of the model.
+        transfer_s: seconds to send from stage (chunk) k to k + 1, or back; one less than stages.
         num_microbatches: >= 1.
         schedule: one of `ir.pipeline.SCHEDULES`.
+        interleave: chunks per rank.
+        blocking_sends: a transfer begins when its receiver is free, and occupies it; what it sends itself goes out
+            meanwhile, as where sends and receives are exchanged between two computations.
+
+    Raises:
+        ValueError: for an unknown schedule, or one that cannot run (`ir.pipeline.check_interleave`).
     """
-    last = len(stages) - 1
-    queues = [list(schedule_actions(k, len(stages), num_microbatches, schedule)) for k in range(len(stages))]
-    done: dict[tuple[int, Action], float] = {}
-    clock = [0.0] * len(stages)
-    found: list[list[Interval]] = [[] for _ in stages]
+    num_ranks = ranks_of(len(stages), interleave)
+    each = range(num_ranks)
+    queues = [schedule_actions(k, num_ranks, num_microbatches, schedule, interleave=interleave) for k in each]
+    lengths = [_lengths(times) for times in stages]
+    step_s = [sum(times.step_s for times in stages[k::num_ranks]) for k in each]
+    done: dict[tuple[int, str, int], float] = {}
+    clock = [0.0] * num_ranks
+    found: list[list[Interval]] = [[] for _ in each]
 
-    def ready_s(k: int, action: Action) -> float | None:
-        """When the operand arrives; None while its producer has not run."""
-        if action.kind == FORWARD and k > 0:
-            other = k - 1
-        elif action.kind == BACKWARD and k < last:
-            other = k + 1
-        else:
-            return 0.0
-        made = done.get((other, action))
-        return None if made is None else made + transfer_s[min(k, other)]
+    def start_s(k: int, action: Action) -> float | None:
+        """When the action can start; None while the producer of its operand has not run."""
+        at = action.chunk * num_ranks + k
+        other = at - 1 if action.kind == FORWARD else at + 1
+        if action.kind == STEP or not 0 <= other < len(stages):
+            return clock[k]
+        made = done.get((other, action.kind, action.microbatch))
+        if made is None:
+            return None
+        transfer = transfer_s[min(at, other)]
+        return max(clock[k], made) + transfer if blocking_sends else max(clock[k], made + transfer)
 
-    while any(queues):
+    while any(len(own) < len(queue) for own, queue in zip(found, queues, strict=True)):
         for k, queue in enumerate(queues):
-            while queue and (ready := ready_s(k, queue[0])) is not None:
-                action = queue.pop(0)
-                times = stages[k]
-                length = {FORWARD: times.forward_s, BACKWARD: times.backward_s, STEP: times.step_s}[action.kind]
-                start = max(clock[k], ready)
-                clock[k] = done[k, action] = start + length
+            while len(found[k]) < len(queue):
+                action = queue[len(found[k])]
+                start = start_s(k, action)
+                if start is None:
+                    break
+                at = action.chunk * num_ranks + k
+                is_last = action.microbatch == num_microbatches - 1
+                clock[k] = start + (step_s[k] if action.kind == STEP else lengths[at][action.kind, is_last])
+                done[at, action.kind, action.microbatch] = clock[k]
                 found[k].append(Interval(action, start, clock[k]))
     return Timeline(tuple(tuple(stage) for stage in found))
+
+
+def _lengths(times: StageTimes) -> dict[tuple[str, bool], float]:
+    """Seconds by kind, and whether of the last microbatch."""
+    last = times.backward_s if times.last_backward_s is None else times.last_backward_s
+    return {
+        (FORWARD, False): times.forward_s,
+        (FORWARD, True): times.forward_s,
+        (BACKWARD, False): times.backward_s,
+        (BACKWARD, True): last,
+    }
