@@ -18,10 +18,10 @@ FIELDS = tuple(field.name for field in fields(BlockWork))
 SECONDS = st.one_of(st.just(0.0), st.integers(1, 40).map(lambda n: n / 4))
 BLOCKS = st.lists(st.builds(BlockWork, **dict.fromkeys(FIELDS, SECONDS)), min_size=1, max_size=6)
 OVERLAPS = st.builds(Overlap, st.booleans(), st.booleans(), st.sampled_from((0.0, 0.125, 0.25, 0.5, 0.875, 1.0)))
-FIGURES = ("forward_s", "backward_s", "step_s")
+Name = tuple[str, int]
 
 
-def programme(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) -> Iterator[tuple[str, object, float]]:
+def programme(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) -> Iterator[tuple[str, Name, float]]:
     """What the host issues: ("send", name, seconds), ("wait", name, 0) or ("compute", name, seconds)."""
     forward = phase == "forward"
     order = list(range(len(blocks)))[:: 1 if forward else -1]
@@ -35,7 +35,7 @@ def programme(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) -> Iter
         if overlap.prefetch and place + 1 < len(order):
             after = order[place + 1]
             yield "send", ("g", after), gathers[after]
-        yield "compute", i, blocks[i].forward_s if forward else blocks[i].backward_s
+        yield "compute", ("c", i), blocks[i].forward_s if forward else blocks[i].backward_s
         if forward:
             continue
         yield "send", ("s", i), blocks[i].scatter_s
@@ -49,8 +49,8 @@ def oracle(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) -> tuple[F
     """(when all but synchronisation is done, when all is), by moving from one completion to the next."""
     todo = deque(programme(blocks, overlap, phase))
     speed, now, needed = 1 - Fraction(overlap.slowdown), Fraction(0), Fraction(0)
-    link: deque[list[object]] = deque()
-    pending: set[object] = set()
+    link: deque[tuple[Name, Fraction]] = deque()
+    pending: set[Name] = set()
     left: Fraction | None = None
     while todo or link or left is not None:
         while todo and left is None:
@@ -59,7 +59,7 @@ def oracle(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) -> tuple[F
                 break
             todo.popleft()
             if kind == "send" and seconds:
-                link.append([name, Fraction(seconds)])
+                link.append((name, Fraction(seconds)))
                 pending.add(name)
             elif kind == "compute" and seconds:
                 left = Fraction(seconds)
@@ -76,9 +76,10 @@ def oracle(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) -> tuple[F
             if left == 0:
                 left, needed = None, now
         if link:
-            link[0][1] -= step
-            if link[0][1] == 0:
-                name = link.popleft()[0]
+            name, sending = link.popleft()
+            if sending > step:
+                link.appendleft((name, sending - step))
+            else:
                 pending.remove(name)
                 needed = now if name[0] != "y" else needed
     return needed, now
