@@ -29,16 +29,19 @@ set_option = click.option(
 )
 
 
-SPACE_OPTIONS = (
+COUNT_OPTIONS = (
     click.option(
         "--gpus", type=int, metavar="N", help="Ceiling on the number of GPUs; default: those found here, or 1."
     ),
-    click.option("--gpu", metavar="NAME", help="GPU to plan for (see 'autopar gpus'); default: what is found here."),
     click.option(
         "--cluster",
         metavar="FILE",
         help="Groups of several types of GPU, in place of --gpus, --gpu, --gpus-per-node, --memory and --network.",
     ),
+    click.option("--use-all", is_flag=True, help="Use exactly --gpus GPUs, even where fewer are better."),
+)
+SPACE_OPTIONS = (
+    click.option("--gpu", metavar="NAME", help="GPU to plan for (see 'autopar gpus'); default: what is found here."),
     click.option("--gpus-per-node", type=int, metavar="N", help="GPUs that share the fast link."),
     click.option("--memory", metavar="SIZE", help="Usable memory of one GPU, e.g. 46GiB."),
     click.option("--network", metavar="RATE", help="All network ports of a node together, e.g. 800Gbit/s or 100GB/s."),
@@ -56,7 +59,6 @@ SPACE_OPTIONS = (
         metavar="auto|max",
         help="Whether the plan may lock GPU clocks (needs an administrator), or leaves them alone.",
     ),
-    click.option("--use-all", is_flag=True, help="Use exactly --gpus GPUs, even where fewer are better."),
     click.option("--time-limit", metavar="TIME", help="Stop the search after this long, e.g. 30s; the best is kept."),
     click.option(
         "--profile",
@@ -82,12 +84,17 @@ LIMIT_OPTIONS = (
 
 def request_options(command: F) -> F:
     """The options that `build_request` reads."""
+    return _with_options(command, COUNT_OPTIONS, SPACE_OPTIONS, OBJECTIVE_OPTIONS, LIMIT_OPTIONS)
+
+
+def sweep_options(command: F) -> F:
+    """Those of `build_request`, without the number of GPUs and what would set it."""
     return _with_options(command, SPACE_OPTIONS, OBJECTIVE_OPTIONS, LIMIT_OPTIONS)
 
 
 def frontier_options(command: F) -> F:
     """Those of `build_request` that say nothing about the objective."""
-    return _with_options(command, SPACE_OPTIONS, LIMIT_OPTIONS)
+    return _with_options(command, COUNT_OPTIONS, SPACE_OPTIONS, LIMIT_OPTIONS)
 
 
 def _with_options(command: F, *groups: tuple[Callable[[F], F], ...]) -> F:

@@ -8,10 +8,20 @@ from typing import Any
 
 from autopar.errors import InputError
 from autopar.ir.plan import Plan
+from autopar.ir.quantity import Quantity
 from autopar.report.text import WIDTH, table
 from autopar.units import format_joules, format_seconds, format_watts
 
 INSTALL_PLOT = "plotting needs matplotlib; install it with: pip install 'autopar[plot]'"
+
+
+FIGURES = ("step_time_s", "energy_j", "average_power_w", "peak_power_w")
+"""Of a prediction, shown of every point."""
+
+
+def quantity_json(quantity: Quantity) -> dict[str, Any]:
+    """`{"value", "unit", "label", "low", "high"}`."""
+    return {name: getattr(quantity, name) for name in ("value", "unit", "label", "low", "high")}
 
 
 def point_words(plan: Plan) -> str:
@@ -50,12 +60,10 @@ def frontier_report(plans: Sequence[Plan], num_dropped: int, complete: bool) -> 
 
 
 def frontier_json(plans: Sequence[Plan], num_dropped: int, complete: bool) -> dict[str, Any]:
-    """Plain numbers, SI units in the names."""
+    """Predicted figures as quantities, the rest as plain numbers and words."""
     points = [
         {
-            "time_s": plan.predicted.step_time_s.value,
-            "energy_j": plan.predicted.energy_j.value,
-            "average_power_w": plan.predicted.average_power_w.value,
+            **{name: quantity_json(getattr(plan.predicted, name)) for name in FIGURES},
             "num_gpus": plan.decisions.num_gpus,
             "description": point_words(plan),
             "gap": plan.solver.gap,

@@ -16,7 +16,7 @@ from autopar.errors import InputError
 from autopar.ir.serialize import load_plan
 from autopar.ir.solution import Pins
 from autopar.report.diff import diff_json, diff_report
-from autopar.report.frontier import INSTALL_PLOT
+from autopar.report.frontier import FIGURES, INSTALL_PLOT
 from tests.cli.helpers import MODEL, Cli
 from tests.planner.plans import tiny_plan
 
@@ -61,18 +61,25 @@ def test_a_diff_names_ops_settings_and_figures(cli: Cli) -> None:
     assert 0 < sum(change["count"] for change in content["ops"]) <= len(ops)
 
 
+def _figure(point: Mapping[str, Any], name: str) -> float:
+    quantity = point[name]
+    assert set(quantity) == {"value", "unit", "label", "low", "high"}
+    return float(quantity["value"])
+
+
 def test_a_frontier_rises_in_time_and_falls_in_energy(cli: Cli) -> None:
     cli.write("wide.py", WIDE_MODEL)
     content = cli("frontier", *WIDE, "--points", "6", "--out-dir", "plans", "--json").json
     points = content["points"]
     assert len(points) > 1
     pairs = itertools.pairwise(points)
-    assert all(a["time_s"] < b["time_s"] and a["energy_j"] > b["energy_j"] for a, b in pairs)
-    assert set(points[0]) == {"time_s", "energy_j", "average_power_w", "num_gpus", "description", "gap"}
+    assert all(_figure(a, "step_time_s") < _figure(b, "step_time_s") for a, b in pairs)
+    assert all(_figure(a, "energy_j") > _figure(b, "energy_j") for a, b in pairs)
+    assert set(points[0]) == {*FIGURES, "num_gpus", "description", "gap"}
     plans = [load_plan(path) for path in sorted(Path("plans").iterdir())]
-    assert [plan.predicted.energy_j.value for plan in plans] == [point["energy_j"] for point in points]
+    assert [plan.predicted.energy_j.value for plan in plans] == [_figure(point, "energy_j") for point in points]
     best = cli("plan", *WIDE, "--json").json["predicted"]["step_time_s"]["value"]
-    assert points[0]["time_s"] == pytest.approx(best, rel=2e-3)
+    assert _figure(points[0], "step_time_s") == pytest.approx(best, rel=2e-3)
 
 
 def test_a_frontier_fits_into_80_columns(cli: Cli) -> None:

@@ -1,0 +1,56 @@
+"""`autopar sweep`: time and energy over the number of GPUs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+from autopar.cli.console import print_json, progress_line
+from autopar.cli.options import build_request, json_option, parse_settings, set_option, sweep_options
+from autopar.errors import InputError
+from autopar.ir.serialize import check_writable
+from autopar.planner.sweep import sweep_model
+from autopar.report.frontier import check_plot
+from autopar.report.sweep import plot_sweep, sweep_json, sweep_report
+
+MOST_COUNTS = 64
+
+
+@click.command()
+@click.argument("model")
+@click.option("--gpus", "counts", required=True, metavar="N,N,...", help="Numbers of GPUs, e.g. 1,2,4,8.")
+@sweep_options
+@set_option
+@click.option("--plot", metavar="FILE", help="Draw time and energy over the number of GPUs, e.g. into sweep.svg.")
+@json_option
+def sweep(
+    model: str, *, counts: str, settings: tuple[str, ...], plot: str | None, as_json: bool, **options: Any
+) -> None:
+    """Plan MODEL on each number of GPUs and show where more of them stop paying."""
+    numbers = parse_counts(counts)
+    request = build_request({**options, "gpus": max(numbers), "use_all": True, "cluster": None})
+    chosen = parse_settings(settings)
+    if plot is not None:
+        check_plot()
+        check_writable(plot)
+    with progress_line(as_json) as progress:
+        found = sweep_model(model, chosen, request, numbers, progress)
+    if plot is not None:
+        plot_sweep(found.planned, f"{model} on {request.gpu or 'the default GPU'}", plot)
+    missing = tuple((point.num_gpus, point.reason) for point in found.points if point.plan is None)
+    if as_json:
+        print_json(sweep_json(found.planned, missing))
+    else:
+        click.echo(sweep_report(found.planned, missing))
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """`1,2,4,8` to numbers in rising order. Raises InputError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,7}", part) and int(part) > 0 for part in parts):
+        raise InputError(f"--gpus {text}: expected numbers of GPUs of at least 1, e.g. 1,2,4,8")
+    if len(parts) > MOST_COUNTS:
+        raise InputError(f"--gpus names {len(parts)} numbers; at most {MOST_COUNTS}")
+    return tuple(sorted({int(part) for part in parts}))

@@ -1,0 +1,152 @@
+"""The break-even curve: time, energy and power over the number of GPUs, as a table, as JSON and as a picture.
+
+Speed-up is the base's time over this one's (the base is the fewest GPUs that have a plan), efficiency is speed-up over
+the ratio of GPUs. The marginal price of a second is what the step to this number of GPUs from the one before costs:
+joules more per second less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autopar.errors import InputError
+from autopar.ir.plan import Plan
+from autopar.report.frontier import FIGURES, check_plot, point_words, quantity_json
+from autopar.report.text import WIDTH, table, wrapped
+from autopar.units import format_joules, format_seconds, format_watts
+
+
+@dataclass(frozen=True)
+class Row:
+    """Derived figures of one plan; `marginal_j_per_s` is None for the first, and where no second is saved."""
+
+    plan: Plan
+    speedup: float
+    efficiency: float
+    marginal_j_per_s: float | None
+
+
+def rows_of(plans: Sequence[Plan]) -> tuple[Row, ...]:
+    """One row per plan, which come by rising number of GPUs."""
+    found: list[Row] = []
+    for i, plan in enumerate(plans):
+        base, before = plans[0], plans[i - 1] if i else None
+        speedup = _time_s(base) / _time_s(plan)
+        ratio = plan.decisions.num_gpus / base.decisions.num_gpus
+        saved_s = 0.0 if before is None else _time_s(before) - _time_s(plan)
+        marginal = (_energy_j(plan) - _energy_j(before)) / saved_s if before is not None and saved_s > 0 else None
+        found.append(Row(plan, speedup, speedup / ratio, marginal))
+    return tuple(found)
+
+
+def best_counts(plans: Sequence[Plan]) -> dict[str, int]:
+    """Number of GPUs at the least of each figure; the smallest of equals."""
+    figures: dict[str, Callable[[Plan], float]] = {
+        "time": _time_s,
+        "energy": _energy_j,
+        "energy x delay": lambda plan: _time_s(plan) * _energy_j(plan),
+    }
+    if plans and plans[0].objective.kind == "cost":
+        figures["cost"] = _cost
+    return {
+        name: min(plans, key=lambda plan: (value(plan), plan.decisions.num_gpus)).decisions.num_gpus
+        for name, value in figures.items()
+        if plans
+    }
+
+
+def sweep_report(plans: Sequence[Plan], missing: Sequence[tuple[int, str]]) -> str:
+    """The table and the break-even points; `missing` are (number of GPUs, why there is no plan)."""
+    lines: list[str] = []
+    if plans:
+        rows = [("GPUs", "step time", "energy", "average", "peak", "speed-up", "eff.", "J per s saved")]
+        for row in rows_of(plans):
+            predicted, marginal = row.plan.predicted, row.marginal_j_per_s
+            rows.append(
+                (
+                    str(row.plan.decisions.num_gpus),
+                    format_seconds(predicted.step_time_s.value),
+                    format_joules(predicted.energy_j.value),
+                    format_watts(predicted.average_power_w.value),
+                    format_watts(predicted.peak_power_w.value),
+                    f"{row.speedup:.2f}",
+                    f"{row.efficiency:.0%}",
+                    "-" if marginal is None else f"{marginal:.4g}",
+                )
+            )
+        lines += [line[:WIDTH].rstrip() for line in table(rows)]
+        lines.append("")
+        lines += [f"{plan.decisions.num_gpus:>6}  {point_words(plan)}"[:WIDTH] for plan in plans]
+        lines.append("")
+        least = ", ".join(f"{name} {count}" for name, count in best_counts(plans).items())
+        lines += wrapped("Least at", f"{least} GPUs (all figures modelled; GPUs and hosts)")
+        labels = sorted({plan.predicted.step_time_s.label for plan in plans})
+        lines += wrapped("Base", f"{plans[0].decisions.num_gpus} GPUs for speed-up and efficiency; {', '.join(labels)}")
+    for count, reason in missing:
+        lines += wrapped(f"{count} GPUs", f"no plan: {reason}")
+    return "\n".join(lines)
+
+
+def sweep_json(plans: Sequence[Plan], missing: Sequence[tuple[int, str]]) -> dict[str, Any]:
+    """Quantities as everywhere; derived ratios are plain numbers."""
+    points = [
+        {
+            "num_gpus": row.plan.decisions.num_gpus,
+            **{name: quantity_json(getattr(row.plan.predicted, name)) for name in FIGURES},
+            "speedup": row.speedup,
+            "efficiency": row.efficiency,
+            "marginal_j_per_s": row.marginal_j_per_s,
+            "description": point_words(row.plan),
+            "gap": row.plan.solver.gap,
+        }
+        for row in rows_of(plans)
+    ]
+    without = [{"num_gpus": count, "reason": reason} for count, reason in missing]
+    return {"points": points, "infeasible": without, "least_at": best_counts(plans)}
+
+
+def plot_sweep(plans: Sequence[Plan], title: str, path: str | Path) -> None:
+    """Draw time and energy over the number of GPUs; the suffix names the format.
+
+    Raises:
+        InputError: matplotlib is missing, there is nothing to draw, or the file cannot be written.
+    """
+    check_plot()
+    if not plans:
+        raise InputError("nothing to draw: no number of GPUs has a plan")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    time_axes = figure.subplots()
+    energy_axes = time_axes.twinx()
+    counts = [plan.decisions.num_gpus for plan in plans]
+    time_axes.plot(counts, [_time_s(plan) for plan in plans], "o-", color="tab:blue")
+    energy_axes.plot(counts, [_energy_j(plan) for plan in plans], "s--", color="tab:red")
+    least = best_counts(plans)["energy"]
+    energy_axes.axvline(least, color="0.6", linewidth=1, linestyle=":")
+    time_axes.set_xscale("log", base=2)
+    time_axes.set_yscale("log")
+    time_axes.set_xticks(counts, [str(count) for count in counts])
+    time_axes.set_xlabel(f"GPUs (least energy at {least})")
+    time_axes.set_ylabel("step time, s (predicted)", color="tab:blue")
+    energy_axes.set_ylabel("energy per step, J (predicted, GPUs and hosts)", color="tab:red")
+    time_axes.set_title(title)
+    try:
+        figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot draw {path}: {error}") from error
+
+
+def _time_s(plan: Plan) -> float:
+    return plan.predicted.step_time_s.value
+
+
+def _energy_j(plan: Plan) -> float:
+    return plan.predicted.energy_j.value
+
+
+def _cost(plan: Plan) -> float:
+    return plan.objective.value(_time_s(plan), _energy_j(plan), plan.decisions.num_gpus)
