@@ -116,6 +116,7 @@ def timeline_of(tables: CostTables | MixedTables, costs: Sequence[StageCost], de
         transfers_s(tables, costs, decisions),
         decisions.num_microbatches,
         decisions.schedule,
+        interleave=decisions.interleave,
     )
 
 
