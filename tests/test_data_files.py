@@ -14,7 +14,7 @@ from autopar.cost.device import read_device
 from autopar.profiler.store import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted(path for path in (ROOT / "costmodels").glob("*.json") if path.stem != "schema")
+FILES = sorted(path for path in (ROOT / "costmodels").glob("*.json") if path.stem not in ("schema", "software"))
 SCHEMA = json.loads((ROOT / "costmodels" / "schema.json").read_text())
 REQUIRED = {
     "k20", "v100-sxm2-32gb", "a100-sxm-40gb", "a100-sxm-80gb", "h100-sxm-80gb", "h100-pcie-80gb", "h200-sxm-141gb",

@@ -12,7 +12,8 @@ from autopar.cli.options import build_request, frontier_options, json_option, pa
 from autopar.errors import InputError
 from autopar.ir.serialize import check_writable, save_plan
 from autopar.planner.frontier import trace_frontier
-from autopar.report.frontier import check_plot, frontier_json, frontier_report, plot_frontier
+from autopar.report.figure import check_plot
+from autopar.report.frontier import frontier_json, frontier_report, plot_frontier
 
 
 @click.command()

@@ -12,7 +12,7 @@ from autopar.cli.options import build_request, json_option, parse_settings, set_
 from autopar.errors import InputError
 from autopar.ir.serialize import check_writable
 from autopar.planner.sweep import sweep_model
-from autopar.report.frontier import check_plot
+from autopar.report.figure import check_plot
 from autopar.report.sweep import plot_sweep, sweep_json, sweep_report
 
 MOST_COUNTS = 64

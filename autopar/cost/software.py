@@ -26,8 +26,13 @@ def load_software(name: str) -> Software:
     return Software(name=name, **stacks[name]["facts"])
 
 
+def model_options(name: str, family: str) -> dict[str, str]:
+    """Options of a built-in family that hold for all models of a known stack; `pad_vocab_to` is per tensor rank."""
+    return dict(software_stacks()[name].get("model", {}).get(family, {}))
+
+
 def software_stacks() -> Mapping[str, Mapping[str, Any]]:
-    """`title`, `source` and `facts` of every stack, by name."""
+    """`title`, `source`, `facts` and, where models differ by stack, `model` options by family, of every stack."""
     path = data_directory("costmodels") / "software.json"
     stacks: Mapping[str, Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["stacks"]
     return stacks

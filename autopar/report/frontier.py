@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autopar.errors import InputError
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
+from autopar.report.figure import check_plot, save_figure
 from autopar.report.text import WIDTH, table
 from autopar.units import format_joules, format_seconds, format_watts
-
-INSTALL_PLOT = "plotting needs matplotlib; install it with: pip install 'autopar[plot]'"
-
 
 FIGURES = ("step_time_s", "energy_j", "average_power_w", "peak_power_w")
 """Of a prediction, shown of every point."""
@@ -73,14 +70,6 @@ def frontier_json(plans: Sequence[Plan], num_dropped: int, complete: bool) -> di
     return {"points": points, "num_dropped": num_dropped, "complete": complete}
 
 
-def check_plot() -> None:
-    """Raises InputError with the install command where matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError(INSTALL_PLOT) from error
-
-
 def plot_frontier(plans: Sequence[Plan], title: str, path: str | Path) -> None:
     """Draw energy over step time as a staircase, points coloured by number of GPUs; the suffix names the format.
 
@@ -104,7 +93,4 @@ def plot_frontier(plans: Sequence[Plan], title: str, path: str | Path) -> None:
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot draw {path}: {error}") from error
+    save_figure(figure, path)

@@ -14,7 +14,8 @@ from typing import Any
 
 from autopar.errors import InputError
 from autopar.ir.plan import Plan
-from autopar.report.frontier import FIGURES, check_plot, point_words, quantity_json
+from autopar.report.figure import check_plot, save_figure
+from autopar.report.frontier import FIGURES, point_words, quantity_json
 from autopar.report.text import WIDTH, table, wrapped
 from autopar.units import format_joules, format_seconds, format_watts
 
@@ -134,10 +135,7 @@ def plot_sweep(plans: Sequence[Plan], title: str, path: str | Path) -> None:
     time_axes.set_ylabel("step time, s (predicted)", color="tab:blue")
     energy_axes.set_ylabel("energy per step, J (predicted, GPUs and hosts)", color="tab:red")
     time_axes.set_title(title)
-    try:
-        figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot draw {path}: {error}") from error
+    save_figure(figure, path)
 
 
 def _time_s(plan: Plan) -> float:

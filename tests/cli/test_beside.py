@@ -16,7 +16,8 @@ from autopar.errors import InputError
 from autopar.ir.serialize import load_plan
 from autopar.ir.solution import Pins
 from autopar.report.diff import diff_json, diff_report
-from autopar.report.frontier import FIGURES, INSTALL_PLOT
+from autopar.report.figure import INSTALL_PLOT
+from autopar.report.frontier import FIGURES
 from tests.cli.helpers import MODEL, Cli
 from tests.planner.plans import tiny_plan
 
