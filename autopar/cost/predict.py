@@ -120,11 +120,11 @@ def timeline_of(tables: CostTables | MixedTables, costs: Sequence[StageCost], de
     )
 
 
-def predict(tables: CostTables | MixedTables, decisions: Decisions) -> Prediction:
-    """All figures of a plan.
+def plan_costs(tables: CostTables | MixedTables, decisions: Decisions) -> tuple[tuple[StageCost, ...], dict[str, int]]:
+    """Sums of every stage, and how many entries have each label.
 
     Raises:
-        PlanMismatchError: if the decisions do not fit the graph, mesh and cluster of `tables`.
+        PlanMismatchError: as `predict`.
     """
     each, labels = stage_tables(tables, decisions), Counter[str]()
     by_type: dict[int, tuple[StageCost, ...]] = {}
@@ -135,10 +135,20 @@ def predict(tables: CostTables | MixedTables, decisions: Decisions) -> Predictio
                 raise PlanMismatchError(f"the batch does not divide into {decisions.num_microbatches} microbatches")
             by_type[id(own)] = _at_clocks(own, table, decisions)
             labels.update(table.labels)
-    costs = tuple(by_type[id(own)][k] for k, own in enumerate(each))
+    return tuple(by_type[id(own)][k] for k, own in enumerate(each)), dict(labels)
+
+
+def predict(tables: CostTables | MixedTables, decisions: Decisions) -> Prediction:
+    """All figures of a plan.
+
+    Raises:
+        PlanMismatchError: if the decisions do not fit the graph, mesh and cluster of `tables`.
+    """
+    costs, labels = plan_costs(tables, decisions)
     time_s = max(timeline_of(tables, costs, decisions).makespan_s, decisions.pace_s)
     sends_j = sum(2 * c.received_bytes * _send_j_per_byte(tables, decisions, k) for k, c in enumerate(costs))
-    return _prediction(each, decisions, costs, time_s=time_s, sends_j=sends_j, labels=dict(labels))
+    each = stage_tables(tables, decisions)
+    return _prediction(each, decisions, costs, time_s=time_s, sends_j=sends_j, labels=labels)
 
 
 def _prediction(

@@ -58,6 +58,10 @@ class StageCost:
     def step_s(self) -> float:
         return self.times.step_s
 
+    def works(self) -> list[BlockWork]:
+        """Of the blocks in order."""
+        return [BlockWork(**self.blocks[block]) for block in sorted(self.blocks)]
+
     def add(self, block: int, **seconds: float) -> None:
         """Adds work to a block."""
         own = self.blocks.setdefault(block, dict.fromkeys(WORK, 0.0))
@@ -127,8 +131,7 @@ def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> t
                 stages[k].received_bytes += size
     for k, stage in enumerate(decisions.stages):
         stages[k].largest_block_bytes = max(per_block[stage.start : stage.stop])
-        works = [BlockWork(**stages[k].blocks[block]) for block in sorted(stages[k].blocks)]
-        stages[k].times = stage_times(works, overlap_of(tables))
+        stages[k].times = stage_times(stages[k].works(), overlap_of(tables))
     return tuple(stages)
 
 
