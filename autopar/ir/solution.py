@@ -116,6 +116,9 @@ class Pins:
     schedule: str | None = None
     zero: int | None = None
     interleave: int | None = None
+    sequence: bool | None = None
+    ep: int | None = None
+    cp: int | None = None
     even_cuts: bool = False
     roles: bool = False
     without: tuple[str, ...] = ()
