@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from autopar.cost.collective import LinearCost, send_cost
+from autopar.cost.footprint import memory_by_cause
 from autopar.cost.mixed import MixedTables
 from autopar.cost.power import dynamic_limit_w
 from autopar.cost.stages import StageCost, stage_costs
 from autopar.cost.table import CostTables
 from autopar.errors import PlanMismatchError
 from autopar.ir.cost import CostTable
-from autopar.ir.pipeline import microbatches_in_flight
 from autopar.ir.plan import Prediction, StageFigures
 from autopar.ir.quantity import Quantity
 from autopar.ir.solution import Decisions
@@ -68,19 +68,6 @@ def _clock_index(tables: CostTables, clock_hz: float) -> int:
     if clock_hz not in known:
         raise PlanMismatchError(f"the plan locks clocks at {clock_hz / 1e6:.0f} MHz, which these devices have not")
     return known.index(clock_hz)
-
-
-def memory_by_cause(costs: tuple[StageCost, ...], stage: int, decisions: Decisions) -> dict[str, float]:
-    """Bytes of one stage at its worst moment."""
-    cost = costs[stage]
-    in_flight = microbatches_in_flight(stage, len(costs), decisions.num_microbatches, decisions.schedule)
-    redo = decisions.stages[stage].recompute == "full"
-    kept = in_flight * (cost.boundary_bytes if redo else cost.activation_bytes)
-    return {
-        **cost.state,
-        "activations": kept + (cost.largest_block_bytes if redo else 0.0),
-        "workspace": cost.workspace_bytes,
-    }
 
 
 def transfers_s(
@@ -174,7 +161,7 @@ def _prediction(
         highest_w += n * stages_on[key] * min(hungriest, dynamic_limit_w(cluster.spec))
     peak_w = max(highest_w + blocked_w + host_w, energy_j / time_s)
     ranks = range(decisions.num_ranks)
-    memory = [memory_by_cause(costs, k, decisions) for k in ranks]
+    memory = [memory_by_cause(costs, k, decisions, each[k].software) for k in ranks]
     peaks = tuple(_quantity(sum(memory[k].values()), "B", each[k].cluster.spec.memory_uncertainty) for k in ranks)
     wide = max(cluster.spec.time_uncertainty for cluster, _ in clusters)
     energy_wide = max(cluster.spec.energy_uncertainty for cluster, _ in clusters)

@@ -19,9 +19,8 @@ from autopar.ir.streams import BlockWork, Overlap, stage_times
 from autopar.ir.timeline import StageTimes
 
 SHARED = -1
-MEMORY_CAUSES = ("parameters", "gradients", "optimizer", "activations", "workspace")
-
-
+STATE_CAUSES = ("parameters", "gradients", "optimizer")
+"""What lasts from step to step."""
 WORK = ("forward_s", "backward_s", "gather_s", "regather_s", "scatter_s", "sync_s", "update_s")
 """Fields of `BlockWork`."""
 
@@ -30,7 +29,8 @@ WORK = ("forward_s", "backward_s", "gather_s", "regather_s", "scatter_s", "sync_
 class StageCost:
     """Sums of one stage on one device: of one microbatch, or once a step where the name says so.
 
-    Recompute is included in `backward_s` and `microbatch_j`. `state` is by cause, `blocks` by index (SHARED first).
+    Recompute is included in `backward_s` and `microbatch_j`. `workspace_bytes` is the largest of any node,
+    `op_workspace_bytes` that of any but parameters. `state` is by cause, `blocks` by index (SHARED first).
     `times` are those of the streams that `blocks` run on.
     """
 
@@ -42,9 +42,10 @@ class StageCost:
     boundary_bytes: float = 0.0
     largest_block_bytes: float = 0.0
     workspace_bytes: float = 0.0
+    op_workspace_bytes: float = 0.0
     received_bytes: float = 0.0
     peak_w: float = 0.0
-    state: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEMORY_CAUSES[:3], 0.0))
+    state: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STATE_CAUSES, 0.0))
 
     @property
     def forward_s(self) -> float:
@@ -173,6 +174,8 @@ def _add_node(stage: StageCost, block: int, node: CostNode, p: int, redo: bool) 
     stage.activation_bytes += float(node.activation_bytes[p])
     stage.boundary_bytes += float(node.boundary_bytes[p])
     stage.workspace_bytes = max(stage.workspace_bytes, float(node.workspace_bytes[p]))
+    if node.kind != "param":
+        stage.op_workspace_bytes = max(stage.op_workspace_bytes, float(node.workspace_bytes[p]))
 
 
 def _add_state(stage: StageCost, tables: CostTables, table: CostTable, node: CostNode, p: int) -> None:
@@ -181,5 +184,5 @@ def _add_state(stage: StageCost, tables: CostTables, table: CostTable, node: Cos
     sizes = parameter_bytes(value, node.choices[p], table.mesh.sizes, tables.optimizer_states, tables.software)
     if not tables.training:
         sizes = (sizes[0], 0.0, 0.0)
-    for cause, size in zip(MEMORY_CAUSES[:3], sizes, strict=True):
+    for cause, size in zip(STATE_CAUSES, sizes, strict=True):
         stage.state[cause] += size

@@ -26,7 +26,7 @@ from autopar.cost.shards import Sizes, Tensors
 from autopar.cost.sheets import Kept, ParameterSheet, make_op_sheet, make_parameter_sheet
 from autopar.cost.skeleton import SHARED, EdgeTemplate, NodeTemplate, make_skeleton
 from autopar.cost.transfers import Transfers, price
-from autopar.cost.upkeep import ParameterPricer
+from autopar.cost.upkeep import Around, ParameterPricer, parameter_places
 from autopar.cost.wiring import Form, Frame, Wiring
 from autopar.errors import InputError
 from autopar.ir.cost import Array, ClockFigures, CostEdge, CostNode, CostTable, Crossing
@@ -80,6 +80,8 @@ class CostTables:
         for op in graph.ops:
             if not op.is_shared:
                 self.block_flops[op.block] += op.flops_forward
+        self.loss_block = next(op.block for op in graph.ops if graph.loss in op.outputs)
+        self.places = parameter_places(graph, self.skeleton)
         self._choices = ChoiceMaker(graph, self.pins, self.dims)
         self._frames: dict[tuple[bool, ...], Frame] = {}
         self._transfers: dict[int, Transfers] = {}
@@ -237,7 +239,12 @@ class _TableMaker:
             gathering = terms[frame.gathering]
             flat.append(
                 source.parameter_pricer.price(
-                    frame.parameters, parameter_kept, sizes, self.mesh, gathering=gathering, compute_s=self._beside()
+                    frame.parameters,
+                    parameter_kept,
+                    sizes,
+                    self.mesh,
+                    gathering=gathering,
+                    around=self._around(flat[0], op_kept),
                 )
             )
             prices |= _parts(flat[1], parameter_kept.stored, frame.parameter_nodes)
@@ -261,12 +268,21 @@ class _TableMaker:
             self._labels(nodes, measured),
         )  # fmt: skip
 
-    def _beside(self) -> Array:
-        """[parameter], forward seconds of the GEMMs of its block, spread over all devices."""
-        source = self.source
+    def _around(self, ops: NodePrice, kept: Kept) -> Around:
+        """What goes on around parameters; seconds are those of GEMMs, bytes those of the least choices."""
+        source, places = self.source, self.source.places
         rate = flop_rate(source.cluster.spec, "gemm", "bfloat16") * self.mesh.num_devices * self.num_microbatches
-        homes = [source.skeleton.nodes[i].blocks[0] for i in self.frame.parameter_nodes]
-        return np.array([source.block_flops[home] for home in homes]) / rate
+        least = np.minimum.reduceat(ops.workspace_bytes, kept.starts[:-1])
+        work = np.zeros(len(source.graph.blocks))
+        for op, size in zip(self.frame.op_list, least.tolist(), strict=True):
+            if not op.is_shared:
+                work[op.block] = max(work[op.block], size)
+        return Around(
+            np.array([source.block_flops[place.home] for place in places]) / rate,
+            np.array([max(work[block] for block in place.readers) for place in places]),
+            np.array([source.loss_block in place.readers for place in places], dtype=np.bool_),
+            np.array([place.next_bytes for place in places]),
+        )
 
     def _hub(self, index: int, form: Form) -> NodePrice:
         """A hub keeps a buffer: the redistributed copy."""

@@ -25,9 +25,62 @@ from autopar.cost.pricing import NodePrice, free_node
 from autopar.cost.roofline import memory_rate
 from autopar.cost.shards import Sizes
 from autopar.cost.sheets import KeptParameters, ParameterSheet
+from autopar.cost.skeleton import Skeleton
 from autopar.ir.cost import Array, Traffic
+from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh
 from autopar.ir.software import Software
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter is used.
+
+    Attributes:
+        home: block of its node.
+        readers: blocks that read it, home included.
+        next_bytes: of the parameters of the block before, which comes next in backward.
+    """
+
+    home: int
+    readers: tuple[int, ...]
+    next_bytes: float
+
+
+def parameter_places(graph: OpGraph, skeleton: Skeleton) -> tuple[Place, ...]:
+    """Of every parameter node of the skeleton, in order."""
+    readers: dict[str, set[int]] = {}
+    for op in graph.ops:
+        for name in op.inputs if not op.is_shared else ():
+            readers.setdefault(name, set()).add(op.block)
+    templates = [template for template in skeleton.nodes if template.kind == "param"]
+    in_block = [0.0] * len(graph.blocks)
+    for template in templates:
+        for block in template.blocks:
+            in_block[block] += graph.values[template.representative].meta.num_bytes
+    found = []
+    for template in templates:
+        blocks = tuple(sorted({template.blocks[0], *readers.get(template.representative, ())}))
+        last = max(template.blocks[-1], blocks[-1])
+        found.append(Place(template.blocks[0], blocks, in_block[last - 1] if last else 0.0))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Around:
+    """What else goes on in the block of each parameter; arrays are [parameter].
+
+    Attributes:
+        compute_s: seconds that the block computes, forward, spread over all devices.
+        work_bytes: what the hungriest op of the block needs at the least.
+        makes_loss: the loss is among its ops: its hungriest op comes before any gradient.
+        next_bytes: parameters of the block whose gather overlaps this block's backward.
+    """
+
+    compute_s: Array
+    work_bytes: Array
+    makes_loss: Mask
+    next_bytes: Array
 
 
 @dataclass(frozen=True)
@@ -70,7 +123,7 @@ class ParameterPricer:
 
     def price(
         self, sheet: ParameterSheet, found: KeptParameters, sizes: Sizes, mesh: StageMesh,
-        *, gathering: Array, compute_s: Array,
+        *, gathering: Array, around: Around,
     ) -> NodePrice:  # fmt: skip
         """Parameters under every kept choice.
 
@@ -79,10 +132,8 @@ class ParameterPricer:
             found: those kept.
             sizes: of tensors.
             mesh: for group sizes.
-            gathering: [choice, terms] of gathering the exposed from the stored parameter (see `transfers`). What is
-                gathered stays until the block's forward is over, so a gathered parameter takes room for its whole
-                block, and for its gradient.
-            compute_s: [parameter], seconds that the block around it computes, forward, spread over all devices.
+            gathering: [choice, terms] of gathering the exposed from the stored parameter (see `transfers`).
+            around: what the block does meanwhile.
         """
         at, own = found.stored.choices, found.stored.owner
         held = self.bytes_of(sheet, found, sizes)
@@ -94,16 +145,34 @@ class ParameterPricer:
         scatter = np.where(trained, terms[:, 2] + held.whole * terms[:, 3], 0.0)
         price.backward_s = again + scatter
         price.microbatch_j = held.whole * terms[:, 4] + np.where(trained & moved, 0.5 * held.whole * terms[:, 4], 0.0)
-        room = exposed * sheet.block_bytes[own] / np.maximum(held.whole, 1.0)
-        price.workspace_bytes = np.where(moved, room, 0.0) + np.where(trained & moved, exposed, 0.0)
+        price.workspace_bytes = np.where(moved, self._room(sheet, own, exposed, around), 0.0)
         price.state_bytes = held.weights + held.gradients + held.optimizer
         self._synchronise(price, (sheet.reduced[at], sheet.scattered[at]), mesh, held.reduced)
         sync = np.where(trained, price.step_s, 0.0)
         update = np.where(trained, held.update / memory_rate(self.spec), 0.0)
         price.step_s = sync + update
         price.step_j = np.where(trained, price.step_j + held.update * byte_energy_j(self.spec), 0.0)
-        self._hide(price, Traffic(price.forward_s, again, scatter, sync, update), sheet, own, compute_s)
+        self._hide(price, Traffic(price.forward_s, again, scatter, sync, update), sheet, own, around.compute_s)
         return price
+
+    def _room(self, sheet: ParameterSheet, own: Codes, exposed: Array, around: Around) -> Array:
+        """Bytes at work while the block of a gathered parameter runs backward.
+
+        What is gathered stays until the block is over, so a gathered parameter takes room for its whole block, beside
+        what the ops need; software that gathers ahead also has the next block's, and all gradients of this one in the
+        precision of computation and in that of the reduction. Without it each gradient is reduced by itself.
+        """
+        whole = np.maximum(sheet.block_bytes[own] * sheet.whole_share[own], 1.0)
+        share, work = exposed / whole, around.work_bytes[own]
+        gathered, gradients = share * sheet.block_bytes[own], exposed
+        if self.software.prefetch_parameters:
+            reduce = self.software.reduce_bytes
+            copies = 1.0 if reduce is None else 1.0 + reduce / sheet.item_bytes[own]
+            gathered, gradients = share * (sheet.block_bytes + around.next_bytes)[own], gathered * copies
+        gradients = np.where(sheet.requires_grad[own] & self.training, gradients, 0.0)
+        beside = np.where(around.makes_loss[own], np.maximum(work, gradients), work + gradients)
+        room: Array = gathered + beside
+        return room
 
     def _hide(self, price: NodePrice, traffic: Traffic, sheet: ParameterSheet, own: Codes, compute_s: Array) -> None:
         """Leaves in the price what must show, and keeps the traffic in full."""
