@@ -20,8 +20,7 @@ HEADER_VIEWS = frozenset(
 VIEWS = HEADER_VIEWS | SELECTING_VIEWS | GROWING_VIEWS
 LOOKUPS = frozenset(("embedding", "gather", "index", "index_select"))
 """Ops that read only the rows they return, not the whole table."""
-SUMS = frozenset(("add", "sub", "rsub", "neg", "clone", "contiguous"))
-"""Ops whose backward passes the gradient through: it reads nothing that forward saved."""
+NORMS = frozenset(("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm"))
 
 
 def packet(target: str) -> str:
@@ -51,16 +50,3 @@ def is_view(op: Op, values: Mapping[str, Value]) -> bool:
     if name.endswith("_") or op.mutates or not op.outputs:
         return False
     return all(values[output].root != output for output in op.outputs)
-
-
-def forward_bytes_weight(op: Op, index: int) -> float:
-    """Share of input `index` that forward reads: tables are read by row, which the result's size counts."""
-    return 0.0 if packet(op.target) in LOOKUPS and index == 0 else 1.0
-
-
-def backward_kind(op: Op) -> str:
-    """How many bytes backward moves: `none`, `whole` (operands and results once) or `double` (twice)."""
-    name = packet(op.target)
-    if name in SELECTING_VIEWS or name in GROWING_VIEWS or name in SUMS or name in LOOKUPS:
-        return "whole"
-    return "none" if name in HEADER_VIEWS else "double"

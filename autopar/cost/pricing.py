@@ -9,7 +9,7 @@ import numpy as np
 from autopar.cost.collective import collective_cost
 from autopar.cost.device import DeviceSpec
 from autopar.cost.hardware import Cluster
-from autopar.cost.layouts import Codes
+from autopar.cost.layouts import Codes, Mask
 from autopar.cost.power import dynamic_limit_w, kernel_energy_j, within_limit_s
 from autopar.cost.roofline import kernel_time_s
 from autopar.cost.shards import Sizes
@@ -66,6 +66,12 @@ class _Work:
     num_bytes: Array
     kernels: Array
 
+    @property
+    def is_done(self) -> Mask:
+        """Whether there is anything to do: members of a fused kernel move bytes but launch nothing."""
+        done: Mask = (self.kernels > 0) | (self.num_bytes > 0) | (self.flops > 0)
+        return done
+
 
 class Pricer:
     """Prices op nodes on one cluster, run by `software`."""
@@ -109,7 +115,7 @@ class Pricer:
         time_s, energy_j = np.zeros((2, len(specs), len(work.owner)))
         for (kind, dtype), ops in sheet.facts.kinds.items():
             here = np.concatenate([np.arange(kept.starts[i], kept.starts[i + 1]) for i in ops])
-            here = here[work.kernels[here] > 0]
+            here = here[work.is_done[here]]
             for clock, spec in enumerate(specs):
                 time_s[clock, here], energy_j[clock, here] = _at(spec, kind, dtype, work, here)
         for clock in range(len(specs) - 2, -1, -1):
@@ -129,19 +135,21 @@ class Pricer:
 
         inner = np.zeros(len(facts.is_view))
         np.add.at(inner, facts.inner[:, 0], sizes.num_bytes[facts.inner[:, 1]])
-        inside = 2.0 * inner[op] / work_parts
         share = np.where(facts.has_batch, float(count), 1.0)
+        extra = facts.saved_extra_bytes / share
+        inside = (inner[:, None] * facts.inner_passes + extra[:, None])[op] / work_parts[:, None]
         forward = _Work(
             op,
             (facts.flops_forward / share)[op] / work_parts,
-            np.where(facts.is_view[op], 0.0, total(sheet.read) + inside),
+            total(sheet.forward) + inside[:, 0],
             facts.forward_kernels[op],
         )
+        runs = facts.has_backward[op]
         backward = _Work(
             op,
-            (facts.flops_backward / share)[op] / work_parts,
-            facts.backward_passes[op] * (total(sheet.moved) + inside),
-            np.where(facts.has_backward, facts.backward_kernels, 0.0)[op],
+            np.where(runs, (facts.flops_backward / share)[op] / work_parts, 0.0),
+            np.where(runs, total(sheet.backward) + inside[:, 1], 0.0),
+            np.where(runs, facts.backward_kernels[op], 0.0),
         )
         return forward, backward
 
@@ -166,7 +174,7 @@ class Pricer:
         limit_w = dynamic_limit_w(self.spec)
         for (kind, dtype), ops in sheet.facts.kinds.items():
             here = np.concatenate([np.arange(kept.starts[i], kept.starts[i + 1]) for i in ops])
-            here = here[work.kernels[here] > 0]
+            here = here[work.is_done[here]]
             for spec in (self.spec, *self.slower):
                 time_s[here], energy_j[here] = _at(spec, kind, dtype, work, here)
                 here = here[energy_j[here] > time_s[here] * limit_w]

@@ -14,16 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.cost.choices import OpChoices, ParameterChoices, Preference, keep
-from autopar.cost.kernels import backward_kind, forward_bytes_weight, is_view, work_kind
+from autopar.cost.kernels import is_view, work_kind
 from autopar.cost.layouts import Codes, Mask, sharding_ids
+from autopar.cost.moves import Moves
 from autopar.cost.recompute import Again, Reruns, make_reruns
 from autopar.cost.shards import ShardRows, Sizes, Tensors, shard_rows
 from autopar.ir.cost import Array
 from autopar.ir.graph import Op, Value
 from autopar.ir.tensor import BYTES_BY_DTYPE
 from autopar.rules.experts import exchanged_values
-
-BACKWARD_PASSES = {"none": 0.0, "whole": 1.0, "double": 2.0}
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,9 @@ class OpFacts:
         kinds: (kind of work, dtype) -> ops of it.
         is_view, has_backward, has_batch: has_batch says that the op's figures divide by the microbatches.
         forward_kernels, backward_kernels: launches.
-        backward_passes: how often backward moves operands and results.
         flops_forward, flops_backward, saved_extra_bytes: of the whole batch.
         inner: (op, tensor) for the values inside a region op.
+        inner_passes: [op, 2], how often forward and backward move those.
         whole_saved: (op, tensor) for batch inputs that the op saves, which every rank holds whole, and shared
             values that it makes and others keep alive.
     """
@@ -96,11 +95,11 @@ class OpFacts:
     has_batch: Mask
     forward_kernels: Array
     backward_kernels: Array
-    backward_passes: Array
     flops_forward: Array
     flops_backward: Array
     saved_extra_bytes: Array
     inner: Codes
+    inner_passes: Array
     whole_saved: Codes
 
 
@@ -112,10 +111,9 @@ class OpSheet:
         row_starts: [choice], first row.
         rows_per_choice: [op].
         ids: [row], sharding id.
-        moved: 1, but 0 for a tensor that the op has named before.
-        read: moved, but 0 for tables of which only rows are read.
-        written: moved results.
-        gradients: moved operands that need a gradient.
+        forward, backward: how often forward and backward move it (see `moves`).
+        written: results that take memory.
+        gradients: operands that need a gradient.
         saved_root: tensor whose storage is kept because of this row, or -1.
         kept_share: share of it that stays until backward.
         reruns: what backward computes again.
@@ -131,8 +129,8 @@ class OpSheet:
     rows_per_choice: Codes
     rows: ShardRows
     ids: Codes
-    moved: Array
-    read: Array
+    forward: Array
+    backward: Array
     written: Array
     gradients: Array
     saved_root: Codes
@@ -160,15 +158,17 @@ def make_op_sheet(
     choices: Sequence[OpChoices],
     tensors: Tensors,
     kept_shared: frozenset[str],
+    moves: Mapping[str, Moves],
     *,
     training: bool,
     again: Mapping[str, Again],
 ) -> OpSheet:
-    """The sheet of `ops`, whose choices are given in the same order; `kept_shared` as in `skeleton.Skeleton`, `again`
-    as `recompute.recomputed` makes it.
+    """The sheet of `ops`, whose choices are given in the same order; `kept_shared` as in `skeleton.Skeleton`, `moves`
+    by op, `again` as `recompute.recomputed` makes it.
     """
     blocks = [
-        _rows_of(op, found, tensors, kept_shared, again.get(op.name)) for op, found in zip(ops, choices, strict=True)
+        _rows_of(op, found, tensors, kept_shared, moves=moves[op.name], again=again.get(op.name))
+        for op, found in zip(ops, choices, strict=True)
     ]
     counts = [len(found.grid.choices) for found in choices]
     widths = np.array([block.width for block in blocks], dtype=np.int64)
@@ -183,14 +183,14 @@ def make_op_sheet(
     if not training:
         weights[GRADIENTS] = 0.0
     return OpSheet(
-        facts=_facts(ops, tensors, kept_shared, training=training),
+        facts=_facts(ops, tensors, kept_shared, moves, training=training),
         choices=tuple(choices),
         owners=_owners(counts, [found.preferences for found in choices]),
         row_starts=np.concatenate([[0], np.cumsum(np.repeat(widths, counts))])[:-1],
         rows_per_choice=widths,
         rows=shard_rows(np.concatenate([block.tensor for block in blocks]), codes, tensors.width),
         ids=sharding_ids(codes),
-        moved=weights[MOVED], read=weights[READ], written=weights[WRITTEN], gradients=weights[GRADIENTS],
+        forward=weights[FORWARD], backward=weights[BACKWARD], written=weights[WRITTEN], gradients=weights[GRADIENTS],
         saved_root=np.concatenate([block.saved_root for block in blocks]),
         kept_share=np.concatenate([block.kept_share for block in blocks]),
         reruns=make_reruns(ops, again),
@@ -200,7 +200,7 @@ def make_op_sheet(
     )  # fmt: skip
 
 
-MOVED, READ, WRITTEN, GRADIENTS = range(4)
+FORWARD, BACKWARD, WRITTEN, GRADIENTS = range(4)
 
 
 @dataclass(frozen=True)
@@ -213,21 +213,16 @@ class _Rows:
     kept_share: Array
 
 
-def _rows_of(op: Op, choices: OpChoices, tensors: Tensors, kept_shared: frozenset[str], again: Again | None) -> _Rows:
+def _rows_of(
+    op: Op, choices: OpChoices, tensors: Tensors, kept_shared: frozenset[str], *, moves: Moves, again: Again | None
+) -> _Rows:
     """Rows of one op, choice after choice."""
     values = tensors.values
     names = (*op.inputs, *op.outputs)
-    weights = np.zeros((4, len(names)))
-    for slot, name in enumerate(names):
-        is_input = slot < len(op.inputs)
-        own = op.inputs if is_input else op.outputs
-        if own.index(name) == slot - (0 if is_input else len(op.inputs)):
-            read = forward_bytes_weight(op, slot) if is_input else 1.0
-            needs = 1.0 if is_input and values[name].requires_grad else 0.0
-            weights[:, slot] = (1.0, read, 0.0 if is_input else 1.0, needs)
+    weights = np.array([moves.forward, moves.backward, moves.written, moves.gradients], dtype=np.float64)
     saved, share = np.full(len(names), -1, dtype=np.int64), np.ones(len(names))
     slot_of = {name: slot for slot, name in enumerate(names)}
-    for name, part in (dict.fromkeys(op.saved, 1.0) if again is None else again.kept).items():
+    for name, part in (dict.fromkeys(moves.saved, 1.0) if again is None else again.kept).items():
         root = values[values[name].root]
         if root.origin == "op" and root.name not in kept_shared and name in slot_of:
             saved[slot_of[name]], share[slot_of[name]] = tensors.index[root.name], part
@@ -243,39 +238,40 @@ def _rows_of(op: Op, choices: OpChoices, tensors: Tensors, kept_shared: frozense
     )
 
 
-def _facts(ops: Sequence[Op], tensors: Tensors, kept_shared: frozenset[str], *, training: bool) -> OpFacts:
+def _facts(
+    ops: Sequence[Op], tensors: Tensors, kept_shared: frozenset[str], moves: Mapping[str, Moves], *, training: bool
+) -> OpFacts:
     values, dims = tensors.values, tensors.dims
     kinds: dict[tuple[str, str], list[int]] = {}
     inner: list[tuple[int, int]] = []
     whole: list[tuple[int, int]] = []
-    view = np.array([is_view(op, values) for op in ops], dtype=np.bool_)
-    wanted = [sum(values[name].requires_grad for name in dict.fromkeys(op.inputs)) for op in ops]
+    own = [moves[op.name] for op in ops]
     backward = np.zeros(len(ops), dtype=np.bool_)
-    kernels = np.zeros(len(ops))
     for i, op in enumerate(ops):
         kind, dtype = work_kind(op), _compute_dtype(op, values)
         kinds.setdefault((kind, "float32" if kind == "other" else dtype), []).append(i)
-        backward[i] = training and wanted[i] > 0 and any(values[name].requires_grad for name in op.outputs)
-        kernels[i] = (0.0 if view[i] and backward_kind(op) == "none" else 1.0) * (1 if kind == "other" else wanted[i])
+        wanted = any(values[name].requires_grad for name in op.inputs)
+        backward[i] = training and wanted and any(values[name].requires_grad for name in op.outputs)
         made = {name for member in op.members for name in member.outputs} - set(op.outputs)
         inner += [(i, tensors.index[name]) for name in sorted(made) if values[name].root == name]
         if backward[i]:
-            roots = [values[values[name].root] for name in op.saved]
+            roots = [values[values[name].root] for name in own[i].saved]
             whole += [(i, tensors.index[root.name]) for root in roots if root.origin == "input"]
         if op.is_shared:
             whole += [(i, tensors.index[name]) for name in op.outputs if name in kept_shared]
+    works = np.array([one.works for one in own], dtype=np.float64)
     return OpFacts(
         kinds={key: np.array(found, dtype=np.int64) for key, found in sorted(kinds.items())},
-        is_view=view,
+        is_view=np.array([is_view(op, values) for op in ops], dtype=np.bool_),
         has_backward=backward,
         has_batch=np.array([any(dims[name] is not None for name in (*op.inputs, *op.outputs)) for op in ops]),
-        forward_kernels=np.where(view, 0.0, 1.0),
-        backward_kernels=kernels,
-        backward_passes=np.array([BACKWARD_PASSES[backward_kind(op)] for op in ops]),
-        flops_forward=np.array([op.flops_forward for op in ops], dtype=np.float64),
-        flops_backward=np.array([op.flops_backward for op in ops], dtype=np.float64),
-        saved_extra_bytes=np.array([op.saved_extra_bytes for op in ops], dtype=np.float64),
+        forward_kernels=np.array([one.forward_kernels for one in own]),
+        backward_kernels=np.array([one.backward_kernels for one in own]),
+        flops_forward=np.array([op.flops_forward for op in ops], dtype=np.float64) * works,
+        flops_backward=np.array([op.flops_backward for op in ops], dtype=np.float64) * works,
+        saved_extra_bytes=np.array([one.extra_bytes for one in own], dtype=np.float64),
         inner=np.array(inner, dtype=np.int64).reshape(-1, 2),
+        inner_passes=np.array([one.inner_passes for one in own], dtype=np.float64),
         whole_saved=np.array(whole, dtype=np.int64).reshape(-1, 2),
     )
 

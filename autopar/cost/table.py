@@ -15,6 +15,7 @@ import numpy as np
 
 from autopar.cost.choices import ChoiceMaker
 from autopar.cost.collective import send_cost
+from autopar.cost.fusion import make_fusion
 from autopar.cost.hardware import Cluster
 from autopar.cost.layouts import Codes
 from autopar.cost.measured import OpLookup, apply_profile
@@ -69,7 +70,9 @@ class CostTables:
         self.optimizer_states = optimizer_states(graph.optimizer)
         self.software = Software() if software is None else software
         self.keep = keep
-        self.again = recomputed(graph, keep)
+        representatives = {template.representative for template in self.skeleton.nodes if template.kind == "op"}
+        self.fusion = make_fusion(graph, self.software.fusion, [op for op in graph.ops if op.name in representatives])
+        self.again = recomputed(self.fusion.graph, keep)
         self.pricer = Pricer(cluster, training, self.software)
         self.parameter_pricer = ParameterPricer(cluster, graph.optimizer, training, self.software)
         self.tensors = Tensors(graph, self.dims)
@@ -171,7 +174,13 @@ class CostTables:
         ops = [by_name[skeleton.nodes[i].representative] for i in op_nodes]
         choices = [self._choices.op(op, active) for op in ops]
         sheet = make_op_sheet(
-            ops, choices, self.tensors, skeleton.kept_shared, training=self.training, again=self.again
+            ops,
+            choices,
+            self.tensors,
+            skeleton.kept_shared,
+            self.fusion.moves,
+            training=self.training,
+            again=self.again,
         )
         nodes = tuple(i for i, template in enumerate(skeleton.nodes) if template.kind == "param")
         parameters = self._parameter_sheet(nodes, active) if nodes else None
