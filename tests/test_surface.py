@@ -36,7 +36,7 @@ OPTIONS = {
     "plan": PLANNING | {"--json", "--no-cache", "--out", "--set"},
     "run": {"--json", "--steps"},
     "verify": {"--json"},
-    "explain": {"--json", "--why-not"},
+    "explain": {"--json", "--trace", "--why-not"},
     "estimate": PLANNING | {"--json", "--set"},
     "frontier": PLANNING - OBJECTIVE | {"--json", "--out-dir", "--plot", "--points", "--set"},
     "diff": {"--json"},

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import click
 
 from autopar.cli.console import print_json, progress_line
 from autopar.cli.options import json_option
 from autopar.cli.pins import parse_pins
-from autopar.ir.serialize import load_plan
+from autopar.ir.plan import Plan
+from autopar.ir.serialize import check_writable, load_plan
 from autopar.planner.rival import make_rival
+from autopar.planner.timeline import make_timeline
 from autopar.report.explain import explain_json, explain_report
+from autopar.report.trace import trace_json
 
 
 @click.command()
 @click.argument("plan_file")
 @click.option("--why-not", "pin_text", metavar="KEY=VALUE,...", help="Compare with the best plan under these pins.")
+@click.option("--trace", metavar="FILE", help="Write the simulated step there, for Perfetto or chrome://tracing.")
 @json_option
-def explain(plan_file: str, pin_text: str | None, as_json: bool) -> None:
+def explain(plan_file: str, pin_text: str | None, trace: str | None, as_json: bool) -> None:
     """Say where time, energy and memory of PLAN_FILE go, and why its rivals lost."""
     plan = load_plan(plan_file)
+    if trace is not None:
+        _write_trace(plan, trace, as_json)
     rival = None
     if pin_text is not None:
         pins = parse_pins(pin_text, plan.model.batch_size)
@@ -28,3 +37,10 @@ def explain(plan_file: str, pin_text: str | None, as_json: bool) -> None:
         print_json(explain_json(plan, rival))
     else:
         click.echo(explain_report(plan, rival, pin_text or ""))
+
+
+def _write_trace(plan: Plan, name: str, as_json: bool) -> None:
+    check_writable(name)
+    with progress_line(as_json) as progress:
+        found = make_timeline(plan, progress)
+    Path(name).write_text(json.dumps(trace_json(found.timeline, found.passes)) + "\n")

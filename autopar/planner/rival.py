@@ -35,9 +35,14 @@ def make_rival(plan: Plan, pins: Pins, progress: Progress | None = None) -> Plan
         InfeasibleError: no plan satisfies the pins.
     """
     rival = plan_model(plan.model.source, plan.model.options, request_of(plan, pins), progress)
-    if rival.model.graph_hash != plan.model.graph_hash:
+    check_unchanged(plan, rival.model.graph_hash)
+    return rival
+
+
+def check_unchanged(plan: Plan, graph_hash: str) -> None:
+    """Raises PlanMismatchError unless the model that is there now, of this hash, is the plan's."""
+    if graph_hash != plan.model.graph_hash:
         raise PlanMismatchError(
             f"{plan.model.source} has changed since the plan was made: its graph hash is "
-            f"{rival.model.graph_hash[:12]}, the plan's {plan.model.graph_hash[:12]}; make the plan again"
+            f"{graph_hash[:12]}, the plan's {plan.model.graph_hash[:12]}; make the plan again"
         )
-    return rival
