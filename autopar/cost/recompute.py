@@ -1,7 +1,7 @@
 """Recompute policies: what backward computes again inside a block, and which values then need not stay.
 
-Blocks are told apart by structure alone. Policies work on the blocks whose class repeats (all but that of the loss
-where none does), and always keep what enters a block:
+Blocks are told apart by structure alone. Policies work on the blocks whose sequence of calls occurs more than once (on
+all but that of the loss where none does), and always keep what enters a block:
 
 - `selective` (Korthikanti et al. 2022): the attention core runs again: every op on a path between products of two
   activations (scores, mask, softmax, dropout, context), a path ending where an op reads a parameter; a fused attention
@@ -67,9 +67,10 @@ def recomputed(graph: OpGraph, policy: str) -> Mapping[str, Again]:
 
 
 def _repeated(graph: OpGraph) -> tuple[Block, ...]:
-    times = Counter(block.class_id for block in graph.blocks)
+    calls = [tuple(op.target for op in graph.ops[b.start : b.stop] if not op.is_shared) for b in graph.blocks]
+    times = Counter(calls)
     if max(times.values()) > 1:
-        return tuple(block for block in graph.blocks if times[block.class_id] > 1)
+        return tuple(block for block, own in zip(graph.blocks, calls, strict=True) if times[own] > 1)
     return tuple(b for b in graph.blocks if all(graph.loss not in op.outputs for op in graph.ops[b.start : b.stop]))
 
 
