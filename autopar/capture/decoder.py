@@ -125,8 +125,7 @@ class Attention(nn.Module):
 
     def _unfused(self, query: Tensor, key: Tensor, value: Tensor, bias: ScoreBias) -> Tensor:
         if self.heads != self.kv_heads:
-            group = self.heads // self.kv_heads
-            key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
+            key, value = (self._repeated(part) for part in (key, value))
         forbidden, added = bias
         scores = torch.matmul(query, key.transpose(2, 3)) * self.width**-0.5
         if added is not None:
@@ -135,6 +134,10 @@ class Attention(nn.Module):
         if self.dropout:
             weights = functional.dropout(weights, self.dropout, self.training)
         return torch.matmul(weights, value)
+
+    def _repeated(self, heads: Tensor) -> Tensor:
+        """Each head of keys or values once for every head of queries that reads it."""
+        return heads.unsqueeze(2).expand(-1, -1, self.heads // self.kv_heads, -1, -1).flatten(1, 2)
 
 
 class Mlp(nn.Module):

@@ -1,7 +1,7 @@
 """Choices: what each op and parameter may do on every axis, under the user's pins, before sizes are looked at.
 
-Axes of size 1 offer only the first entry (`replicate`, `invariant`), so the result depends on which axes are active,
-not on their sizes.
+Pins give the axes of a mesh roles by their names (`ir.mesh.axis_names`). Axes of size 1 offer only the first entry
+(`replicate`, `invariant`), so the result depends on which axes are active, not on their sizes.
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from autopar.cost.layouts import Codes, Grid, Mask, make_grid, without_gradient
 from autopar.ir.graph import Op, OpGraph
+from autopar.ir.mesh import axis_names
 from autopar.ir.placement import REPLICATE, Placement
 from autopar.ir.solution import Pins
 from autopar.ir.strategy import AxisStrategy, ParameterAxisStrategy
 from autopar.rules.batch import batch_strategy
-from autopar.rules.experts import EXCHANGING
+from autopar.rules.experts import EXCHANGE, EXCHANGING, EXPERTS
 from autopar.rules.parameters import parameter_axis_strategies
+from autopar.rules.sequence import SequenceParts, sequence_parts, sequence_strategy
 from autopar.rules.strategies import axis_strategies
 
-DP, TP = 0, 1
+BY_EXPERT = (EXPERTS, EXCHANGE)
 
 
 @dataclass(frozen=True)
@@ -100,22 +103,37 @@ class ChoiceMaker:
         """Choices of a parameter; only `invariant` if it must stay whole."""
         key = (name, active)
         if key not in self._parameters:
-            options = [self._parameter_options(name, axis, on and not whole) for axis, on in enumerate(active)]
+            roles = axis_names(len(active))
+            options = [
+                self._parameter_options(name, role, on and not whole) for role, on in zip(roles, active, strict=True)
+            ]
             grid = make_grid(options)
-            self._parameters[key] = _parameter_choices(grid, options, self._zero_preference(grid))
+            preferences = tuple(
+                self._zero_preference(grid, axis)
+                for axis, role in enumerate(roles)
+                if self.pins.zero in (1, 3) and (role == "dp" or (role != "tp" and active[axis]))
+            )
+            self._parameters[key] = _parameter_choices(grid, options, preferences)
         return self._parameters[key]
 
-    def _is_pinned(self, axis: int) -> bool:
+    @cached_property
+    def sequence(self) -> SequenceParts:
+        """Where the sequence is in the graph."""
+        return sequence_parts(self.graph, self.dims)
+
+    def _is_pinned(self, role: str) -> bool:
         pins = self.pins
-        return pins.roles or (axis == DP and pins.dp is not None) or (axis == TP and pins.tp is not None)
+        degrees = {"dp": pins.dp, "tp": pins.tp, "ep": 1, "cp": 1}
+        return pins.roles or degrees.get(role) is not None
 
     def _make_op(self, op: Op, active: tuple[bool, ...]) -> OpChoices:
         values = self.graph.values
         every = axis_strategies(op, values)
         batch = batch_strategy(op, values, self.dims, self.graph.batch_size)
-        options = [self._op_options(op, every, batch, axis, on) for axis, on in enumerate(active)]
+        roles = axis_names(len(active))
+        options = [self._op_options(op, every, batch, role, on) for role, on in zip(roles, active, strict=True)]
         grid = make_grid(options)
-        preferences = (self._op_preference(op, grid, axis) for axis, on in enumerate(active) if on)
+        preferences = (self._op_preference(op, grid, axis, role) for axis, role in enumerate(roles) if active[axis])
         return OpChoices(
             grid,
             tuple(
@@ -132,16 +150,28 @@ class ChoiceMaker:
         )
 
     def _op_options(
-        self, op: Op, every: Sequence[AxisStrategy], batch: AxisStrategy | None, axis: int, on: bool
+        self, op: Op, every: Sequence[AxisStrategy], batch: AxisStrategy | None, role: str, on: bool
     ) -> Sequence[AxisStrategy]:
         if not on or op.is_shared:
             return every[:1]
         every = self._constrained(op, every)
-        if not self._is_pinned(axis):
+        if not self._is_pinned(role):
             return every
-        if axis == DP:
-            return every[:1] if batch is None else (every[0], batch)
-        return tuple(s for s in every if s != batch)
+        if role == "tp":
+            others = tuple(s for s in every if s != batch)
+            return others if self.pins.sequence is None else self._along_tensor(op, others)
+        if role == "cp":
+            along = sequence_strategy(op, self.graph.values, self.sequence.dims)
+            return every[:1] if along is None else (every[0], along)
+        by_expert = tuple(s for s in every if role == "ep" and s.label in BY_EXPERT)
+        return (*every[:1], *by_expert) if batch is None else (every[0], batch, *by_expert)
+
+    def _along_tensor(self, op: Op, every: Sequence[AxisStrategy]) -> Sequence[AxisStrategy]:
+        """What `sequence` leaves on the tensor axis: the stream along the sequence or whole, nothing else along it."""
+        split = tuple(s for s in every if self.sequence.splits(op, s))
+        if op.name in self.sequence.stream:
+            return (*every[:1], *split) if self.pins.sequence else every[:1]
+        return tuple(s for s in every if s not in split) or every[:1]
 
     def _constrained(self, op: Op, every: Sequence[AxisStrategy]) -> Sequence[AxisStrategy]:
         """Strategies that `without` and `ops` leave; the last constraint that matches decides."""
@@ -152,35 +182,49 @@ class ChoiceMaker:
                 left = tuple(s for s in every if s.label == label)
         return left
 
-    def _op_preference(self, op: Op, grid: Grid, axis: int) -> Preference | None:
-        """Pinned data axis: no `replicate` if the batch divides. Pinned tensor axis: no layer stays whole."""
-        values = self.graph.values
-        reads_parameter = any(values[values[name].root].origin == "parameter" for name in op.inputs)
-        binds = axis == DP or (op.flops_forward > 0 and reads_parameter)
-        if not binds or not self._is_pinned(axis):
+    def _op_preference(self, op: Op, grid: Grid, axis: int, role: str) -> Preference | None:
+        """Pinned data and context axes: no `replicate` if the dim divides. Pinned tensor axis: no layer stays whole."""
+        if not self._is_pinned(role):
             return None
         labels = np.asarray([choice[axis].label for choice in grid.choices])
+        if role == "ep" and np.any(np.isin(labels, BY_EXPERT)):
+            return Preference(~np.isin(labels, BY_EXPERT), np.isin(labels, BY_EXPERT))
+        if role == "tp" and self.pins.sequence is not None and op.name in self.sequence.lookups:
+            return Preference(labels != "rows", labels == "rows")
+        if role == "tp" and not self._is_layer(op):
+            return None
         return Preference(labels == "replicate", (labels != "replicate") & (labels != "partial"))
 
-    def _parameter_options(self, name: str, axis: int, on: bool) -> Sequence[ParameterAxisStrategy]:
+    def _is_layer(self, op: Op) -> bool:
+        """It multiplies with a parameter, or sequence parallelism is pinned to split it."""
+        if self.pins.sequence and op.name in self.sequence.stream:
+            return True
+        values = self.graph.values
+        return op.flops_forward > 0 and any(values[values[name].root].origin == "parameter" for name in op.inputs)
+
+    def _parameter_options(self, name: str, role: str, on: bool) -> Sequence[ParameterAxisStrategy]:
         every = parameter_axis_strategies(self.graph.values[name])
         if not on:
             return every[:1]
-        pinned, zero = self._is_pinned(axis), self.pins.zero
+        pinned, zero = self._is_pinned(role), self.pins.zero
         allowed = {s.label for s in every}
-        if pinned and axis == DP:
+        if pinned and role != "tp" and not (role == "ep" and name in self._expert_parameters):
             allowed.discard("sharded")
-        if zero == 0 or (pinned and axis == TP):
+        if zero == 0 or (pinned and role == "tp"):
             allowed -= {"zero1", "zero3"}
         return tuple(s for s in every if s.label in allowed)
 
-    def _zero_preference(self, grid: Grid) -> tuple[Preference, ...]:
-        """`zero` pinned to 1 or 3: that storage on the data axis wherever it divides."""
-        if self.pins.zero not in (1, 3):
-            return ()
-        labels = np.asarray([choice[DP].label if choice else "" for choice in grid.choices])
+    @cached_property
+    def _expert_parameters(self) -> frozenset[str]:
+        values = self.graph.values
+        regions = (op for op in self.graph.ops if any(s.label in BY_EXPERT for s in axis_strategies(op, values)))
+        return frozenset(name for op in regions for name in op.inputs if values[name].origin == "parameter")
+
+    def _zero_preference(self, grid: Grid, axis: int) -> Preference:
+        """`zero` pinned to 1 or 3: that storage wherever it divides."""
+        labels = np.asarray([choice[axis].label if choice else "" for choice in grid.choices])
         wanted = labels == f"zero{self.pins.zero}"
-        return (Preference(~wanted & (labels != "sharded"), wanted),)
+        return Preference(~wanted & (labels != "sharded"), wanted)
 
 
 def _codes(grid: Grid, per_axis: Sequence[Sequence[Placement]], requires_grad: bool) -> Codes:

@@ -7,7 +7,9 @@ The pipeline axis `pp`, when present, is outermost; the axes inside one stage ar
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,16 @@ class StageMesh:
         return tuple(reversed(position))
 
 
+AXES: Mapping[int, tuple[str, ...]] = MappingProxyType({4: ("dp", "ep", "cp", "tp")})
+"""Names of a stage's axes by their number: data (samples), experts, context (positions) and tensor parallelism."""
+
+
+def axis_names(num_axes: int) -> tuple[str, ...]:
+    """(dp), (dp, tp) or (dp, ep, cp, tp); of other numbers dp, tp, x2, x3, ..."""
+    others = ("dp", "tp", *(f"x{i}" for i in range(2, num_axes)))
+    return AXES.get(num_axes, others[:num_axes])
+
+
 def stage_mesh(*sizes: int) -> StageMesh:
-    """`stage_mesh(4, 2)` is (dp=4, tp=2); `stage_mesh(8)` is (dp=8). More axes are named x2, x3, ..."""
-    names = ("dp", "tp", *(f"x{i}" for i in range(2, len(sizes))))
-    return StageMesh(tuple(MeshAxis(name, size) for name, size in zip(names, sizes, strict=False)))
+    """`stage_mesh(4, 2)` is (dp=4, tp=2); `stage_mesh(8)` is (dp=8)."""
+    return StageMesh(tuple(map(MeshAxis, axis_names(len(sizes)), sizes)))

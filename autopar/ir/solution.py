@@ -100,7 +100,8 @@ class Pins:
         sequence: on the tensor axis, what lies between a row-parallel and the next column-parallel product (norms,
             residual sums) is split along the sequence (True) or whole on every rank (False), and nothing else is
             split along the sequence. For a mesh `(dp, tp)`.
-        ep, cp: sizes of two more axes between dp and tp. On ep, samples or experts are split; on cp, positions alone.
+        ep, cp: sizes of two more axes between dp and tp. On ep, part of the dp ways to split samples, experts are
+            split; on cp, besides the dp ways, positions alone.
         even_cuts: every stage holds equally many of the repeated blocks, whatever the others cost.
         roles: those restrictions on every (dp, tp) mesh, also where a size is free.
         without: labels that no op may take on any axis.

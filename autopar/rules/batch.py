@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.placement import Placement
@@ -18,11 +18,29 @@ def batch_dims(graph: OpGraph) -> dict[str, int | None]:
     Starts from the batch inputs. A value without gradient that shows none of its own (a mask made from sizes alone)
     takes the dim that its first consumer needs, because it can be sliced freely.
     """
-    dims: dict[str, int | None] = {name: value.batch_dim for name, value in graph.values.items()}
-    for op in itertools.chain.from_iterable((*op.members, op) for op in graph.ops):
+    start = {name: value.batch_dim for name, value in graph.values.items()}
+
+    def choose(op: Op, dims: dict[str, int | None]) -> AxisStrategy | None:
         strategy = batch_strategy(op, graph.values, dims, graph.batch_size)
         if op.members:
             dims |= _inside(op, graph.values, dims)
+        return strategy
+
+    return follow(graph, start, choose)
+
+
+def follow(
+    graph: OpGraph, start: Mapping[str, int | None], choose: Callable[[Op, dict[str, int | None]], AxisStrategy | None]
+) -> dict[str, int | None]:
+    """The dims of all values that a split of some of them brings with it.
+
+    Args:
+        start: the dim of each value at which the split begins, None elsewhere.
+        choose: the strategy in which an op carries the split on, given the dims found so far.
+    """
+    dims = dict(start)
+    for op in itertools.chain.from_iterable((*op.members, op) for op in graph.ops):
+        strategy = choose(op, dims)
         if strategy is None:
             continue
         for name, placement in zip(op.outputs, strategy.outputs, strict=True):

@@ -108,13 +108,22 @@ def mesh_sizes(num_devices: int, pins: Pins) -> Iterator[tuple[int, ...]]:
     """Every mesh of exactly `num_devices` devices that the pins allow."""
     if not has_free_mesh(pins):
         for d in range(1, num_devices + 1):
-            if num_devices % d == 0 and pins.dp in (None, d) and pins.tp in (None, num_devices // d):
-                yield d, num_devices // d
+            if num_devices % d == 0 and pins.dp in (None, d) and num_devices % (d * (pins.cp or 1)) == 0:
+                sizes = _pinned_sizes(d, num_devices // d // (pins.cp or 1), pins)
+                yield from [sizes] if sizes is not None and pins.tp in (None, sizes[-1]) else []
         return
     yield (num_devices,)
     for d in range(2, num_devices // 2 + 1):
         if num_devices % d == 0:
             yield d, num_devices // d
+
+
+def _pinned_sizes(d: int, t: int, pins: Pins) -> tuple[int, ...] | None:
+    """The mesh of d ways to split samples and t of tensor parallelism; experts are spread over some of the d."""
+    if pins.cp is None and pins.ep is None:
+        return d, t
+    ep = pins.ep or 1
+    return (d // ep, ep, pins.cp or 1, t) if d % ep == 0 else None
 
 
 @dataclass(frozen=True)
@@ -190,7 +199,7 @@ def _meshes(
         return
     for num_devices in range(limit if exactly else 1, limit + 1):
         for sizes in mesh_sizes(num_devices, pins):
-            if not pins.roles or (batch_size % sizes[0] == 0 and sizes[1] in useful):
+            if not pins.roles or (batch_size % sizes[0] == 0 and sizes[-1] in useful):
                 yield sizes
 
 
@@ -237,7 +246,7 @@ def list_skeletons(
 
 
 def _empty_space(num_gpus: int, pins: Pins, *, use_all: bool) -> str:
-    asked = [f"{n}={getattr(pins, n)}" for n in ("dp", "tp", "pp") if getattr(pins, n) is not None]
+    asked = [f"{n}={getattr(pins, n)}" for n in ("dp", "tp", "pp", "ep", "cp") if getattr(pins, n) is not None]
     exactly = "exactly " if use_all else "at most "
     return f"no mesh with {', '.join(asked) or 'these settings'} uses {exactly}{num_gpus} GPUs"
 
