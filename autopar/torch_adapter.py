@@ -11,6 +11,7 @@
 | `custom_gradients*` | `Function.apply`, `Tensor.register_hook`   | replaced while exporting, to see their use     |
 | `Faker`             | `FakeTensorMode`                           | documented, but lives in a private module      |
 | `strided_shard`     | `placement_types._StridedShard`            | DTensor's word for slicing a slice outside in  |
+| `intercept`         | `TorchDispatchMode`                        | documented, but lives in a private module      |
 | `allocations`       | event tree of the profiler                 | public events carry no addresses               |
 
 `encode_constant` and `decode_constant` turn the torch constants of a call into the strings of `ir.graph.Arg` and back.
@@ -19,12 +20,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in (torch.strided,)}
 INPUT_DEVICE = "device:input"
@@ -158,6 +160,29 @@ def is_op_overload(target: object) -> bool:
 def higher_order_name(target: object) -> str:
     """Name of a higher-order operator such as `wrap_with_set_grad_enabled`, else the empty string."""
     return str(target).rpartition(".")[2] if isinstance(target, torch._ops.HigherOrderOperator) else ""
+
+
+def op_name(overload: Any) -> str:
+    """`linear` for `torch.ops.aten.linear.default`."""
+    return target_name(overload).split(".")[1]
+
+
+_DispatchMode: Any = TorchDispatchMode
+
+
+class _Intercept(_DispatchMode):  # type: ignore[misc]
+    def __init__(self, handle: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self._handle = handle
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._handle(func, args, kwargs or {})
+
+
+def intercept(handle: Callable[[Any, Any, Any], Any]) -> AbstractContextManager[Any]:
+    """Within the context, `handle(overload, args, kwargs)` stands in for every op below autograd."""
+    found: AbstractContextManager[Any] = _Intercept(handle)
+    return found
 
 
 def strided_shard(dim: int, split_factor: int) -> Any:

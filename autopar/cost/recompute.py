@@ -1,30 +1,27 @@
 """Recompute policies: what backward computes again inside a block, and which values then need not stay.
 
-Blocks are told apart by structure alone. Policies work on the blocks whose sequence of calls occurs more than once (on
-all but that of the loss where none does), and always keep what enters a block:
+Which ops that is, `rules.recompute` says; this is what follows for time and memory. What enters a block always stays.
 
-- `selective` (Korthikanti et al. 2022): the attention core runs again: every op on a path between products of two
-  activations (scores, mask, softmax, dropout, context), a path ending where an op reads a parameter; a fused attention
-  op is a core by itself. What enters the core stays, and what leaves it where a later op needs it.
-- `selective-op` (torchtitan's per-op policy): results of fused attention and of every other product with a parameter,
-  counted from the block's first, stay, needed or not. All other ops run again, up to the last that backward needs.
-- `alternate`: every second block runs again as a whole: as half of each op and half of each value.
+- `selective`: what enters a core stays, and what leaves it where a later op needs it.
+- `selective-op`: the results that it keeps stay, needed or not. All other ops run again, up to the last that backward
+  needs.
+- `alternate`: every second layer runs again as a whole: as half of each op and half of each value.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from autopar.cost.kernels import is_view, packet, work_kind
+from autopar.cost.kernels import is_view, packet
 from autopar.cost.layouts import Codes
 from autopar.ir.cost import Array
 from autopar.ir.graph import Block, Op, OpGraph
 from autopar.ir.solution import KEPT
+from autopar.rules.recompute import block_ops, core_ops, kept_ops, layers
 
 LINEAR = frozenset(
     ("add", "sub", "rsub", "neg", "clone", "contiguous", "reshape", "flatten", "cat", "to", "_to_copy", "type_as")
@@ -61,17 +58,9 @@ def recomputed(graph: OpGraph, policy: str) -> Mapping[str, Again]:
     stored = frozenset(graph.values[name].root for op in graph.ops for name in op.saved)
     rule = {"selective": _selective, "selective-op": _selective_op, "alternate": _alternate}[policy]
     found: dict[str, Again] = {}
-    for block in _repeated(graph):
+    for block in layers(graph):
         found.update(rule(_Inside(graph, block, stored)))
     return found
-
-
-def _repeated(graph: OpGraph) -> tuple[Block, ...]:
-    calls = [tuple(op.target for op in graph.ops[b.start : b.stop] if not op.is_shared) for b in graph.blocks]
-    times = Counter(calls)
-    if max(times.values()) > 1:
-        return tuple(block for block, own in zip(graph.blocks, calls, strict=True) if times[own] > 1)
-    return tuple(b for b in graph.blocks if all(graph.loss not in op.outputs for op in graph.ops[b.start : b.stop]))
 
 
 class _Inside:
@@ -80,14 +69,11 @@ class _Inside:
     def __init__(self, graph: OpGraph, block: Block, stored: frozenset[str]) -> None:
         self.values = graph.values
         self.stored = stored
-        self.ops = tuple(op for op in graph.ops[block.start : block.stop] if not op.is_shared)
+        self.ops = block_ops(graph, block)
         self.made = {graph.values[name].root for op in self.ops for name in op.outputs}
 
     def root(self, name: str) -> str:
         return self.values[name].root
-
-    def reads_parameter(self, op: Op) -> bool:
-        return any(self.values[name].origin == "parameter" for name in op.inputs)
 
     @cached_property
     def entering(self) -> Mapping[str, tuple[str, str]]:
@@ -100,33 +86,9 @@ class _Inside:
                     found.setdefault(value.root, (op.name, name))
         return found
 
-    @cached_property
-    def products(self) -> tuple[Op, ...]:
-        """Products with a parameter."""
-        return tuple(op for op in self.ops if work_kind(op) == "gemm" and not op.members and self.reads_parameter(op))
-
-
-def _spread(inside: _Inside, core: Iterable[str], *, forwards: bool) -> set[str]:
-    """Names of ops after (or before) those of `core`, up to ops that read parameters; core included."""
-    found = set(core)
-    reached = {name for op in inside.ops if op.name in found for name in (op.outputs if forwards else op.inputs)}
-    for op in inside.ops if forwards else reversed(inside.ops):
-        ends, others = (op.inputs, op.outputs) if forwards else (op.outputs, op.inputs)
-        if op.name not in found and reached.intersection(ends) and not inside.reads_parameter(op):
-            found.add(op.name)
-        if op.name in found:
-            reached.update(others)
-    return found
-
 
 def _selective(inside: _Inside) -> dict[str, Again]:
-    kinds = {op.name: work_kind(op) for op in inside.ops}
-    core = [
-        op.name
-        for op in inside.ops
-        if kinds[op.name] == "attention" or (kinds[op.name] == "gemm" and not inside.reads_parameter(op))
-    ]
-    reruns = _spread(inside, core, forwards=True) & _spread(inside, core, forwards=False)
+    reruns = core_ops(inside.ops, inside.values)
     made = {inside.root(name) for op in inside.ops if op.name in reruns for name in op.outputs if _owns(inside, name)}
     needed = {
         inside.root(name) for op in inside.ops if op.name not in reruns and _reads(inside, op) for name in op.inputs
@@ -152,7 +114,7 @@ def _reads(inside: _Inside, op: Op) -> bool:
 
 
 def _selective_op(inside: _Inside) -> dict[str, Again]:
-    stays = {op.name for op in inside.products[::2]} | {op.name for op in inside.ops if work_kind(op) == "attention"}
+    stays = kept_ops(inside.ops, inside.values)
     results = {inside.root(name) for op in inside.ops if op.name in stays for name in op.outputs}
     dropped = inside.made - results
     lost = {inside.root(name) for op in inside.ops for name in op.saved} & dropped

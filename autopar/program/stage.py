@@ -6,6 +6,7 @@ pass between segments, and over the cuts, in the placement in which the plan kee
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
@@ -13,6 +14,7 @@ from torch import fx
 from autopar.program.collectives import AxisGroup
 from autopar.program.gathered import GatherScope
 from autopar.program.local_ops import attention_dropout, dropout
+from autopar.program.recompute import Keeper
 from autopar.program.stream import StreamState
 from autopar.torch_adapter import is_op_overload, is_random
 
@@ -26,6 +28,7 @@ class Segment:
         module: takes `inputs`, returns the tuple of `outputs`.
         inputs, outputs: value names. The last output of the last segment may be `LOSS_OUTPUT`.
         gathers: some parameter is gathered for use here.
+        runs_again: backward runs it a second time instead of keeping what it saves.
     """
 
     name: str
@@ -33,6 +36,14 @@ class Segment:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     gathers: bool
+    runs_again: bool = False
+
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        """Nodes of its graph and of the graphs inside."""
+        for module in self.module.modules():
+            if isinstance(module, fx.GraphModule):
+                yield from module.graph.nodes
 
 
 LOSS_OUTPUT = "loss:whole"
@@ -61,8 +72,7 @@ class StageProgram:
         received, sent: what crosses the cuts before and after.
         parameters, buffers, constants, inputs: names of the outside values read, in graph order.
         updated_buffers: buffers that some op of the stage changes in place.
-        recompute: `none` or `full` (segments drop their activations and run again in backward).
-        stream, scope, axes: the objects that its nodes refer to.
+        stream, scope, keeper, axes: the objects that its nodes refer to.
     """
 
     stage: int
@@ -77,16 +87,16 @@ class StageProgram:
     constants: tuple[str, ...]
     inputs: tuple[str, ...]
     updated_buffers: tuple[str, ...]
-    recompute: str
     stream: StreamState
     scope: GatherScope
+    keeper: Keeper
     axes: tuple[AxisGroup, ...]
 
     @property
     def draws_random(self) -> bool:
         """Some op draws from the random streams, or from torch's own."""
         segments = [s for s in (self.shared, *self.segments) if s is not None]
-        return any(_draws_random(node.target) for s in segments for node in s.module.graph.nodes)
+        return any(_draws_random(node.target) for segment in segments for node in segment.nodes)
 
     @property
     def is_last(self) -> bool:

@@ -21,7 +21,7 @@ def check_segment(segment: Segment, ops: Sequence[Op], layout: Layout) -> None:
         RewriteError: listing every disagreement.
     """
     segment.module.graph.lint()
-    nodes = {node.meta["op"]: node for node in segment.module.graph.nodes if "op" in node.meta}
+    nodes = {node.meta["op"]: node for node in segment.nodes if "op" in node.meta}
     issues: list[str] = []
     for op in ops:
         if op.members and all(m.name in nodes for m in op.members):

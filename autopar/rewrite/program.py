@@ -15,11 +15,13 @@ from autopar.ir.solution import Decisions, StageChoice
 from autopar.ir.strategy import ParameterAxisStrategy
 from autopar.program.collectives import AxisGroup
 from autopar.program.gathered import GatherScope
+from autopar.program.recompute import Keeper
 from autopar.program.stage import BoundaryTensor, Segment, StageProgram
 from autopar.program.stream import StreamState
 from autopar.rewrite.check import check_segment
 from autopar.rewrite.layout import Layout, layout_of
 from autopar.rewrite.segment import Attributes, SegmentBuilder, describe
+from autopar.rules.recompute import BlockRecompute, recompute_by_block
 from autopar.rules.strategies import axis_strategies
 
 
@@ -50,9 +52,9 @@ def build_stage(
     layout = layout_of(graph, decisions)
     part = partition(graph, decisions.stages)[stage]
     attributes = Attributes(
-        tuple(axes or _unbound_axes(decisions, coordinate)), StreamState(seed), GatherScope(), device
+        tuple(axes or _unbound_axes(decisions, coordinate)), StreamState(seed), GatherScope(), Keeper(), device
     )
-    shared, segments = _segments(layout, part, attributes, is_last=stage == len(decisions.stages) - 1)
+    shared, segments = _segments(layout, part, attributes, stage)
     outside = {o: tuple(n for n in part.outside if graph.values[n].origin == o) for o in _OUTSIDE}
     return StageProgram(
         stage=stage,
@@ -67,9 +69,9 @@ def build_stage(
         constants=outside["constant"],
         inputs=outside["input"],
         updated_buffers=tuple(n for n in outside["buffer"] if any(n in op.mutates for op in part.ops)),
-        recompute=decisions.stages[stage].recompute,
         stream=attributes.stream,
         scope=attributes.scope,
+        keeper=attributes.keeper,
         axes=attributes.axes,
     )
 
@@ -87,9 +89,11 @@ def _boundary(layout: Layout, names: Sequence[str]) -> tuple[BoundaryTensor, ...
 
 
 def _segments(
-    layout: Layout, part: StagePart, attributes: Attributes, *, is_last: bool
+    layout: Layout, part: StagePart, attributes: Attributes, stage: int
 ) -> tuple[Segment | None, tuple[Segment, ...]]:
     """Build and check each piece; each returns what later pieces, or the next stage, read."""
+    choice, is_last = layout.decisions.stages[stage], stage == len(layout.decisions.stages) - 1
+    again = recompute_by_block(layout.graph, choice.recompute)
     pieces = [("shared", part.shared), *part.blocks]
     reads: list[set[str]] = [{name for op in ops for name in op.inputs} for _, ops in pieces]
     built = []
@@ -100,7 +104,8 @@ def _segments(
             later.add(layout.graph.loss)
         made = {n for op in ops for n in op.outputs}
         outputs = [n for n in layout.graph.values if n in made and n in later]
-        segment = SegmentBuilder(layout, attributes).build(name, ops, outputs, with_loss=with_loss)
+        recompute = again.get(choice.start + index - 1, BlockRecompute()) if index else BlockRecompute()
+        segment = SegmentBuilder(layout, attributes, recompute).build(name, ops, outputs, with_loss=with_loss)
         check_segment(segment, ops, layout)
         built.append(segment)
     return (built[0] if part.shared else None), tuple(built[1:])
@@ -158,7 +163,7 @@ def program_text(program: StageProgram, graph: OpGraph, decisions: Decisions) ->
         if segment is None:
             continue
         lines.append(f"\n{segment.name}({', '.join(segment.inputs)}) -> {', '.join(segment.outputs)}")
-        for node in segment.module.graph.nodes:
+        for node in segment.nodes:
             if node.op == "call_function":
                 call = node.format_node(include_tensor_metadata=False) or ""
                 shown = call.split("[num_users", 1)[0].rstrip(" :").lstrip("%")

@@ -7,6 +7,7 @@ Every node carries in `meta` what it stands for: `value` and `sharding`, and for
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from autopar.ir.placement import Sharding, format_sharding
 from autopar.program.collectives import STEP_FUNCTIONS, AxisGroup
 from autopar.program.gathered import GatherScope, gather_parameter
 from autopar.program.local_ops import LOCAL_OPERATIONS, NEEDS_MEMBERS, NEEDS_STREAM
+from autopar.program.recompute import Keeper, keep_output, run_again
 from autopar.program.stage import LOSS_OUTPUT, Segment
 from autopar.program.stream import StreamState, buffer_for_update
 from autopar.rewrite.layout import Layout
@@ -27,20 +29,23 @@ from autopar.rewrite.region import experts_module, member_call, result_nodes
 from autopar.rewrite.torch_args import fill, resolve_target
 from autopar.rules.local import LocalCall
 from autopar.rules.local_call import local_call
+from autopar.rules.recompute import BlockRecompute, with_cores_together
 from autopar.rules.redistribute import RedistributeStep
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """Objects that a program's nodes refer to by `get_attr`: axis groups by name, the stream, the gather scope."""
+    """Objects that a program's nodes refer to by `get_attr`: axis groups by name, and one of each other class."""
 
     axes: tuple[AxisGroup, ...]
     stream: StreamState
     scope: GatherScope
+    keeper: Keeper
     device: str
 
     def by_name(self) -> dict[str, Any]:
-        return {f"axis_{a.name}": a for a in self.axes} | {"stream": self.stream, "scope": self.scope}
+        others = {"stream": self.stream, "scope": self.scope, "keeper": self.keeper}
+        return {f"axis_{a.name}": a for a in self.axes} | others
 
 
 @dataclass
@@ -49,11 +54,12 @@ class SegmentBuilder:
 
     layout: Layout
     attributes: Attributes
+    recompute: BlockRecompute = field(default_factory=BlockRecompute)
     graph: fx.Graph = field(default_factory=fx.Graph)
     inputs: dict[str, fx.Node] = field(default_factory=dict)
     held: dict[tuple[str, Sharding], fx.Node] = field(default_factory=dict)
     objects: dict[str, fx.Node] = field(default_factory=dict)
-    modules: dict[str, fx.GraphModule] = field(default_factory=dict)
+    called: dict[str, Any] = field(default_factory=dict)
     gathers: bool = False
 
     def build(self, name: str, ops: Sequence[Op], outputs: Sequence[str], *, with_loss: bool) -> Segment:
@@ -63,8 +69,12 @@ class SegmentBuilder:
             RewriteError: if the decisions do not fit the graph.
         """
         self._add_inputs(ops, outputs, with_loss=with_loss)
-        for op in ops:
-            self._add_op(op)
+        cores = {core[0].name for core in self.recompute.cores}
+        for group in with_cores_together(ops, self.recompute.cores):
+            if group[0].name in cores:
+                self._add_core(group)
+            else:
+                self._add_op(group[0])
         results = [self._kept(value) for value in outputs]
         names = tuple(outputs)
         if with_loss:
@@ -72,8 +82,10 @@ class SegmentBuilder:
             names = (*names, LOSS_OUTPUT)
         self.graph.output(tuple(results))
         self.graph.lint()
-        module = fx.GraphModule(self.attributes.by_name() | self.modules, self.graph, class_name=_identifier(name))
-        return Segment(name, module, tuple(self.inputs), names, self.gathers)
+        return Segment(name, self._module(name), tuple(self.inputs), names, self.gathers, self.recompute.whole)
+
+    def _module(self, name: str) -> fx.GraphModule:
+        return fx.GraphModule(self.attributes.by_name() | self.called, self.graph, class_name=_identifier(name))
 
     def _add_inputs(self, ops: Sequence[Op], outputs: Sequence[str], *, with_loss: bool) -> None:
         made = {name for op in ops for name in op.outputs}
@@ -164,6 +176,25 @@ class SegmentBuilder:
             self._remember(node, name, self.layout.made(name))
             self._redistribute(name, self.layout.made(name), self.layout.kept(name))
 
+    def _add_core(self, core: Sequence[Op]) -> None:
+        """A part that runs again in backward: a module of its own, from operands in the form in which it needs them."""
+        inner = SegmentBuilder(self.layout, self.attributes)
+        made = {name for op in core for name in op.outputs}
+        needs = {(n, self.layout.needed(op, i)): None for op in core for i, n in enumerate(op.inputs) if n not in made}
+        for index, (name, form) in enumerate(needs):
+            inner._remember(inner.graph.placeholder(f"{_identifier(name)}_{index}"), name, form)
+        for op in core:
+            inner._add_op(op)
+        inner.graph.output(tuple(inner._kept(name) for op in core for name in op.outputs))
+        title = f"core_{_identifier(core[0].name)}"
+        self.called[title] = inner._module(title)
+        given = [self.fetch(name, form) for name, form in needs]
+        objects = (self._object(title), self._object("stream"), self._object("keeper"))
+        node = self.graph.call_function(run_again, (*objects, *given))
+        for index, name in enumerate(name for op in core for name in op.outputs):
+            item = self.graph.call_function(operator.getitem, (node, index))
+            self._remember(item, name, self.layout.kept(name))
+
     def _run_one(self, op: Op, call: LocalCall, inputs: Sequence[fx.Node]) -> dict[str, fx.Node]:
         return result_nodes(self.graph, op, self._call(op, call, inputs))
 
@@ -179,6 +210,10 @@ class SegmentBuilder:
                 kwargs["core"] = self._experts(op, call)
         else:
             target = resolve_target(call.target, self.attributes.device)
+        if op.name in self.recompute.kept and call.target not in LOCAL_OPERATIONS:
+            title = f"call_{_identifier(op.name)}"
+            self.called[title] = target
+            target, args = keep_output, (self._object("keeper"), self._object(title), *args)
         node = self.graph.create_node("call_function", target, args, kwargs, name=_identifier(op.name))
         node.meta["op"] = op.name
         return node
@@ -202,7 +237,7 @@ class SegmentBuilder:
         assert isinstance(total, int)
         ranks = math.prod(self.layout.axis_sizes[i] for i in axes if isinstance(i, int))
         name = f"experts_{_identifier(op.name)}"
-        self.modules[name] = experts_module(op, total // ranks, self.attributes.device)
+        self.called[name] = experts_module(op, total // ranks, self.attributes.device)
         return self._object(name)
 
     def _run_members(self, region: Op, call: LocalCall, inputs: Sequence[fx.Node]) -> dict[str, fx.Node]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from autopar.program.recompute import checkpointed
 from autopar.program.stage import LOSS_OUTPUT, Segment, StageProgram
 
 
@@ -55,8 +55,10 @@ class StageRunner(nn.Module):
 
     def _run_block(self, segment: Segment, values: dict[str, Tensor], microbatch: int) -> None:
         program = self.program
-        if program.recompute == "full" and torch.is_grad_enabled():
-            self._run_checkpointed(segment, values, microbatch)
+        if segment.runs_again and torch.is_grad_enabled():
+            inputs = [values[name] for name in segment.inputs]
+            outputs = checkpointed(lambda: segment.module.forward(*inputs), program.stream, program.keeper, microbatch)
+            values.update(zip(segment.outputs, outputs, strict=True))
             return
         with program.stream.at(microbatch, is_recomputing=False):
             if segment.gathers:
@@ -67,23 +69,6 @@ class StageRunner(nn.Module):
 
     def _run(self, segment: Segment, values: dict[str, Tensor]) -> None:
         outputs = segment.module.forward(*(values[name] for name in segment.inputs))
-        values.update(zip(segment.outputs, outputs, strict=True))
-
-    def _run_checkpointed(self, segment: Segment, values: dict[str, Tensor], microbatch: int) -> None:
-        """Keep only the segment's inputs; backward runs it again at the same position of the streams.
-
-        The inputs are bound here, not passed: autograd would object to buffers that change between the two runs.
-        """
-        inputs = [values[name] for name in segment.inputs]
-        runs = 0
-
-        def run() -> tuple[Tensor, ...]:
-            nonlocal runs
-            runs += 1
-            with self.program.stream.at(microbatch, is_recomputing=runs > 1):
-                return segment.module.forward(*inputs)  # type: ignore[no-any-return]
-
-        outputs = checkpoint(run, use_reentrant=False, preserve_rng_state=False)
         values.update(zip(segment.outputs, outputs, strict=True))
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.mesh import StageMesh
 from autopar.ir.placement import Placement, Sharding, local_shape
-from autopar.ir.solution import Decisions, StageChoice
+from autopar.ir.solution import RECOMPUTE, Decisions, StageChoice
 from autopar.ir.strategy import (
     AxisStrategy,
     ParameterStrategy,
@@ -47,7 +47,7 @@ def random_decisions(
     def choose(op: Op, axis: int) -> AxisStrategy:
         return rng.choice(axis_strategies(op, graph.values, mesh.sizes[axis]))
 
-    recompute = rng.choice(("none", "none", "full"))
+    recompute = rng.choice(("none", *RECOMPUTE))
     base = replicated_decisions(graph, mesh, num_microbatches)
     base = replace(
         base,

@@ -68,5 +68,9 @@ def test_experts_split_over_ranks_by_sum_and_by_exchange(num_processes: int, cas
     check(errors_on(num_processes, "expert_cases"), at_least=cases)
 
 
+def test_recompute_policies_under_pipelines_gathering_and_splits() -> None:
+    check(errors_on(2, "recompute_cases", models=("toy/dropout", "gpt2")), at_least=24)
+
+
 def test_optimizer_steps_with_clipping_follow_the_serial_ones() -> None:
     check(errors_on(2, "training_cases", models=("toy/transformer", "toy/conv")), at_least=28)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh, stage_mesh
-from autopar.ir.solution import Decisions
+from autopar.ir.solution import RECOMPUTE, Decisions
 from autopar.planner.assemble import make_executor, make_serial_executor
 from autopar.runtime.compare import compare, relative_error
 from autopar.runtime.executor import OptimizerOptions, RunOptions, join_plan
@@ -161,6 +161,23 @@ def named_plans(world: int) -> dict[str, Callable[[OpGraph], Decisions]]:
     plans["1f1b"] = lambda graph: pipeline(graph, "1f1b")
     plans["1f1b recompute"] = lambda graph: pipeline(graph, "1f1b", "full")
     return plans
+
+
+def recompute_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every policy in a pipeline, with gathered parameters, and under tensor parallelism."""
+    results = []
+    for name in arguments["models"]:
+        bench = Bench(name, 4)
+        plans = named_plans(dist.get_world_size())
+        for label, policy in itertools.product(("1f1b", "zero3", "tensor"), RECOMPUTE[1:]):
+            decisions = recomputing(plans[label](bench.graph), policy)
+            results.append({"case": f"{name} {label} {policy}", "error": bench.error_of(decisions)})
+    return results
+
+
+def recomputing(decisions: Decisions, policy: str) -> Decisions:
+    """The same with another policy on every stage."""
+    return replace(decisions, stages=tuple(replace(stage, recompute=policy) for stage in decisions.stages))
 
 
 def rule_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
