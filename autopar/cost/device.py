@@ -17,6 +17,8 @@ from autopar.errors import AutoparError
 LABEL_BY_TAG: Mapping[str, str] = {"read": "assumed", "known": "assumed", "estimate": "assumed", "measured": "measured"}
 """Only a number that autopar measured on the device is `measured`; every other one is taken on trust."""
 
+OPTIONAL_LINK_KEYS = ("efficiency", "reduction_bytes_per_s", "ring_fill", "bridge_bytes_per_s")
+
 
 @dataclass(frozen=True, slots=True)
 class Number:
@@ -34,10 +36,15 @@ class Link:
     """Alpha-beta parameters of one link level.
 
     Attributes:
-        bandwidth_bytes_per_s: per direction; of one GPU inside a node, of the whole node between nodes.
-        latency_s, latency_per_hop_s: fixed part of a collective, and per further rank.
+        bandwidth_bytes_per_s: per direction; of one GPU inside a node as collectives reach it; between nodes the line
+            rate of all ports of a node.
+        latency_s, latency_per_hop_s: fixed part of a collective, and per further rank (`collective`).
         p2p_latency_s: fixed part of a send.
         j_per_byte: dynamic energy of one byte sent.
+        efficiency: share of the line rate that collectives reach between nodes.
+        reduction_bytes_per_s: rate at which the switch adds for one GPU; 0: it does not.
+        ring_fill: steps of a ring that are lost to starting and draining.
+        bridge_bytes_per_s: between the two halves of a node, per direction.
     """
 
     bandwidth_bytes_per_s: float
@@ -45,6 +52,10 @@ class Link:
     latency_per_hop_s: float
     p2p_latency_s: float
     j_per_byte: float
+    efficiency: float = 1.0
+    reduction_bytes_per_s: float = 0.0
+    ring_fill: float = 0.0
+    bridge_bytes_per_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +141,7 @@ def read_device(path: Path) -> DeviceSpec:
             value(f"{level}.latency_per_hop_s"),
             value(f"{level}.p2p_latency_s"),
             value(energy_key),
+            **{key: value(f"{level}.{key}") for key in OPTIONAL_LINK_KEYS if f"{level}.{key}" in numbers},
         )
 
     prefix = "peak_flops."

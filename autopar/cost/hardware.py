@@ -33,7 +33,7 @@ class Cluster:
         gpus_per_node: devices that share the fast link.
         memory_bytes: usable by a job on one device: capacity less reserve, or what the user said.
         free_clocks: whether plans may lock clocks; else devices are left alone.
-        network_bytes_per_s: of all ports of a node, per direction; None: what the device file says.
+        network_bytes_per_s: line rate of all ports of a node, per direction; None: what the device file says.
     """
 
     spec: DeviceSpec
@@ -98,8 +98,9 @@ class Cluster:
     @property
     def network_share_bytes_per_s(self) -> float:
         """Share of one device in its node's network ports, all devices sending at once."""
-        of_node = self.spec.inter_node.bandwidth_bytes_per_s
-        return (of_node if self.network_bytes_per_s is None else self.network_bytes_per_s) / self.gpus_per_node
+        link = self.spec.inter_node
+        of_node = link.bandwidth_bytes_per_s if self.network_bytes_per_s is None else self.network_bytes_per_s
+        return of_node * link.efficiency / self.gpus_per_node
 
 
 def load_cluster(
