@@ -8,6 +8,8 @@ table are views of.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -98,6 +100,15 @@ class CostTables:
     def clocks_hz(self) -> tuple[float, ...]:
         return self.cluster.clocks_hz
 
+    def on(self, cluster: Cluster) -> CostTables:
+        """The same tables on another cluster; what follows from the graph alone is shared."""
+        other = copy.copy(self)
+        other.cluster = cluster
+        other.pricer = Pricer(cluster, self.training, self.software)
+        other.parameter_pricer = ParameterPricer(cluster, self.graph.optimizer, self.training, self.software)
+        other._tables = {}
+        return other
+
     def clock_figures(self, mesh: StageMesh, num_microbatches: int) -> ClockFigures | None:
         """Op nodes move by what the model makes of each clock; measured rows in proportion."""
         base = self.table(mesh, num_microbatches)
@@ -142,7 +153,8 @@ class CostTables:
         if key not in self._tables:
             while len(self._tables) >= KEPT_TABLES:
                 self._tables.pop(next(iter(self._tables)))
-            pinned_dp = mesh.sizes[0] if (self.pins.roles or self.pins.dp is not None) and mesh.sizes else 1
+            is_pinned = self.pins.roles or self.pins.dp is not None
+            pinned_dp = math.prod(axis.size for axis in mesh.axes if is_pinned and axis.name in ("dp", "ep"))
             divides = self.tensors.divides(num_microbatches)
             divides = divides and self.graph.batch_size // num_microbatches % pinned_dp == 0
             self._tables[key] = self._make(mesh, num_microbatches) if divides else None
