@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from autopar.cli.console import print_json, progress_line
-from autopar.cli.options import build_request, json_option, parse_settings, request_options, set_option
+from autopar.cli.options import build_request, json_option, model_settings, request_options, set_option
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import prediction_json
 from autopar.planner.estimate import estimate_model
@@ -25,7 +25,7 @@ from autopar.units import format_bytes
 def estimate(model: str, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Price MODEL under --pin, by the search and simulation that make plans; writes nothing."""
     request = build_request(options)
-    chosen = parse_settings(settings)
+    chosen = model_settings(model, settings, options)
     with progress_line(as_json) as progress:
         found = estimate_model(model, chosen, request, progress)
     planned, free = found.pinned.planned, found.free

@@ -9,9 +9,11 @@ import click
 
 from autopar.cli.console import print_json, progress_line
 from autopar.cli.options import json_option
-from autopar.cli.pins import parse_pins
+from autopar.cli.pins import Pinned, parse_pins
+from autopar.errors import InputError
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import check_writable, load_plan
+from autopar.ir.solution import Pins
 from autopar.planner.rival import make_rival
 from autopar.planner.timeline import make_timeline
 from autopar.report.explain import explain_json, explain_report
@@ -30,13 +32,22 @@ def explain(plan_file: str, pin_text: str | None, trace: str | None, as_json: bo
         _write_trace(plan, trace, as_json)
     rival = None
     if pin_text is not None:
-        pins = parse_pins(pin_text, plan.model.batch_size)
+        pins = _rival_pins(pin_text, plan.model.batch_size)
         with progress_line(as_json) as progress:
             rival = make_rival(plan, pins, progress)
     if as_json:
         print_json(explain_json(plan, rival))
     else:
         click.echo(explain_report(plan, rival, pin_text or ""))
+
+
+def _rival_pins(text: str, batch_size: int) -> Pins:
+    pinned = parse_pins(text, batch_size)
+    if pinned != Pinned(pinned.pins, batch_size):
+        raise InputError(
+            "--why-not: the rival runs the plan's model on the plan's software; fix neither dtype nor those"
+        )
+    return pinned.pins
 
 
 def _write_trace(plan: Plan, name: str, as_json: bool) -> None:

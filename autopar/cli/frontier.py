@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from autopar.cli.console import print_json, progress_line
-from autopar.cli.options import build_request, frontier_options, json_option, parse_settings, set_option
+from autopar.cli.options import build_request, frontier_options, json_option, model_settings, set_option
 from autopar.errors import InputError
 from autopar.ir.serialize import check_writable, save_plan
 from autopar.planner.frontier import trace_frontier
@@ -36,7 +36,7 @@ def frontier(
 ) -> None:
     """Trace the time-energy frontier of MODEL: what a longer step saves in energy."""
     request = build_request(options)
-    chosen = parse_settings(settings)
+    chosen = model_settings(model, settings, options)
     if points < 1:
         raise InputError(f"--points must be at least 1, got {points}")
     if plot is not None:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from autopar.cli.pins import parse_pins
+from autopar.cli.pins import parse_pins, pinned_options
 from autopar.cli.quantities import parse_bytes, parse_joules, parse_rate, parse_seconds, parse_watts
 from autopar.errors import InputError
 from autopar.ir.cluster import ClusterDescription
@@ -16,6 +16,7 @@ from autopar.planner.cluster_file import read_cluster
 from autopar.planner.detect import detect_gpus
 from autopar.planner.objective import cost_objective
 from autopar.planner.request import PlanRequest
+from autopar.planner.software import chosen_software
 
 F = TypeVar("F", bound=Callable[..., Any])
 N = TypeVar("N", int, float)
@@ -50,7 +51,7 @@ SPACE_OPTIONS = (
         "--pin",
         "pin_text",
         metavar="KEY=VALUE,...",
-        help="Fix dp, tp, pp, m, mbs, recompute, schedule, zero; op:REGEX=LABEL.",
+        help="Fix parts of the plan and of the software, e.g. dp=2,tp=4,mbs=1,sp=on; an unknown KEY lists all.",
     ),
     click.option(
         "--clocks",
@@ -110,6 +111,7 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
         raise InputError(f"--gap must be at least 0 and below 1, got {gap}")
     cluster = None if options["cluster"] is None else _cluster(options)
     num_gpus = options["gpus"] if cluster is None else cluster.num_gpus
+    pinned = parse_pins(options["pin_text"] or "", batch)
     return PlanRequest(
         num_gpus=max(1, len(detect_gpus())) if num_gpus is None else num_gpus,
         cluster=cluster,
@@ -119,9 +121,10 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
         network_bytes_per_s=_quantity(options, "network", parse_rate),
         objective=_objective(options) if "objective" in options else Objective("energy"),
         limits=_limits(options),
-        pins=parse_pins(options["pin_text"] or "", batch),
+        pins=pinned.pins,
         profile=options["profile"],
-        batch_size=batch,
+        batch_size=pinned.batch_size,
+        software=chosen_software(pinned.software, pinned.switches),
         use_all=options["use_all"],
         clocks=options["clocks"],
         time_limit_s=_quantity(options, "time_limit", parse_seconds),
@@ -171,6 +174,11 @@ def _objective(options: Mapping[str, Any]) -> Objective:
     if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
         raise InputError("--time-weight and --energy-weight must be at least 0, and one of them above 0")
     return Objective(kind, *weights)
+
+
+def model_settings(model: str, settings: tuple[str, ...], options: Mapping[str, Any]) -> dict[str, str]:
+    """Options of the model: those of `--set`, and what `--pin` says of it. Raises InputError."""
+    return pinned_options(model, parse_settings(settings), parse_pins(options["pin_text"] or "", options["batch"]))
 
 
 def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:

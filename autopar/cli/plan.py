@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from autopar.cli.console import print_json, progress_line
-from autopar.cli.options import build_request, cache_option, json_option, parse_settings, request_options, set_option
+from autopar.cli.options import build_request, cache_option, json_option, model_settings, request_options, set_option
 from autopar.ir.serialize import check_writable, write_atomic
 from autopar.planner.recall import Command, finished_plan
 from autopar.report.text import closing_hints, wrapped
@@ -23,7 +23,7 @@ from autopar.report.text import closing_hints, wrapped
 @json_option
 def plan(model: str, settings: tuple[str, ...], out: str, as_json: bool, use_cache: bool, **options: Any) -> None:
     """Plan MODEL (a Python file, or hf:config.json) and write the plan file."""
-    command = Command(model, parse_settings(settings), build_request(options), use_cache)
+    command = Command(model, model_settings(model, settings, options), build_request(options), use_cache)
     check_writable(out)
     with progress_line(as_json) as progress:
         finished = finished_plan(command, progress)

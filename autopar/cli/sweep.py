@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from autopar.cli.console import print_json, progress_line
-from autopar.cli.options import build_request, json_option, parse_settings, set_option, sweep_options
+from autopar.cli.options import build_request, json_option, model_settings, set_option, sweep_options
 from autopar.errors import InputError
 from autopar.ir.serialize import check_writable
 from autopar.planner.sweep import sweep_model
@@ -31,7 +31,7 @@ def sweep(
     """Plan MODEL on each number of GPUs and show where more of them stop paying."""
     numbers = parse_counts(counts)
     request = build_request({**options, "gpus": max(numbers), "use_all": True, "cluster": None})
-    chosen = parse_settings(settings)
+    chosen = model_settings(model, settings, options)
     if plot is not None:
         check_plot()
         check_writable(plot)

@@ -113,11 +113,11 @@ CONSTRAINTS: Mapping[str, tuple[tuple[str, str], ...]] = {
 
 @pytest.mark.parametrize("text", CONSTRAINTS)
 def test_constraints_in_words(text: str) -> None:
-    assert parse_pins(text) == Pins(ops=CONSTRAINTS[text])
+    assert parse_pins(text).pins == Pins(ops=CONSTRAINTS[text])
 
 
 def test_context_and_experts_can_be_switched_off() -> None:
-    assert parse_pins("context=off,experts=off") == Pins(without=("context", "exchange", "experts"))
+    assert parse_pins("context=off,experts=off").pins == Pins(without=("context", "exchange", "experts"))
     with pytest.raises(InputError, match="expected context=off"):
         parse_pins("context=on")
 

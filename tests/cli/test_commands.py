@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from autopar.cli.pins import parse_pins
 from autopar.cli.quantities import parse_bytes, parse_joules, parse_rate, parse_seconds, parse_watts
 from autopar.errors import InputError
 from autopar.ir.serialize import load_plan, plan_digest
-from autopar.ir.solution import Pins
 from tests.cli.helpers import Cli
 
 PLAN = ("plan", "model.py", "--gpus", "2", "--gpu", "h100-sxm-80gb")
@@ -128,18 +126,6 @@ def test_a_profile_is_preferred_and_said_so(cli: Cli) -> None:
 
 def test_version(cli: Cli) -> None:
     assert cli("--version").out.startswith("autopar, version ")
-
-
-def test_pins_in_words() -> None:
-    assert parse_pins("") == Pins()
-    assert parse_pins("tp=2, dp=4,mbs=2,zero=3", 16) == Pins(dp=4, tp=2, num_microbatches=8, zero=3)
-    assert parse_pins("tp=2") == Pins(dp=1, tp=2)
-
-
-@pytest.mark.parametrize("text", ["m=2,m=3", "m=2,mbs=1", "mbs=3", "dp", "zero=2", "schedule=x", "dp=0"])
-def test_bad_pins(text: str) -> None:
-    with pytest.raises(InputError):
-        parse_pins(text, 16)
 
 
 @pytest.mark.parametrize(("text", "size"), [("46GiB", 46 * 2**30), ("80 GB", 80 * 10**9), ("1.5kb", 1500), ("7", 7)])
