@@ -204,7 +204,8 @@ def stage_times(blocks: Sequence[BlockWork], overlap: Overlap) -> StageTimes:
     last = _backward(blocks, overlap, last=True)
     if not any(b.sync_s for b in blocks):
         return StageTimes(forward_s, backward_s, update, backward_s)
-    return StageTimes(forward_s, backward_s, last.stop_s - last.needed_s + update, last.needed_s)
+    exposed_s = last.stop_s - last.needed_s
+    return StageTimes(forward_s, backward_s, exposed_s + update, last.needed_s, exposed_s)
 
 
 def _time_s(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) -> float:

@@ -48,12 +48,15 @@ class StageTimes:
 
     Attributes:
         last_backward_s: of the step's last microbatch, where gradients are synchronised beside it; None: as the others.
+        exposed_s: the part of `step_s` that synchronises gradients beside what the rank does next: backwards of other
+            chunks, if it has any left.
     """
 
     forward_s: float
     backward_s: float
     step_s: float
     last_backward_s: float | None = None
+    exposed_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,6 @@ def simulate(
     each = range(num_ranks)
     queues = [schedule_actions(k, num_ranks, num_microbatches, schedule, interleave=interleave) for k in each]
     lengths = [_lengths(times) for times in stages]
-    step_s = [sum(times.step_s for times in stages[k::num_ranks]) for k in each]
     done: dict[tuple[int, str, int], float] = {}
     clock = [0.0] * num_ranks
     found: list[list[Interval]] = [[] for _ in each]
@@ -167,7 +169,11 @@ def simulate(
                     break
                 at = action.chunk * num_ranks + k
                 is_last = action.microbatch == num_microbatches - 1
-                clock[k] = start + (step_s[k] if action.kind == STEP else lengths[at][action.kind, is_last])
+                if action.kind == STEP:
+                    ends = [done[c, BACKWARD, num_microbatches - 1] for c in range(k, len(stages), num_ranks)]
+                    clock[k] = start + _step_s(stages[k::num_ranks], ends)
+                else:
+                    clock[k] = start + lengths[at][action.kind, is_last]
                 done[at, action.kind, action.microbatch] = clock[k]
                 found[k].append(Interval(action, start, clock[k]))
     return Timeline(tuple(tuple(stage) for stage in found))
@@ -182,3 +188,11 @@ def _lengths(times: StageTimes) -> dict[tuple[str, bool], float]:
         (BACKWARD, False): times.backward_s,
         (BACKWARD, True): last,
     }
+
+
+def _step_s(chunks: Sequence[StageTimes], ends_s: Sequence[float]) -> float:
+    """From a rank's last backward to its end; the last backward of each chunk ended at `ends_s`."""
+    if len(chunks) == 1:
+        return chunks[0].step_s
+    synchronised_s = max(end + times.exposed_s for end, times in zip(ends_s, chunks, strict=True))
+    return synchronised_s - max(ends_s) + sum(times.step_s - times.exposed_s for times in chunks)

@@ -155,7 +155,10 @@ def test_most_held_weighs_chunks() -> None:
     assert most_held([Action("F", 0), Action("B", 0), Action("STEP", -1)], [3.0]) == 3
 
 
-CHUNK_TIMES = st.builds(StageTimes, SECONDS, SECONDS, SECONDS, st.one_of(st.none(), SECONDS))
+CHUNK_TIMES = st.builds(
+    lambda *t: StageTimes(t[0], t[1], t[2] + t[4], t[3], t[4]),
+    SECONDS, SECONDS, SECONDS, st.one_of(st.none(), SECONDS), SECONDS,
+)  # fmt: skip
 
 
 @given(
@@ -181,7 +184,9 @@ def test_a_timeline_is_a_longest_path(
         for interval in rank:
             kind, m, c = interval.action.kind, interval.action.microbatch, interval.action.chunk * ranks + k
             if kind == "STEP":
-                start, length = before, sum(t.step_s for t in times[k::ranks])
+                over = max(stops["B", count - 1, c] + times[c].exposed_s for c in range(k, last + 1, ranks))
+                update = sum(t.step_s - t.exposed_s for t in times[k::ranks])
+                start, length = before, max(over, before) - before + update
             else:
                 source = c - 1 if kind == "F" else c + 1
                 made, send = stops.get((kind, m, source)), sends[min(c, source)] if 0 <= source <= last else 0.0
@@ -199,6 +204,13 @@ def test_hidden_synchronisation_lengthens_each_stages_last_backward(schedule: st
     timeline = simulate([StageTimes(1, 2, 0.5, 3)] * 2, [0.0], 2, schedule)
     plain = simulate([StageTimes(1, 2, 0.5)] * 2, [0.0], 2, schedule)
     assert timeline.makespan_s == plain.makespan_s + 2
+
+
+def test_synchronisation_of_a_chunk_hides_behind_the_next() -> None:
+    """One rank of two chunks, M = 1: chunk 1 ends at 4, chunk 0 at 6; two updates of 1 follow at 4 + 3, or at 6 + 3."""
+    early = [StageTimes(1, 2, 1, 2), StageTimes(1, 2, 4, 2, 3)]
+    assert simulate(early, [0.0], 1, "1f1b", interleave=2).makespan_s == 9
+    assert simulate(early[::-1], [0.0], 1, "1f1b", interleave=2).makespan_s == 11
 
 
 def test_blocking_sends_occupy_the_receiver() -> None:
