@@ -22,6 +22,7 @@ from autopar.cli.gpus import gpus
 from autopar.cli.plan import plan
 from autopar.cli.profile import profile
 from autopar.cli.sweep import sweep
+from autopar.cli.validate import validate
 from autopar.errors import AutoparError
 from autopar.version import __version__
 
@@ -32,7 +33,7 @@ def autopar() -> None:
     """Plan, price and run the parallelisation of a PyTorch model, by time and by energy."""
 
 
-for _command in (plan, estimate, frontier, sweep, run, verify, explain, diff, gpus, profile):
+for _command in (plan, estimate, frontier, sweep, validate, run, verify, explain, diff, gpus, profile):
     autopar.add_command(_command)
 
 
