@@ -31,8 +31,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "search": BELOW_STAGES,
     "report": BELOW_STAGES,
     "rewrite": (*BELOW_STAGES, "program", "torch_adapter"),
-    "profiler": (*BELOW_STAGES, "meters", "torch_adapter"),
-    # What a rank executes: rewrite builds programs, runtime runs them.
+    "profiler": (*BELOW_STAGES, "program", "meters", "torch_adapter"),
+    # What a rank executes: rewrite builds programs, runtime runs them, profiler measures their redistributions.
     "program": (*BELOW_STAGES, "torch_adapter"),
     "runtime": (*BELOW_STAGES, "program", "meters", "torch_adapter"),
     "planner": (*BELOW_STAGES, *STAGES, "meters", "torch_adapter"),

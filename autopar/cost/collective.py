@@ -60,6 +60,10 @@ def collective_cost(cluster: Cluster, kind: str, group: Group) -> LinearCost:
         raise ValueError(f"unknown collective {kind!r}")
     if group.size == 1:
         return LinearCost()
+    measured = cluster.line(kind, group.size)
+    if measured is not None and cluster.members_in_node(group) == group.size:
+        j_per_byte = cluster.spec.intra_node.j_per_byte
+        return LinearCost(measured.latency_s, measured.s_per_byte, j_per_byte)
     inside = cluster.members_in_node(group)
     fast_share, slow_share = _shares(kind, inside, group.size)
     if kind == "all_to_all":
@@ -132,6 +136,9 @@ def _shares(kind: str, inside: int, size: int) -> tuple[float, float]:
 def send_cost(cluster: Cluster, same_node: bool) -> LinearCost:
     """Cost of one rank sending to one other, all ranks of the stage at once."""
     link = cluster.spec.intra_node if same_node else cluster.spec.inter_node
+    measured = cluster.line("send", 2)
+    if measured is not None and same_node:
+        return LinearCost(measured.latency_s, measured.s_per_byte, link.j_per_byte)
     bandwidth = cluster.network_share_bytes_per_s
     if same_node:
         bandwidth = link.bandwidth_bytes_per_s * send_share(cluster.spec.topology, cluster.gpus_per_node)

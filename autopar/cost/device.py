@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autopar.errors import AutoparError
+from autopar.ir.profile import MeasuredNumber
 
 LABEL_BY_TAG: Mapping[str, str] = {"read": "assumed", "known": "assumed", "estimate": "assumed", "measured": "measured"}
 """Only a number that autopar measured on the device is `measured`; every other one is taken on trust."""
@@ -120,14 +121,15 @@ class DeviceSpec:
         return self.peak_flops.get(dtype, self.peak_flops["float32"])
 
 
-def read_device(path: Path) -> DeviceSpec:
-    """Reads one device file.
+def read_device(path: Path, measured: Sequence[MeasuredNumber] = ()) -> DeviceSpec:
+    """Reads one device file; measured numbers replace those of the file.
 
     Raises:
         AutoparError: if a number is missing, not finite, not positive or without unit and source.
     """
     data = json.loads(path.read_text(encoding="utf-8"))
     numbers = {number.path: number for number in _numbers(data, "", path.name)}
+    numbers |= {m.path: Number(m.path, m.value, m.unit, m.source, "measured") for m in measured}
 
     def value(key: str) -> float:
         if key not in numbers:

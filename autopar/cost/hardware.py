@@ -13,6 +13,7 @@ from functools import cached_property
 from autopar.cost.device import DeviceSpec, Number, read_device
 from autopar.errors import InputError
 from autopar.ir.mesh import Group
+from autopar.ir.profile import DeviceProfile, MeasuredLine
 from autopar.resources import data_directory
 
 NO_DEVICES = ("schema", "software")
@@ -33,6 +34,7 @@ class Cluster:
         gpus_per_node: devices that share the fast link.
         memory_bytes: usable by a job on one device: capacity less reserve, or what the user said.
         free_clocks: whether plans may lock clocks; else devices are left alone.
+        lines: transfers and updates that were measured on these devices; they replace what is modelled.
         network_bytes_per_s: line rate of all ports of a node, per direction; None: what the device file says.
     """
 
@@ -41,6 +43,7 @@ class Cluster:
     gpus_per_node: int
     memory_bytes: int
     free_clocks: bool = True
+    lines: tuple[MeasuredLine, ...] = ()
     network_bytes_per_s: float | None = None
 
     @property
@@ -83,6 +86,10 @@ class Cluster:
         highest = self.spec.clock_max_hz
         shares = [hz / highest for hz in self.clocks_hz if hz < self.spec.clock_share * highest]
         return tuple(replace(self.spec, clock_share=share) for share in shares)
+
+    def line(self, kind: str, ranks: int) -> MeasuredLine | None:
+        """What was measured of a transfer or update, if anything."""
+        return next((line for line in self.lines if line.kind == kind and line.ranks == ranks), None)
 
     def nodes(self, num_devices: int) -> int:
         """Nodes that a job on so many devices occupies."""
@@ -137,6 +144,14 @@ def load_cluster(
     if network_bytes_per_s is not None and not 0 < network_bytes_per_s < math.inf:
         raise InputError(f"the network of a node must carry more than 0 bytes per second, found {network_bytes_per_s}")
     return Cluster(spec, num_gpus, per_node, memory, network_bytes_per_s=network_bytes_per_s)
+
+
+def with_measured(cluster: Cluster, found: DeviceProfile | None) -> Cluster:
+    """The cluster with what was measured on its device in place of the device file's numbers."""
+    if found is None:
+        return cluster
+    spec = read_device(data_directory("costmodels") / f"{cluster.gpu}.json", found.numbers)
+    return replace(cluster, spec=spec, lines=found.lines)
 
 
 def list_gpus() -> tuple[DeviceSpec, ...]:

@@ -102,6 +102,7 @@ class ParameterPricer:
         self.cluster = cluster
         self.spec = cluster.spec
         self.training = training
+        self.optimizer = optimizer
         self.states = optimizer_states(optimizer) if training else 0
         self.software = software
 
@@ -149,7 +150,7 @@ class ParameterPricer:
         price.state_bytes = held.weights + held.gradients + held.optimizer
         self._synchronise(price, (sheet.reduced[at], sheet.scattered[at]), mesh, held.reduced)
         sync = np.where(trained, price.step_s, 0.0)
-        update = np.where(trained, held.update / memory_rate(self.spec), 0.0)
+        update = np.where(trained, self._update_s(held, found.optimizer_parts[at]), 0.0)
         price.step_s = sync + update
         price.step_j = np.where(trained, price.step_j + held.update * byte_energy_j(self.spec), 0.0)
         self._hide(price, Traffic(price.forward_s, again, scatter, sync, update), sheet, own, around.compute_s)
@@ -173,6 +174,15 @@ class ParameterPricer:
         beside = np.where(around.makes_loss[own], np.maximum(work, gradients), work + gradients)
         room: Array = gathered + beside
         return room
+
+    def _update_s(self, held: Upkeep, optimizer_parts: Array) -> Array:
+        """As measured where it was; else the bytes that one fused kernel moves."""
+        line = self.cluster.line(f"update:{self.optimizer}", 1)
+        if line is None or self.software != Software():
+            modelled: Array = held.update / memory_rate(self.spec)
+            return modelled
+        measured: Array = line.latency_s + held.whole / optimizer_parts * line.s_per_byte
+        return measured
 
     def _hide(self, price: NodePrice, traffic: Traffic, sheet: ParameterSheet, own: Codes, compute_s: Array) -> None:
         """Leaves in the price what must show, and keeps the traffic in full."""

@@ -1,7 +1,8 @@
-"""OpProfile: one measured row of the profile store, and what it is looked up by."""
+"""What a profile store holds: measured ops with what they are looked up by, and the numbers of a device."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,4 +48,51 @@ class OpProfile:
     peak_bytes: int | None
     energy_j: float | None
     repeats: int
+    provenance: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredNumber:
+    """One number of a device file, measured. `path` as in the file, e.g. `memory.bandwidth_bytes_per_s`."""
+
+    path: str
+    value: float
+    unit: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredLine:
+    """Time of a transfer or an update by size: `latency_s + bytes * s_per_byte`.
+
+    Attributes:
+        kind: a collective, `send`, or `update:` with the optimizer's name. Bytes of a collective as in
+            `cost.collective`, of a send those sent, of an update those of the parameter.
+        ranks: members of the group; 1 for updates.
+        error: median relative error of the line at the sizes measured.
+    """
+
+    kind: str
+    ranks: int
+    latency_s: float
+    s_per_byte: float
+    error: float
+
+    def __post_init__(self) -> None:
+        numbers = (self.latency_s, self.s_per_byte, self.error)
+        if not all(0 <= number < math.inf for number in numbers) or self.ranks < 1:
+            raise ValueError(f"times of {self.kind} must be finite and not negative, found {numbers}")
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """One device, measured: it replaces what the built-in file says, number by number.
+
+    Attributes:
+        provenance: as in `OpProfile`.
+    """
+
+    device: str
+    numbers: tuple[MeasuredNumber, ...]
+    lines: tuple[MeasuredLine, ...]
     provenance: Mapping[str, str]

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autopar.cost.hardware import load_cluster
 from autopar.errors import InputError
+from autopar.ir.profile import DeviceProfile
 from autopar.planner.detect import detect_gpus, kebab_name
 
 if TYPE_CHECKING:
@@ -30,23 +31,29 @@ class LoadedProfile:
     """Rows for one device, or none, and what the plan must say about them.
 
     Attributes:
-        digest: of the file; "" without rows.
+        digest: of the file; "" where it holds nothing of the device.
+        device: numbers of the device itself, in place of its file's.
     """
 
     store: ProfileStore | None
     digest: str
     note: str
+    device: DeviceProfile | None = None
 
 
 @dataclass(frozen=True)
 class ProfileReport:
-    """What a measurement added: rows measured, rows now in the file, ops left out with their reason."""
+    """What a measurement added: rows measured, rows now in the file, ops left out with their reason, numbers of the
+    device by path, and (seconds, seconds per byte) of transfers and updates by kind.
+    """
 
     path: str
     device: str
     num_measured: int
     num_rows: int
     skipped: dict[str, str]
+    numbers: dict[str, float]
+    lines: dict[str, tuple[float, float]]
 
 
 def default_store() -> Path:
@@ -66,48 +73,103 @@ def load_rows(named: str | None, gpu: str) -> LoadedProfile:
     path = default_store() if named is None else Path(named)
     if named == NO_PROFILE or (named is None and not path.is_file()):
         return LoadedProfile(None, "", "")
-    from autopar.profiler.store import load_profile
+    from autopar.profiler.store import ProfileStore, read_store
 
-    store = load_profile(path, gpu)
-    if len(store) == 0:
+    contents = read_store(path)
+    store, device = ProfileStore(contents.rows, gpu), contents.devices.get(gpu)
+    if len(store) == 0 and device is None:
         note = f"{path} has no measured rows of {gpu}; every price is modelled" if named is not None else ""
         return LoadedProfile(None, "", note)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return LoadedProfile(store, digest, f"prefers {len(store)} measured rows of {gpu} in {path} to the model")
+    note = f"prefers {len(store)} measured rows of {gpu} in {path} to the model"
+    if device is not None:
+        note += f", which takes {len(device.numbers) + len(device.lines)} numbers of the device from there"
+    return LoadedProfile(store if len(store) else None, digest, note, device)
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """What to measure and where.
+
+    Attributes:
+        device: `cpu` or `cuda:N`.
+        batch_sizes: samples in one microbatch, each measured; empty: those of the example batch.
+        processes: that measure at once on a CPU, as many as plans will use; a GPU is measured by one.
+        is_quick: fewer repeats.
+    """
+
+    device: str = "cpu"
+    batch_sizes: tuple[int, ...] = ()
+    processes: int = 2
+    is_quick: bool = False
 
 
 def profile_file(
     text: str,
     options: Mapping[str, str],
-    device: str,
+    request: ProfileRequest,
     path: Path,
     *,
-    batch_size: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ProfileReport:
-    """Measure the ops of a model, whole and split in two, and add the rows to a store.
+    """Measure the ops of a model, whole and split in two, and the device, and add both to a store.
 
     Args:
         text, options: as for `plan_model`.
-        device: `cpu` or `cuda:N`.
         path: of the store.
-        batch_size: samples in one microbatch; None: those of the example batch.
 
     Raises:
         InputError: there is no such device, or the GPU has no cost model.
     """
+    from autopar.profiler.store import append_rows
+    from autopar.profiler.worker import merged
+
+    name = _device_name(request.device)
+    arguments = {
+        "source": text, "options": dict(options), "device": request.device, "name": name,
+        "batch_sizes": list(request.batch_sizes), "repeats": 3 if request.is_quick else 7,
+    }  # fmt: skip
+    if request.device == "cpu":
+        from autopar.runtime.launch import Job, launch_local
+
+        if progress is not None:
+            progress(f"measuring in {request.processes} processes")
+        job = Job(f"{__name__}:{measure_worker.__name__}", arguments, request.processes)
+        results = launch_local(job, on_line=progress)
+    else:
+        results = [_on_gpu(arguments, progress)]
+    found = merged(results)
+    total = append_rows(path, found.rows, found.device)
+    return ProfileReport(
+        str(path), name, len(found.rows), total, dict(found.skipped),
+        {number.path: number.value for number in found.device.numbers},
+        {line.kind: (line.latency_s, line.s_per_byte) for line in found.device.lines},
+    )  # fmt: skip
+
+
+def measure_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """One process of `profile_file` on a CPU."""
+    return _measure(arguments, None, None)
+
+
+def _on_gpu(arguments: Mapping[str, Any], progress: Callable[[str], None] | None) -> dict[str, Any]:
+    with _probe(arguments["device"], arguments["name"]) as energy:
+        return _measure(arguments, energy, progress)
+
+
+def _measure(
+    arguments: Mapping[str, Any], energy: EnergyProbe | None, progress: Callable[[str], None] | None
+) -> dict[str, Any]:
     from autopar.capture.export import capture
     from autopar.capture.source import load_source
-    from autopar.profiler.measure import Settings, profile_ops
-    from autopar.profiler.store import append_rows
+    from autopar.profiler.measure import Settings
+    from autopar.profiler.worker import measure_graphs
 
-    name = _device_name(device)
-    graph = capture(load_source(text, options), batch_size=batch_size).graph
-    with ExitStack() as stack:
-        energy = None if device == "cpu" else stack.enter_context(_probe(device, name))
-        run = profile_ops(graph, Settings(device, name, energy=energy), progress)
-    total = append_rows(path, run.rows)
-    return ProfileReport(str(path), name, len(run.rows), total, dict(run.skipped))
+    source = load_source(arguments["source"], arguments["options"])
+    sizes: list[int | None] = arguments["batch_sizes"] or [None]
+    graphs = [capture(source, batch_size=size).graph for size in sizes]
+    settings = Settings(arguments["device"], arguments["name"], repeats=arguments["repeats"], energy=energy)
+    return measure_graphs(graphs, settings, progress)
 
 
 @contextmanager

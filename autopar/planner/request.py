@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from autopar.cost.hardware import Cluster, load_cluster
+from autopar.cost.hardware import Cluster, load_cluster, with_measured
 from autopar.cost.mixed import MixedCluster, describe_cluster
 from autopar.errors import InputError
 from autopar.ir.cluster import ClusterDescription
@@ -109,14 +109,16 @@ def choose_target(request: PlanRequest) -> Target:
         network_bytes_per_s=request.network_bytes_per_s,
     )
     cluster = replace(cluster, free_clocks=request.clocks == "auto")
-    return Target(choice, cluster, load_rows(request.profile, choice.name))
+    profile = load_rows(request.profile, choice.name)
+    return Target(choice, with_measured(cluster, profile.device), profile)
 
 
 def _described_target(request: PlanRequest, cluster: Cluster | MixedCluster) -> Target:
     choice = GpuChoice(cluster.gpu, "flag", 0, "")
     if isinstance(cluster, Cluster):
         cluster = replace(cluster, free_clocks=request.clocks == "auto")
-        return Target(choice, cluster, load_rows(request.profile, cluster.gpu))
+        profile = load_rows(request.profile, cluster.gpu)
+        return Target(choice, with_measured(cluster, profile.device), profile)
     if request.profile not in (None, NO_PROFILE):
         raise InputError("measured rows (--profile) are for clusters of one type of GPU")
     note = "several types of GPU: every price is modelled, and all GPUs are left at their highest clock"

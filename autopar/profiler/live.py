@@ -23,13 +23,13 @@ class LiveBytes:
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
     def __enter__(self) -> LiveBytes:
-        self._profiler.__enter__()
+        self._profiler.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._profiler.__exit__(kind, error, trace)
+        self._profiler.stop()
         self.peak_bytes, self.left_bytes = replay(torch_adapter.allocations(self._profiler))
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from autopar import torch_adapter
@@ -27,6 +28,7 @@ from autopar.rules.local_call import local_call
 from autopar.rules.strategies import axis_strategies, local_metas
 
 WARM_UPS = 2
+LEAST_REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Settings:
         axis_sizes: sizes of one mesh axis over which each op is split; 1 is the whole op.
         repeats: timed runs, of which the median counts, >= 1.
         energy: how to measure energy, or None.
+        budget_s: after so long an op is repeated no more.
     """
 
     device: str = "cpu"
@@ -55,6 +58,7 @@ class Settings:
     axis_sizes: tuple[int, ...] = (1, 2)
     repeats: int = 7
     energy: EnergyProbe | None = None
+    budget_s: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,14 @@ class ProfileRun:
 
 
 def profile_ops(
-    graph: OpGraph, settings: Settings | None = None, progress: Callable[[str], None] | None = None
+    graph: OpGraph,
+    settings: Settings | None = None,
+    progress: Callable[[str], None] | None = None,
+    known: Collection[ProfileKey] = (),
 ) -> ProfileRun:
-    """Measures each distinct local op of a graph (captured at the microbatch size) once.
+    """Measures each distinct local op of a graph (captured at the microbatch size) once, but not those of `known`.
+
+    Processes that have joined a group begin every op together, and must all call.
 
     Raises:
         InputError: for a device that is not there.
@@ -77,11 +86,13 @@ def profile_ops(
     _check_device(settings.device)
     rows: dict[ProfileKey, OpProfile] = {}
     skipped: dict[str, str] = {}
-    work = dict(local_ops(graph, settings))
-    provenance = _provenance(settings)
+    work = {key: wants for key, wants in local_ops(graph, settings) if key not in known}
+    provenance = provenance_of(settings)
     for count, (key, wants_grad) in enumerate(work.items(), start=1):
         if progress is not None:
             progress(f"{count}/{len(work)} {key.target}")
+        if dist.is_initialized():
+            dist.barrier()
         try:
             rows[key] = _measure(key, wants_grad, settings, provenance)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -136,8 +147,8 @@ def _measure(
     leaves = [tensor for tensor in inputs if tensor.requires_grad]
     backward = _backward(forward, leaves)
     peak = _peak_bytes(backward or forward, settings.device)
-    forwards = _times(forward, settings)
-    both = _times(backward, settings) if backward is not None else None
+    forwards = timed_runs(forward, settings)
+    both = timed_runs(backward, settings) if backward is not None else None
     middle = statistics.median(forwards)
     tenth, ninetieth = sorted(forwards)[len(forwards) // 10], sorted(forwards)[(9 * len(forwards)) // 10]
     return OpProfile(
@@ -147,7 +158,7 @@ def _measure(
         (ninetieth - tenth) / middle if middle > 0 else 0.0,
         peak,
         _energy_j(backward or forward, settings),
-        settings.repeats,
+        len(forwards),
         provenance,
     )
 
@@ -176,17 +187,25 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _times(run: Callable[[], Any], settings: Settings) -> list[float]:
-    """Seconds of each timed run, the device idle at both ends."""
+def clock_of(device: str) -> Callable[[], float]:
+    """The clock to time ops with: of this thread alone where it does all the work, so that programs that share the
+    processor do not count; else that on the wall.
+    """
+    return time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def timed_runs(run: Callable[[], Any], settings: Settings) -> list[float]:
+    """Seconds of each timed run, the device idle at both ends; fewer than asked for once `budget_s` is spent."""
+    clock = clock_of(settings.device)
     for _ in range(WARM_UPS):
         run()
-    found = []
-    for _ in range(settings.repeats):
+    found: list[float] = []
+    while len(found) < settings.repeats and not (len(found) >= LEAST_REPEATS and sum(found) > settings.budget_s):
         _synchronise(settings.device)
-        began = time.perf_counter()
+        began = clock()
         run()
         _synchronise(settings.device)
-        found.append(time.perf_counter() - began)
+        found.append(clock() - began)
     return found
 
 
@@ -246,7 +265,8 @@ def _fill(arg: Arg, inputs: Sequence[Tensor], device: str) -> Any:
     return torch_adapter.decode_constant(arg, device)
 
 
-def _provenance(settings: Settings) -> dict[str, str]:
+def provenance_of(settings: Settings) -> dict[str, str]:
+    """Machine, device, date, torch version and threads. Raises ProfileError for settings that measure nothing."""
     name = platform.processor() or platform.machine()
     if settings.device != "cpu":
         name = torch.cuda.get_device_name(settings.device)

@@ -1,4 +1,4 @@
-"""ProfileStore: measured rows as JSON lines, one measurement each, with provenance.
+"""ProfileStore: measured rows as JSON lines, one measurement each, with provenance; a line may also hold a device.
 
 A store may hold rows of several devices; a lookup is made for one. Later rows replace earlier ones of the same key.
 Files are replaced as a whole, so a killed run leaves the old file or the new one.
@@ -10,12 +10,13 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from autopar.errors import InputError
 from autopar.ir.graph import Arg, Ref
-from autopar.ir.profile import OpProfile, ProfileKey
+from autopar.ir.profile import DeviceProfile, MeasuredLine, MeasuredNumber, OpProfile, ProfileKey
 from autopar.ir.tensor import TensorMeta
 
 
@@ -44,24 +45,41 @@ class ProfileStore:
         return self._rows.get(key)
 
 
-def read_rows(path: Path) -> tuple[OpProfile, ...]:
-    """All rows of a file.
+@dataclass(frozen=True)
+class Contents:
+    """All that a file holds; `devices` by name."""
+
+    rows: tuple[OpProfile, ...]
+    devices: Mapping[str, DeviceProfile]
+
+
+def read_store(path: Path) -> Contents:
+    """All of a file.
 
     Raises:
-        InputError: if the file cannot be read or a line is no row; names the line.
+        InputError: if the file cannot be read or a line is neither row nor device; names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"profile {path} cannot be read: {error}") from error
-    rows = []
+    rows, devices = [], {}
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                rows.append(_parse(json.loads(line)))
+                content = json.loads(line)
+                if "numbers" in content:
+                    devices[content["device"]] = parse_device(content)
+                else:
+                    rows.append(parse_row(content))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{path}:{number} is no profile row: {error}") from error
-    return tuple(rows)
+    return Contents(tuple(rows), devices)
+
+
+def read_rows(path: Path) -> tuple[OpProfile, ...]:
+    """All rows of a file. Raises InputError as `read_store`."""
+    return read_store(path).rows
 
 
 def load_profile(path: str | Path, device: str) -> ProfileStore:
@@ -69,16 +87,19 @@ def load_profile(path: str | Path, device: str) -> ProfileStore:
     return ProfileStore(read_rows(Path(path)), device)
 
 
-def append_rows(path: str | Path, rows: Iterable[OpProfile]) -> int:
-    """Adds rows to a file, made if missing; a row replaces an older one of the same key. Returns the rows now there.
+def append_rows(path: str | Path, rows: Iterable[OpProfile], device: DeviceProfile | None = None) -> int:
+    """Adds rows to a file, made if missing; a row replaces an older one of the same key, and a device an older one
+    of its name. Returns the rows now there.
 
     Raises:
         InputError: if the file is no profile or cannot be written.
     """
     path = Path(path)
-    old = read_rows(path) if path.exists() else ()
-    merged = {row.key: row for row in (*old, *rows)}
-    text = "".join(json.dumps(_encode(row), sort_keys=True) + "\n" for row in merged.values())
+    old = read_store(path) if path.exists() else Contents((), {})
+    merged = {row.key: row for row in (*old.rows, *rows)}
+    devices = dict(old.devices) if device is None else {**old.devices, device.device: device}
+    contents = [*map(encode_device, devices.values()), *map(encode_row, merged.values())]
+    text = "".join(json.dumps(content, sort_keys=True) + "\n" for content in contents)
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
             file.write(text)
@@ -88,7 +109,23 @@ def append_rows(path: str | Path, rows: Iterable[OpProfile]) -> int:
     return len(merged)
 
 
-def _encode(row: OpProfile) -> dict[str, Any]:
+def encode_device(found: DeviceProfile) -> dict[str, Any]:
+    """As a JSON object."""
+    return asdict(found)
+
+
+def parse_device(content: Mapping[str, Any]) -> DeviceProfile:
+    """Inverse of `encode_device`. Raises ValueError, KeyError or TypeError for what is none."""
+    numbers = tuple(MeasuredNumber(**entry) for entry in content["numbers"])
+    if not all(0 < number.value < float("inf") for number in numbers):
+        raise ValueError("the numbers of a device must be finite and above 0")
+    lines = tuple(MeasuredLine(**entry) for entry in content["lines"])
+    provenance = {str(name): str(value) for name, value in content["provenance"].items()}
+    return DeviceProfile(str(content["device"]), numbers, lines, provenance)
+
+
+def encode_row(row: OpProfile) -> dict[str, Any]:
+    """As a JSON object."""
     return {
         "target": row.key.target,
         "inputs": [[list(meta.shape), meta.dtype] for meta in row.key.inputs],
@@ -105,7 +142,8 @@ def _encode(row: OpProfile) -> dict[str, Any]:
     }
 
 
-def _parse(content: Mapping[str, Any]) -> OpProfile:
+def parse_row(content: Mapping[str, Any]) -> OpProfile:
+    """Inverse of `encode_row`. Raises ValueError, KeyError or TypeError for what is none."""
     key = ProfileKey(
         content["target"],
         tuple(TensorMeta(tuple(shape), dtype) for shape, dtype in content["inputs"]),
