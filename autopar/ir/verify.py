@@ -15,7 +15,7 @@ from autopar.errors import PlanMismatchError
 from autopar.ir.cost import Device
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.mesh import StageMesh
-from autopar.ir.pipeline import SCHEDULES
+from autopar.ir.pipeline import SCHEDULES, check_interleave
 from autopar.ir.placement import Sharding, format_sharding, local_shape
 from autopar.ir.plan import SCHEMA_VERSION, Plan, Prediction
 from autopar.ir.quantity import Quantity
@@ -159,8 +159,28 @@ def _skeleton(plan: Plan) -> Iterator[Issue]:
         yield Issue("$.decisions.num_microbatches", problem)
     if decisions.schedule not in SCHEDULES:
         yield Issue("$.decisions.schedule", f"expected one of {', '.join(SCHEDULES)}, found {decisions.schedule!r}")
+    yield from _interleave(decisions)
     yield from _stages(plan)
     yield from _types(plan)
+
+
+def _interleave(decisions: Decisions) -> Iterator[Issue]:
+    """Whether chunks can take turns, and whether those of one rank agree about the device they share."""
+    if decisions.interleave == 1:
+        return
+    num_ranks = decisions.num_ranks
+    try:
+        check_interleave(num_ranks, decisions.num_microbatches, decisions.schedule, decisions.interleave)
+    except ValueError as error:
+        yield Issue("$.decisions.interleave", str(error))
+    if num_ranks < 2:
+        yield Issue("$.decisions.interleave", "chunks take turns on at least two ranks, found one")
+    for i, chunk in enumerate(decisions.stages[num_ranks:], num_ranks):
+        first = decisions.stages[i % num_ranks]
+        if (chunk.gpu, chunk.clock_hz) != (first.gpu, first.clock_hz):
+            yield Issue(
+                f"$.decisions.stages[{i}]", f"another type or clock than chunk {i % num_ranks} of the same rank"
+            )
 
 
 def _types(plan: Plan) -> Iterator[Issue]:
@@ -172,7 +192,7 @@ def _types(plan: Plan) -> Iterator[Issue]:
             known = ", ".join(sorted(room)) or "no types to choose from"
             yield Issue(f"$.decisions.stages[{i}].gpu", f"{stage.gpu!r} is not in $.cluster.description: {known}")
     for gpu, count in sorted(room.items()):
-        used = sum(stage.gpu == gpu for stage in stages) * plan.decisions.mesh.num_devices
+        used = sum(stage.gpu == gpu for stage in stages[: plan.decisions.num_ranks]) * plan.decisions.mesh.num_devices
         if used > count:
             yield Issue("$.decisions.stages", f"uses {used} x {gpu}, the cluster has {count}")
 

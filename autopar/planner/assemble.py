@@ -38,10 +38,11 @@ def make_executor(
     from autopar.runtime.executor import Executor, RunOptions
 
     options = options or RunOptions()
-    program = build_stage(
-        graph, decisions, mesh.stage, mesh.coordinate, axes=mesh.axes, device=options.device, seed=options.seed
-    )
-    return Executor(graph, decisions, program, state, mesh=mesh, options=options)
+    programs = [
+        build_stage(graph, decisions, stage, mesh.coordinate, axes=mesh.axes, device=options.device, seed=options.seed)
+        for stage in range(mesh.stage, len(decisions.stages), mesh.num_stages)
+    ]
+    return Executor(graph, decisions, programs, state, mesh=mesh, options=options)
 
 
 def make_serial_executor(

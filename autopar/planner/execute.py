@@ -274,7 +274,7 @@ def _eager_error(ready: Prepared, device: str) -> float | None:
 
     graph, module = ready.captured.graph, ready.captured.module
     serial = make_serial_executor(graph, ready.state, RunOptions(device, SEED))
-    if serial.program.draws_random:
+    if serial.draws_random:
         return None
     loss = serial.compute_gradients(ready.captured.inputs)
     leaves = iter(ready.captured.inputs)

@@ -2,7 +2,7 @@
 
 A step begins no sooner than the plan's pace allows. It runs M microbatches forward and backward (a plain loop on one
 stage, else a schedule of `torch.distributed.pipelining`), then finishes the gradients, clips, and updates. Its loss is
-the mean over microbatches.
+the mean over microbatches. A rank of an interleaved pipeline has several stage programs over one set of parameters.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from autopar.errors import InputError
 from autopar.ir.graph import OpGraph
@@ -60,7 +60,7 @@ class Executor:
         self,
         graph: OpGraph,
         decisions: Decisions,
-        program: StageProgram,
+        programs: Sequence[StageProgram],
         state: Mapping[str, Tensor],
         *,
         mesh: RankMesh,
@@ -71,24 +71,47 @@ class Executor:
         Args:
             graph: captured at the microbatch size.
             decisions: of the plan.
-            program: of this rank, for these decisions, on the mesh's axes.
+            programs: of this rank's stages in order, for these decisions, on the mesh's axes.
             state: whole parameters, buffers and constants by value name, equal on all ranks.
             mesh: from `join_plan` or `serial_mesh`.
-            options: of the run; its device is the program's.
+            options: of the run; its device is that of the programs.
         """
         self.options = options
-        self.graph, self.decisions, self.program, self.mesh = graph, decisions, program, mesh
+        self.graph, self.decisions, self.programs, self.mesh = graph, decisions, tuple(programs), mesh
         device = self.options.device
-        values = [graph.values[name] for name in self.program.parameters]
+        values = [v for v in graph.parameters if any(v.name in program.parameters for program in programs)]
         self.store = ParameterStore(
             values, decisions.parameters, state, mesh=mesh, tied=_tied(graph, decisions), device=device
         )
-        kept = (*self.program.buffers, *self.program.constants)
-        self.buffers = {name: state[name].detach().clone().to(device) for name in kept}
-        self.runner = StageRunner(self.program, self.buffers | self.store.leaves)
+        self._buffers = [
+            {name: state[name].detach().clone().to(device) for name in (*program.buffers, *program.constants)}
+            for program in programs
+        ]
+        self.runners = [
+            StageRunner(program, buffers | self.store.leaves)
+            for program, buffers in zip(programs, self._buffers, strict=True)
+        ]
         self.optimizer = _make_optimizer(self.store, self.options.optimizer)
         self._pacer = Pacer(decisions.pace_s)
-        self._schedule = _make_schedule(self.program, self.runner, decisions, mesh, device) if mesh.pipeline else None
+        self._schedule = _make_schedule(self.runners, decisions, mesh, device) if mesh.pipeline else None
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers and constants by value name, as the last of the rank's stages that updates one has it."""
+        found: dict[str, Tensor] = {}
+        for program, buffers in zip(self.programs, self._buffers, strict=True):
+            found |= {name: x for name, x in buffers.items() if name not in found or name in program.updated_buffers}
+        return found
+
+    @property
+    def draws_random(self) -> bool:
+        """Some op of the rank draws random numbers."""
+        return any(program.draws_random for program in self.programs)
+
+    @property
+    def updated_buffers(self) -> tuple[str, ...]:
+        """Names of the buffers that some stage of the rank updates."""
+        return tuple(dict.fromkeys(name for program in self.programs for name in program.updated_buffers))
 
     def step(self, batch: Sequence[Tensor]) -> float:
         """One training step; the mean loss of its microbatches, on every rank.
@@ -104,10 +127,13 @@ class Executor:
         """Forward and backward of all microbatches; gradients are finished but nothing is updated."""
         self._pacer.wait()
         self.store.zero_gradients()
-        self.runner.feed(self._microbatches(batch))
+        microbatches = self._microbatches(batch)
+        for runner in self.runners:
+            runner.feed(microbatches)
         losses = self._run_pipelined() if self._schedule is not None else self._run_loop()
         self.store.sync_gradients()
-        self.program.stream.step += 1
+        for program in self.programs:
+            program.stream.step += 1
         return self._mean_loss(losses)
 
     def update(self) -> None:
@@ -140,8 +166,9 @@ class Executor:
 
     def _run_loop(self) -> list[Tensor]:
         losses = []
+        (runner,) = self.runners
         for _ in range(self.decisions.num_microbatches):
-            loss = self.runner()
+            loss = runner()
             (loss / self.decisions.num_microbatches).backward()
             losses.append(loss.detach())
         return losses
@@ -149,7 +176,7 @@ class Executor:
     def _run_pipelined(self) -> list[Tensor]:
         assert self._schedule is not None
         losses: list[Tensor] = []
-        if self.program.is_last:
+        if self.programs[-1].is_last:
             # The engine wants a target per microbatch; the loss is part of the stage, so nothing is in them.
             target = torch.zeros(self.decisions.num_microbatches)
             self._schedule.step(target=target, losses=losses, return_outputs=False)
@@ -187,24 +214,30 @@ class Executor:
             owners = [k for k, part in enumerate(parts) if any(value.name in op.mutates for op in part.ops)]
             if not owners:
                 continue
-            tensor = self.buffers.setdefault(
-                value.name, torch.zeros(value.meta.shape, dtype=dtype_of(value.meta.dtype), device=self.options.device)
-            )
-            dist.broadcast(tensor, group_src=owners[-1], group=self.mesh.pipeline)
+            tensor = self.buffers.get(value.name)
+            if tensor is None:
+                dtype = dtype_of(value.meta.dtype)
+                tensor = torch.zeros(value.meta.shape, dtype=dtype, device=self.options.device)
+                self._buffers[0][value.name] = tensor
+            dist.broadcast(tensor, group_src=owners[-1] % self.mesh.num_stages, group=self.mesh.pipeline)
+            for copies in self._buffers:
+                if value.name in copies and copies[value.name] is not tensor:
+                    copies[value.name].copy_(tensor)
 
 
 def join_plan(graph: OpGraph, decisions: Decisions, device_type: str) -> RankMesh:
     """Process groups for a plan; `torch.distributed` must be initialised unless the plan uses one device."""
     if decisions.num_gpus == 1 and not dist.is_initialized():
         return serial_mesh()
-    stages = set(_tied(graph, decisions).values())
-    return join_mesh(decisions.mesh, len(decisions.stages), device_type, stages)
+    ranks = set(_tied(graph, decisions).values())
+    return join_mesh(decisions.mesh, decisions.num_ranks, device_type, ranks)
 
 
 def _tied(graph: OpGraph, decisions: Decisions) -> dict[str, tuple[int, ...]]:
-    parts = partition(graph, decisions.stages)
-    names = [[n for n in part.outside if graph.values[n].origin == "parameter"] for part in parts]
-    return tied_stages(names)
+    """Pipeline ranks that read a parameter, for parameters that several read."""
+    parts, num_ranks = partition(graph, decisions.stages), decisions.num_ranks
+    read = [{name for part in parts[rank::num_ranks] for name in part.outside} for rank in range(num_ranks)]
+    return tied_stages([[v.name for v in graph.parameters if v.name in names] for names in read])
 
 
 def _make_optimizer(store: ParameterStore, options: OptimizerOptions) -> torch.optim.Optimizer:
@@ -217,24 +250,34 @@ def _make_optimizer(store: ParameterStore, options: OptimizerOptions) -> torch.o
 
 
 def _make_schedule(
-    program: StageProgram, runner: StageRunner, decisions: Decisions, mesh: RankMesh, device: str
-) -> PipelineScheduleSingle:
+    runners: Sequence[StageRunner], decisions: Decisions, mesh: RankMesh, device: str
+) -> PipelineScheduleSingle | PipelineScheduleMulti:
     """The engine's schedule over static shapes."""
-    loss = BoundaryTensor("loss", (), "float32", requires_grad=True)
-    sent = program.sent if not program.is_last else (loss,)
-    stage = PipelineStage(
-        runner,
-        mesh.stage,
-        mesh.num_stages,
-        torch.device(device),
-        input_args=_examples(program.received),
-        output_args=_examples(sent),
-        group=mesh.pipeline,
-    )
     count = decisions.num_microbatches
+    stages = [_make_stage(runner, mesh, device) for runner in runners]
+
+    def mean_loss(loss: Tensor, _: Tensor) -> Tensor:
+        return loss / count
+
+    if decisions.interleave > 1:
+        return ScheduleInterleaved1F1B(list(stages), count, loss_fn=mean_loss, scale_grads=False)
     runs = effective_schedule(decisions.schedule, mesh.num_stages, count)
     kind = Schedule1F1B if runs == "1f1b" else ScheduleGPipe
-    return kind(stage, count, loss_fn=lambda loss, _: loss / count, scale_grads=False)
+    return kind(stages[0], count, loss_fn=mean_loss, scale_grads=False)
+
+
+def _make_stage(runner: StageRunner, mesh: RankMesh, device: str) -> PipelineStage:
+    program = runner.program
+    loss = BoundaryTensor("loss", (), "float32", requires_grad=True)
+    return PipelineStage(
+        runner,
+        program.stage,
+        program.num_stages,
+        torch.device(device),
+        input_args=_examples(program.received),
+        output_args=_examples((loss,) if program.is_last else program.sent),
+        group=mesh.pipeline,
+    )
 
 
 def _examples(tensors: Sequence[BoundaryTensor]) -> tuple[Tensor, ...]:

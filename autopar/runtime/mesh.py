@@ -1,7 +1,8 @@
 """RankMesh: the process groups of one rank of a plan.
 
-Ranks are `stage * devices_per_stage + rank_in_stage`: the pipeline axis is outermost. `torch.distributed` must be
-initialised with exactly that many ranks.
+Ranks are `stage * devices_per_stage + rank_in_stage`: the pipeline axis is outermost. In an interleaved pipeline
+`stage` is the pipeline rank here, and its chunks of the model are `stage`, `stage + num_stages`, ...
+`torch.distributed` must be initialised with exactly that many ranks.
 """
 
 from __future__ import annotations

@@ -51,6 +51,20 @@ class Skip(nn.Module):
         return self.last(torch.where(is_positive, x * early, x))
 
 
+class Deep(nn.Module):
+    """Nine layers over [batch, channel, width], norms over the batch; the last shares its weights with the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(8))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + torch.tanh(norm(layer(x)))
+        return self.layers[0](x)
+
+
 class Transformer(nn.Module):
     """A tied language model with two attention layers and dropout as asked."""
 
@@ -126,6 +140,7 @@ def _source(name: str, build: Callable[[], nn.Module], batch: Callable[[], objec
 SOURCES = {
     "mlp": _source("mlp", Mlp, lambda: (torch.randn(BATCH, 8), torch.randn(BATCH, 4)), _square_loss),
     "skip": _source("skip", Skip, lambda: (torch.randn(BATCH, 8), torch.randn(BATCH, 4)), _square_loss),
+    "deep": _source("deep", Deep, lambda: (torch.randn(BATCH, 8, 8), torch.randn(BATCH, 8, 8)), _square_loss),
     "transformer": _source("transformer", Transformer, _tokens, _token_loss),
     "dropout": _source("dropout", lambda: Transformer(0.3), _tokens, _token_loss),
     "conv": _source("conv", ConvNet, lambda: (torch.randn(BATCH, 2, 8, 8), torch.randint(0, 4, (BATCH,))), _class_loss),

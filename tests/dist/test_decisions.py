@@ -72,5 +72,13 @@ def test_recompute_policies_under_pipelines_gathering_and_splits() -> None:
     check(errors_on(2, "recompute_cases", models=("toy/dropout", "gpt2")), at_least=24)
 
 
+def test_interleaved_pipelines_on_two_processes() -> None:
+    check(errors_on(2, "interleaved_cases", models=("toy/transformer", "toy/deep", "toy/dropout")), at_least=12)
+
+
+def test_interleaved_pipelines_on_four_processes() -> None:
+    check(errors_on(4, "interleaved_cases", models=("toy/deep",)), at_least=8)
+
+
 def test_optimizer_steps_with_clipping_follow_the_serial_ones() -> None:
     check(errors_on(2, "training_cases", models=("toy/transformer", "toy/conv")), at_least=28)

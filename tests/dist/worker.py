@@ -52,7 +52,7 @@ class Bench:
         loss = executor.compute_gradients(self.batch)
         executor.sync_buffers()
         buffers = [relative_error(executor.buffers[n].double(), self.serial.buffers[n].double())
-                   for n in executor.program.updated_buffers]  # fmt: skip
+                   for n in executor.updated_buffers]  # fmt: skip
         boundary = [
             relative_error(_whole(item.boundary), self.state[name]) for name, item in executor.store.items.items()
         ]
@@ -69,7 +69,7 @@ _MESHES: dict[tuple[object, ...], RankMesh] = {}
 
 def _mesh_of(name: str, graph: OpGraph, decisions: Decisions) -> RankMesh:
     """Process groups are made once for equal meshes and cuts of one name."""
-    key = (name or graph.name, decisions.mesh, decisions.stages)
+    key = (name or graph.name, decisions.mesh, decisions.stages, decisions.interleave)
     if key not in _MESHES:
         _MESHES[key] = join_plan(graph, decisions, "cpu")
     return _MESHES[key]
@@ -175,6 +175,27 @@ def recompute_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
+def interleaved_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two chunks of the model, and more where it has the blocks, on each of two or of all pipeline ranks."""
+    results = []
+    world = dist.get_world_size()
+    for name, num_ranks in itertools.product(arguments["models"], sorted({2, world})):
+        for count, policy, label in (
+            (num_ranks, "none", "replicated"),
+            (2 * num_ranks, "selective", "zero1"),
+            (8, "full", "zero3"),
+        ):
+            bench = Bench(name, count)
+            fitting = [v for v in (2, 3) if v * num_ranks <= len(bench.graph.blocks)]
+            for chunks in fitting:
+                base = data_parallel(bench.graph, stage_mesh(world // num_ranks, 1), label, count)
+                stages = cut_evenly(bench.graph, num_ranks * chunks, policy)
+                decisions = replace(base, schedule="1f1b", stages=stages, interleave=chunks)
+                case = f"{name} {num_ranks} x {chunks} chunks M={count} {label} {policy}"
+                results.append({"case": case, "error": bench.error_of(decisions)})
+    return results
+
+
 def recomputing(decisions: Decisions, policy: str) -> Decisions:
     """The same with another policy on every stage."""
     return replace(decisions, stages=tuple(replace(stage, recompute=policy) for stage in decisions.stages))
@@ -197,7 +218,7 @@ def rule_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
             decisions = decisions_with(graph, mesh, strategy)
             executor = make_executor(graph, decisions, state, _mesh_of("rules", graph, decisions))
             error = compare(executor, executor.compute_gradients([]), serial, serial_loss).largest_error
-            buffers = [relative_error(executor.buffers[n], serial.buffers[n]) for n in executor.program.updated_buffers]
+            buffers = [relative_error(executor.buffers[n], serial.buffers[n]) for n in executor.updated_buffers]
             label = "/".join(axis.label for axis in strategy)
             results.append({"case": f"{case} {label}", "error": max(error, *buffers, 0.0)})
     return results

@@ -66,3 +66,23 @@ def test_too_little_memory_is_found() -> None:
 
 def test_too_few_gpus_are_found() -> None:
     assert [i.path for i in verify(tiny_plan(), tiny_graph(), FakeDevice(num_gpus=2))] == ["$.decisions"]
+
+
+def _in_chunks(**changes: Any) -> list[str]:
+    """Paths of the issues in the decisions of a plan of four chunks on two ranks."""
+    plan = tiny_plan()
+    chunks = tuple(StageChoice(i, i + 1, "none") for i in range(4))
+    decisions = replace(plan.decisions, stages=chunks, interleave=2, num_microbatches=4, schedule="1f1b")
+    predicted = replace(plan.predicted, stages=plan.predicted.stages[:1] * 4)
+    issues = verify(replace(plan, decisions=replace(decisions, **changes), predicted=predicted))
+    return [issue.path for issue in issues if not issue.path.startswith("$.predicted.peak_memory")]
+
+
+def test_interleaved_chunks_need_1f1b_divisible_microbatches_and_one_device_per_rank() -> None:
+    assert _in_chunks() == []
+    assert _in_chunks(interleave=4) == ["$.decisions.interleave"]
+    assert _in_chunks(interleave=3) == ["$.decisions.interleave"]
+    assert _in_chunks(schedule="gpipe") == ["$.decisions.interleave"]
+    assert _in_chunks(num_microbatches=1) == ["$.decisions.interleave"]
+    clocks = tuple(StageChoice(i, i + 1, "none", clock_hz=1e9 * (i == 2)) for i in range(4))
+    assert _in_chunks(stages=clocks) == ["$.decisions.stages[2]"]

@@ -56,9 +56,10 @@ class Counting:
         self.kept: dict[int, int] = {}
         run = executor(name, policy, 1)
         parameters = {t.untyped_storage().data_ptr() for t in run.store.leaves.values()}
-        run.runner.feed(run._microbatches(global_batch(name)))
+        (runner,) = run.runners
+        runner.feed(run._microbatches(global_batch(name)))
         with intercept(self._count), torch.autograd.graph.saved_tensors_hooks(self._keep, lambda x: x):
-            loss = run.runner()
+            loss = runner()
             forward = Counter(self.calls)
             loss.backward()
         self.forward, self.backward = forward, self.calls - forward
