@@ -19,6 +19,9 @@ LABEL_BY_TAG: Mapping[str, str] = {"read": "assumed", "known": "assumed", "estim
 """Only a number that autopar measured on the device is `measured`; every other one is taken on trust."""
 
 OPTIONAL_LINK_KEYS = ("efficiency", "reduction_bytes_per_s", "ring_fill", "bridge_bytes_per_s")
+OPTIONAL_KERNELS = (
+    "multiprocessors", "gemm_depth", "gemm_backward_efficiency", "attention_backward_efficiency", "dispatch_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class ClockControl:
 class DeviceSpec:
     """One device. Rates are dense and at the highest clock; `peak_flops` is by dtype name, plus `tf32` where it has it.
 
+    Without `multiprocessors` GEMMs are not cut into tiles; an efficiency of backward that is 0 is that of forward.
     `clock_control` is None where clocks cannot be locked; `clock_share` is the clock it runs at over the highest.
     """
 
@@ -115,6 +119,11 @@ class DeviceSpec:
     clock_control: ClockControl | None
     numbers: tuple[Number, ...]
     clock_share: float = 1.0
+    multiprocessors: float = 0.0
+    gemm_depth: float = 0.0
+    gemm_backward_efficiency: float = 0.0
+    attention_backward_efficiency: float = 0.0
+    dispatch_s: float = 0.0
 
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s of a dtype; one without its own rate (integers, bf16 before Ampere) runs at float32's."""
@@ -179,6 +188,7 @@ def read_device(path: Path, measured: Sequence[MeasuredNumber] = ()) -> DeviceSp
         clock_min_hz=value("clock.min_hz"),
         clock_control=_clock_control(numbers),
         numbers=tuple(numbers[key] for key in sorted(numbers)),
+        **{key: numbers[f"kernels.{key}"].value for key in OPTIONAL_KERNELS if f"kernels.{key}" in numbers},
     )
 
 

@@ -20,8 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.cost.kernels import NORMS, is_view, packet
-from autopar.cost.moves import LINEAR, LOSSES, PRODUCTS, REDUCTIONS, SOFTMAXES, Moves, Readers, eager_moves
+from autopar.cost.moves import LINEAR, LOSSES, PRODUCTS, REDUCTIONS, SOFTMAXES, Moves, Readers, eager_moves, run_by
 from autopar.ir.graph import Op, OpGraph
+from autopar.ir.software import Software
 
 POINTWISE = frozenset(
     (
@@ -51,10 +52,11 @@ class Fusion:
     inner_values: frozenset[str]
 
 
-def make_fusion(graph: OpGraph, kind: str, ops: Sequence[Op]) -> Fusion:
-    """Moves of `ops`, which stand in the first block of their class or in none, under `Software.fusion`."""
+def make_fusion(graph: OpGraph, software: Software, ops: Sequence[Op]) -> Fusion:
+    """Moves of `ops`, which stand in the first block of their class or in none, in the hands of `software`."""
+    kind = software.fusion
     readers = Readers(graph.ops, graph.values, adds_inside=kind == "compiled")
-    moves = {op.name: eager_moves(op, readers) for op in ops}
+    moves = {op.name: run_by(software, op, graph.values, eager_moves(op, readers)) for op in ops}
     if kind == "eager":
         return Fusion(graph, moves, (), frozenset())
     maker = _Groups(graph, readers, kind == "compiled")
@@ -199,9 +201,8 @@ class _Kernel:
                 forward_kernels=float(is_first), backward_kernels=(1.0 + sums) * float(is_first and runs),
                 inner_passes=(0.0, 0.0), works=len(self.working) == 1,
                 saved=saved.get(op.name, ()), extra_bytes=extra.get(op.name, op.saved_extra_bytes),
+                accumulated=() if old is None else old.accumulated,
             )  # fmt: skip
-            if old is not None and op.members and not self.is_compiled:
-                found[op.name] = replace(found[op.name], inner_passes=old.inner_passes)
         return found
 
     def _operands(self, op: Op, sources: set[str], sums: float) -> tuple[list[float], list[float], list[float]]:

@@ -50,3 +50,21 @@ def is_view(op: Op, values: Mapping[str, Value]) -> bool:
     if name.endswith("_") or op.mutates or not op.outputs:
         return False
     return all(values[output].root != output for output in op.outputs)
+
+
+def matrix_operands(op: Op, values: Mapping[str, Value]) -> tuple[int, int, int] | None:
+    """Where A, B and C = A B of a (batched) GEMM stand among operands and results; None for other ops."""
+    name = packet(op.target)
+    if name not in GEMMS or op.members or not op.flops_forward:
+        return None
+    first = 1 if name in ("addmm", "baddbmm") else 0
+    if len(op.inputs) < first + 2 or len(op.outputs) != 1:
+        return None
+    is_matrix = all(len(values[v].meta.shape) >= 2 for v in op.inputs[first : first + 2])
+    is_one = name != "einsum" or len(op.inputs) == 2
+    return (first, first + 1, len(op.inputs)) if is_matrix and is_one else None
+
+
+def head_size(op: Op, values: Mapping[str, Value]) -> int:
+    """Of fused attention, else 1."""
+    return values[op.inputs[0]].meta.shape[-1] if work_kind(op) == "attention" else 1

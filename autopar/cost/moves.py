@@ -8,7 +8,7 @@ zero-filled gradients behind slices, and the additions where several readers' gr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.cost.kernels import (
     ATTENTIONS,
@@ -23,11 +23,13 @@ from autopar.cost.kernels import (
     packet,
 )
 from autopar.ir.graph import Op, Value
+from autopar.ir.software import Software
 
 PASSING = frozenset(("add", "sub", "clone", "contiguous", "cat", "stack", "where", "masked_fill"))
 """Ops whose backward hands on the gradient, or a view of it, unless an operand was broadcast."""
 LINEAR = PASSING | {"rsub", "neg", "to", "_to_copy", "type_as", "mean", "sum", "reshape", "flatten", "roll"}
 """Ops whose backward needs nothing that forward computed."""
+FLOAT8 = "float8_e4m3fn"
 LOSSES = frozenset(("cross_entropy_loss", "nll_loss", "autopar.token_loss"))
 PRODUCTS = frozenset(("mul", "div"))
 SOFTMAXES = frozenset(("softmax", "_softmax", "log_softmax", "_log_softmax"))
@@ -46,6 +48,9 @@ class Moves:
         works: whether its FLOPs take time of their own (not beside the memory traffic of a fused kernel).
         saved: values kept for backward because of this op.
         extra_bytes: kept beside graph values; written by forward and read by backward.
+        accumulated: per operand and result, how often it is moved to add a parameter's gradient to that of earlier
+            microbatches.
+        dtype: in which it computes, or "" for that of its operands.
     """
 
     forward: tuple[float, ...]
@@ -58,6 +63,8 @@ class Moves:
     works: bool
     saved: tuple[str, ...]
     extra_bytes: int
+    accumulated: tuple[float, ...] = ()
+    dtype: str = ""
 
 
 class Readers:
@@ -114,6 +121,8 @@ def eager_moves(op: Op, readers: Readers) -> Moves:
     forward = [float(seen and not view) for seen in first]
     if name in LOOKUPS:
         forward[0] = 0.0
+    if name in NORMS:
+        forward[0] = 2.0
     runs = any(values[v].requires_grad for v in op.outputs)
     backward, kernels = _backward(name, op, values, wanted) if runs else ([0.0] * len(first), 0.0)
     backward = [count if seen else 0.0 for count, seen in zip(backward, first, strict=True)]
@@ -128,6 +137,29 @@ def eager_moves(op: Op, readers: Readers) -> Moves:
         forward_kernels=0.0 if view else 1.0, backward_kernels=kernels, inner_passes=(2.0, 4.0), works=True,
         saved=op.saved, extra_bytes=op.saved_extra_bytes,
     )  # fmt: skip
+
+
+def run_by(software: Software, op: Op, values: Mapping[str, Value], moves: Moves) -> Moves:
+    """The same op where the software's gradients are added up over microbatches, and where it computes in 8 bits.
+
+    Parameters that are gathered block by block hand their gradients back each time. A GEMM written to add to the
+    gradient reads and writes that alone; otherwise the new gradient is read again. Casts to 8 bits move forward's
+    operands twice as often (half of the bytes written, half read); backward's move about what its GEMMs save.
+    """
+    name, metas = packet(op.target), [values[v].meta for v in (*op.inputs, *op.outputs)]
+    trained = [values[v].origin == "parameter" and values[v].requires_grad for v in (*op.inputs, *op.outputs)]
+    if not any(trained):
+        return moves
+    if not software.prefetch_parameters:
+        extra = -1.0 if software.fusion == "fused" and name in GEMMS else 1.0
+        items = [meta.num_bytes / max(meta.numel, 1) for meta in metas]
+        times = [2.0 * (software.gradient_bytes or item) / item + extra for item in items]
+        moves = replace(moves, accumulated=tuple(t * float(is_own) for t, is_own in zip(times, trained, strict=True)))
+    is_half = all(meta.dtype in ("bfloat16", "float16") for meta in metas if meta.is_floating)
+    if software.fp8 and name in ("linear", "mm", "addmm") and is_half:
+        cast = tuple(own * (2.0 if slot < len(op.inputs) else 1.0) for slot, own in enumerate(moves.forward))
+        moves = replace(moves, forward=cast, dtype=FLOAT8)
+    return moves
 
 
 def _backward(name: str, op: Op, values: Mapping[str, Value], wanted: tuple[float, ...]) -> tuple[list[float], float]:
@@ -200,10 +232,10 @@ def _nothing(wanted: tuple[float, ...]) -> tuple[list[float], float, float]:
 
 
 def _norm(wanted: tuple[float, ...]) -> tuple[list[float], float, float]:
-    """One kernel for the operand's gradient, and one that sums over rows for those of weight and bias."""
+    """One kernel for the operand's gradient, which reads rows twice, and one that sums over rows for the weights'."""
     by_weights = float(sum(wanted[1:]) > 0)
-    times = 1.0 + by_weights
-    return [times + need if slot == 0 else need for slot, need in enumerate(wanted)], times, times
+    times = 2.0 + by_weights
+    return [times + need if slot == 0 else need for slot, need in enumerate(wanted)], times, 1.0 + by_weights
 
 
 def _loss(wanted: tuple[float, ...]) -> tuple[list[float], float, float]:

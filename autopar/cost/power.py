@@ -31,10 +31,12 @@ def dynamic_limit_w(spec: DeviceSpec) -> float:
 
 
 def flop_energy_j(spec: DeviceSpec, kind: str, dtype: str) -> float:
-    """eps_flop: a convolution's or attention's FLOP costs what a GEMM's does, however slowly it runs."""
+    """eps_flop: every FLOP costs what one of the fastest GEMM does, however slowly it runs."""
     rate = flop_rate(spec, kind, dtype)
-    own = {"convolution": spec.convolution_efficiency, "attention": spec.attention_efficiency}.get(kind)
-    as_gemm = rate if own is None else rate / own * spec.gemm_efficiency
+    own = {"convolution": spec.convolution_efficiency, "attention": spec.attention_efficiency}.get(
+        kind, spec.gemm_efficiency
+    )
+    as_gemm = rate / own * max(spec.gemm_efficiency, spec.gemm_backward_efficiency)
     return spec.gemm_share * dynamic_limit_w(spec) / as_gemm * clock_energy_factor(spec)
 
 

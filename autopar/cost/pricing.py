@@ -7,13 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.cost.collective import collective_cost
-from autopar.cost.device import DeviceSpec
 from autopar.cost.hardware import Cluster
-from autopar.cost.layouts import Codes, Mask
-from autopar.cost.power import dynamic_limit_w, kernel_energy_j, within_limit_s
-from autopar.cost.roofline import kernel_time_s
 from autopar.cost.shards import Sizes
 from autopar.cost.sheets import Kept, OpSheet
+from autopar.cost.work import COMPILED_DISPATCH, Work, clocked, kernels, launches_s, work_parts, works
 from autopar.ir.cost import Array, Traffic
 from autopar.ir.mesh import StageMesh
 from autopar.ir.software import Software
@@ -57,22 +54,6 @@ def free_node(num_choices: int) -> NodePrice:
     return NodePrice(*np.zeros((9, num_choices)))
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Flops and bytes of all kept choices; `owner` is the op of each."""
-
-    owner: Codes
-    flops: Array
-    num_bytes: Array
-    kernels: Array
-
-    @property
-    def is_done(self) -> Mask:
-        """Whether there is anything to do: members of a fused kernel move bytes but launch nothing."""
-        done: Mask = (self.kernels > 0) | (self.num_bytes > 0) | (self.flops > 0)
-        return done
-
-
 class Pricer:
     """Prices op nodes on one cluster, run by `software`."""
 
@@ -82,18 +63,18 @@ class Pricer:
         self.slower = cluster.slower_specs()
         self.training = training
         self.software = software
+        self.dispatch_s = self.spec.dispatch_s * (COMPILED_DISPATCH if software.fusion == "compiled" else 1.0)
 
     def ops(self, sheet: OpSheet, kept: Kept, sizes: Sizes, mesh: StageMesh, count: int) -> NodePrice:
         """Every op under every kept choice; `sizes` and figures are those of one of `count` microbatches."""
         price, facts, op = free_node(len(kept.owner)), sheet.facts, kept.owner
-        work_parts = _work_parts(sheet, kept, mesh.sizes)
         forward, backward = self._works(sheet, kept, sizes, mesh, count)
         (price.forward_s, forward_j), (price.backward_s, backward_j) = (
             self._kernels(sheet, kept, work) for work in (forward, backward)
         )
         price.microbatch_j = forward_j + backward_j
         share = np.where(facts.has_batch, float(count), 1.0)
-        extra = (facts.saved_extra_bytes / share)[op] / work_parts
+        extra = (facts.saved_extra_bytes / share)[op] / work_parts(sheet, kept, mesh.sizes)
         price.activation_bytes, returning = self._saved(sheet, kept, sizes, extra)
         row_bytes = sizes.num_bytes[sheet.rows.tensor] / kept.parts
         moved = np.add.reduceat(row_bytes * (sheet.written + sheet.gradients), sheet.row_starts)[kept.choices]
@@ -105,53 +86,12 @@ class Pricer:
         self, sheet: OpSheet, kept: Kept, sizes: Sizes, mesh: StageMesh, count: int
     ) -> tuple[Array, Array, Array]:
         """Forward seconds, backward seconds and joules [clock, choice] of kernels alone, at each clock."""
-        works = self._works(sheet, kept, sizes, mesh, count)
-        (forward_s, forward_j), (backward_s, backward_j) = (self._clocked(sheet, kept, work) for work in works)
+        passes = self._works(sheet, kept, sizes, mesh, count)
+        (forward_s, forward_j), (backward_s, backward_j) = (self._clocked(sheet, kept, work) for work in passes)
         return forward_s, backward_s, forward_j + backward_j
 
-    def _clocked(self, sheet: OpSheet, kept: Kept, work: _Work) -> tuple[Array, Array]:
-        """As `_kernels`, at each of the cluster's clocks."""
-        specs = (self.spec, *self.slower)
-        time_s, energy_j = np.zeros((2, len(specs), len(work.owner)))
-        for (kind, dtype), ops in sheet.facts.kinds.items():
-            here = np.concatenate([np.arange(kept.starts[i], kept.starts[i + 1]) for i in ops])
-            here = here[work.is_done[here]]
-            for clock, spec in enumerate(specs):
-                time_s[clock, here], energy_j[clock, here] = _at(spec, kind, dtype, work, here)
-        for clock in range(len(specs) - 2, -1, -1):
-            above = energy_j[clock] > time_s[clock] * dynamic_limit_w(self.spec)
-            time_s[clock, above], energy_j[clock, above] = time_s[clock + 1, above], energy_j[clock + 1, above]
-        return within_limit_s(self.spec, time_s, energy_j), energy_j
-
-    def _works(self, sheet: OpSheet, kept: Kept, sizes: Sizes, mesh: StageMesh, count: int) -> tuple[_Work, _Work]:
-        """What forward and backward of every kept choice do."""
-        facts, op = sheet.facts, kept.owner
-        work_parts = _work_parts(sheet, kept, mesh.sizes)
-        row_bytes = sizes.num_bytes[sheet.rows.tensor] / kept.parts
-
-        def total(weights: Array) -> Array:
-            found: Array = np.add.reduceat(row_bytes * weights, sheet.row_starts)[kept.choices]
-            return found
-
-        inner = np.zeros(len(facts.is_view))
-        np.add.at(inner, facts.inner[:, 0], sizes.num_bytes[facts.inner[:, 1]])
-        share = np.where(facts.has_batch, float(count), 1.0)
-        extra = facts.saved_extra_bytes / share
-        inside = (inner[:, None] * facts.inner_passes + extra[:, None])[op] / work_parts[:, None]
-        forward = _Work(
-            op,
-            (facts.flops_forward / share)[op] / work_parts,
-            total(sheet.forward) + inside[:, 0],
-            facts.forward_kernels[op],
-        )
-        runs = facts.has_backward[op]
-        backward = _Work(
-            op,
-            np.where(runs, (facts.flops_backward / share)[op] / work_parts, 0.0),
-            np.where(runs, total(sheet.backward) + inside[:, 1], 0.0),
-            np.where(runs, facts.backward_kernels[op], 0.0),
-        )
-        return forward, backward
+    def _works(self, sheet: OpSheet, kept: Kept, sizes: Sizes, mesh: StageMesh, count: int) -> tuple[Work, Work]:
+        return works(self.spec, sheet, kept, sizes, axis_sizes=mesh.sizes, count=count)
 
     def _exchange(self, price: NodePrice, sheet: OpSheet, kept: Kept, sizes: Sizes, mesh: StageMesh) -> None:
         """Adds the two all_to_alls inside the op, forward, and as many backward; the rows there need room too."""
@@ -160,7 +100,7 @@ class Pricer:
             on = np.flatnonzero(found[:, axis])
             op, tensor, times = sheet.exchanged.T
             whole = np.bincount(op, sizes.num_bytes[tensor] * times, len(sheet.facts.is_view))
-            num_bytes = whole[kept.owner[on]] / _work_parts(sheet, kept, mesh.sizes)[on]
+            num_bytes = whole[kept.owner[on]] / work_parts(sheet, kept, mesh.sizes)[on]
             cost = collective_cost(self.cluster, "all_to_all", mesh.group(axis))
             time_s = 2 * cost.latency_s + num_bytes * cost.s_per_byte
             price.forward_s[on] += time_s
@@ -168,19 +108,15 @@ class Pricer:
             price.microbatch_j[on] += (2 if self.training else 1) * num_bytes * cost.j_per_byte
             price.workspace_bytes[on] += num_bytes
 
-    def _kernels(self, sheet: OpSheet, kept: Kept, work: _Work) -> tuple[Array, Array]:
-        """Seconds and dynamic joules at the highest clock that keeps the power limit, up to the device's own."""
-        time_s, energy_j = np.zeros(len(work.owner)), np.zeros(len(work.owner))
-        limit_w = dynamic_limit_w(self.spec)
-        for (kind, dtype), ops in sheet.facts.kinds.items():
-            here = np.concatenate([np.arange(kept.starts[i], kept.starts[i + 1]) for i in ops])
-            here = here[work.is_done[here]]
-            for spec in (self.spec, *self.slower):
-                time_s[here], energy_j[here] = _at(spec, kind, dtype, work, here)
-                here = here[energy_j[here] > time_s[here] * limit_w]
-                if not len(here):
-                    break
-        return within_limit_s(self.spec, time_s, energy_j), energy_j
+    def _kernels(self, sheet: OpSheet, kept: Kept, work: Work) -> tuple[Array, Array]:
+        """Seconds and dynamic joules, up to the device's own clock."""
+        time_s, energy_j = kernels((self.spec, *self.slower), sheet, kept, work)
+        return time_s + launches_s(self.dispatch_s, sheet, kept, work, time_s), energy_j
+
+    def _clocked(self, sheet: OpSheet, kept: Kept, work: Work) -> tuple[Array, Array]:
+        """As `_kernels`, at each of the cluster's clocks."""
+        time_s, energy_j = clocked((self.spec, *self.slower), sheet, kept, work)
+        return np.stack([row + launches_s(self.dispatch_s, sheet, kept, work, row) for row in time_s]), energy_j
 
     def _saved(self, sheet: OpSheet, kept: Kept, sizes: Sizes, extra: Array) -> tuple[Array, Array]:
         """Bytes kept for backward, the storage behind each saved value, which a view keeps alive as a whole; and those
@@ -212,18 +148,3 @@ def _room(sheet: OpSheet, kept: Kept, returning: Array) -> Array:
     others = np.where(block >= 0, total[block] - least, 0.0)
     room: Array = others[kept.owner] + returning
     return room
-
-
-def _at(spec: DeviceSpec, kind: str, dtype: str, work: _Work, here: Codes) -> tuple[Array, Array]:
-    """Seconds and dynamic joules of some choices at the clock of `spec`."""
-    flops, num_bytes = work.flops[here], work.num_bytes[here]
-    time_s = kernel_time_s(spec, kind, dtype, flops=flops, num_bytes=num_bytes, num_kernels=work.kernels[here])
-    return time_s, kernel_energy_j(spec, kind, dtype, flops, num_bytes)
-
-
-def _work_parts(sheet: OpSheet, kept: Kept, axis_sizes: tuple[int, ...]) -> Array:
-    """Into how many parts each kept choice cuts the FLOPs."""
-    at = kept.choices
-    parts = np.asarray(axis_sizes, float)
-    work: Array = np.where(sheet.splits_work[at], parts, 1.0).prod(axis=1)
-    return work

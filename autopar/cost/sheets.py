@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.cost.choices import OpChoices, ParameterChoices, Preference, keep
-from autopar.cost.kernels import is_view, work_kind
+from autopar.cost.kernels import head_size, is_view, matrix_operands, work_kind
 from autopar.cost.layouts import Codes, Mask, sharding_ids
 from autopar.cost.moves import Moves
 from autopar.cost.recompute import Again, Reruns, make_reruns
@@ -85,6 +85,12 @@ class OpFacts:
         flops_forward, flops_backward, saved_extra_bytes: of the whole batch.
         inner: (op, tensor) for the values inside a region op.
         inner_passes: [op, 2], how often forward and backward move those.
+        matrices: ops that are one GEMM.
+        matrix_slots: [matrix op, 3], of operands A, B and result C = A B among operands and results.
+        matrix_items: [matrix op, 3], bytes of an element of each.
+        matrix_wanted: [2, matrix op], 1 where A and where B need a gradient.
+        head_size: of fused attention, else 1.
+        block: or -1.
         whole_saved: (op, tensor) for batch inputs that the op saves, which every rank holds whole, and shared
             values that it makes and others keep alive.
     """
@@ -100,6 +106,12 @@ class OpFacts:
     saved_extra_bytes: Array
     inner: Codes
     inner_passes: Array
+    matrices: Codes
+    matrix_slots: Codes
+    matrix_items: Array
+    matrix_wanted: Array
+    head_size: Array
+    block: Codes
     whole_saved: Codes
 
 
@@ -111,7 +123,8 @@ class OpSheet:
         row_starts: [choice], first row.
         rows_per_choice: [op].
         ids: [row], sharding id.
-        forward, backward: how often forward and backward move it (see `moves`).
+        forward, backward, accumulated: how often forward, backward and the addition to earlier microbatches'
+            gradients move it (see `moves`).
         written: results that take memory.
         gradients: operands that need a gradient.
         saved_root: tensor whose storage is kept because of this row, or -1.
@@ -131,6 +144,7 @@ class OpSheet:
     ids: Codes
     forward: Array
     backward: Array
+    accumulated: Array
     written: Array
     gradients: Array
     saved_root: Codes
@@ -190,7 +204,8 @@ def make_op_sheet(
         rows_per_choice=widths,
         rows=shard_rows(np.concatenate([block.tensor for block in blocks]), codes, tensors.width),
         ids=sharding_ids(codes),
-        forward=weights[FORWARD], backward=weights[BACKWARD], written=weights[WRITTEN], gradients=weights[GRADIENTS],
+        forward=weights[FORWARD], backward=weights[BACKWARD], accumulated=weights[ACCUMULATED],
+        written=weights[WRITTEN], gradients=weights[GRADIENTS],
         saved_root=np.concatenate([block.saved_root for block in blocks]),
         kept_share=np.concatenate([block.kept_share for block in blocks]),
         reruns=make_reruns(ops, again),
@@ -200,7 +215,7 @@ def make_op_sheet(
     )  # fmt: skip
 
 
-FORWARD, BACKWARD, WRITTEN, GRADIENTS = range(4)
+FORWARD, BACKWARD, ACCUMULATED, WRITTEN, GRADIENTS = range(5)
 
 
 @dataclass(frozen=True)
@@ -219,7 +234,8 @@ def _rows_of(
     """Rows of one op, choice after choice."""
     values = tensors.values
     names = (*op.inputs, *op.outputs)
-    weights = np.array([moves.forward, moves.backward, moves.written, moves.gradients], dtype=np.float64)
+    added = moves.accumulated or (0.0,) * len(names)
+    weights = np.array([moves.forward, moves.backward, added, moves.written, moves.gradients], dtype=np.float64)
     saved, share = np.full(len(names), -1, dtype=np.int64), np.ones(len(names))
     slot_of = {name: slot for slot, name in enumerate(names)}
     for name, part in (dict.fromkeys(moves.saved, 1.0) if again is None else again.kept).items():
@@ -248,7 +264,7 @@ def _facts(
     own = [moves[op.name] for op in ops]
     backward = np.zeros(len(ops), dtype=np.bool_)
     for i, op in enumerate(ops):
-        kind, dtype = work_kind(op), _compute_dtype(op, values)
+        kind, dtype = work_kind(op), own[i].dtype or _compute_dtype(op, values)
         kinds.setdefault((kind, "float32" if kind == "other" else dtype), []).append(i)
         wanted = any(values[name].requires_grad for name in op.inputs)
         backward[i] = training and wanted and any(values[name].requires_grad for name in op.outputs)
@@ -259,6 +275,9 @@ def _facts(
             whole += [(i, tensors.index[root.name]) for root in roots if root.origin == "input"]
         if op.is_shared:
             whole += [(i, tensors.index[name]) for name in op.outputs if name in kept_shared]
+    matrices = [(i, found) for i, op in enumerate(ops) if (found := matrix_operands(op, values)) is not None]
+    slots = np.array([slots for _, slots in matrices], dtype=np.int64).reshape(-1, 3)
+    metas = [[values[(*ops[i].inputs, *ops[i].outputs)[slot]] for slot in found] for i, found in matrices]
     works = np.array([one.works for one in own], dtype=np.float64)
     return OpFacts(
         kinds={key: np.array(found, dtype=np.int64) for key, found in sorted(kinds.items())},
@@ -272,6 +291,12 @@ def _facts(
         saved_extra_bytes=np.array([one.extra_bytes for one in own], dtype=np.float64),
         inner=np.array(inner, dtype=np.int64).reshape(-1, 2),
         inner_passes=np.array([one.inner_passes for one in own], dtype=np.float64),
+        matrices=np.array([i for i, _ in matrices], dtype=np.int64),
+        matrix_slots=slots,
+        matrix_items=np.array([[v.meta.num_bytes / max(v.meta.numel, 1) for v in row] for row in metas]).reshape(-1, 3),
+        matrix_wanted=np.array([[v.requires_grad for v in row[:2]] for row in metas], np.float64).reshape(-1, 2).T,
+        head_size=np.array([head_size(op, values) for op in ops], dtype=np.float64),
+        block=np.array([op.block for op in ops], dtype=np.int64),
         whole_saved=np.array(whole, dtype=np.int64).reshape(-1, 2),
     )
 

@@ -73,7 +73,7 @@ class CostTables:
         self.software = Software() if software is None else software
         self.keep = keep
         representatives = {template.representative for template in self.skeleton.nodes if template.kind == "op"}
-        self.fusion = make_fusion(graph, self.software.fusion, [op for op in graph.ops if op.name in representatives])
+        self.fusion = make_fusion(graph, self.software, [op for op in graph.ops if op.name in representatives])
         self.again = recomputed(self.fusion.graph, keep)
         self.pricer = Pricer(cluster, training, self.software)
         self.parameter_pricer = ParameterPricer(cluster, graph.optimizer, training, self.software)

@@ -45,7 +45,7 @@ def gated_graph() -> OpGraph:
 
 
 def fusion(graph: OpGraph, kind: str) -> Fusion:
-    return make_fusion(graph, kind, graph.ops)
+    return make_fusion(graph, Software(fusion=kind), graph.ops)
 
 
 def totals(graph: OpGraph, kind: str, **changes: float) -> tuple[float, float, float]:
