@@ -6,7 +6,9 @@ What a rank holds at its worst moment is
 
 as in the search's formula. State lasts (parameters, gradients, optimizer states with master copies); activations follow
 the schedule; the workspace is that of the hungriest node. For a parameter that is gathered, it is what its gather keeps
-beside the ops of its block: the part above the hungriest op is called buffers. Where the allocator's reserve is
+beside the ops of its block: the part above the hungriest op is called buffers. Where software frees gradients, and a
+stage that is no chunk holds most during the first backward of a step, the gradients are those that this backward has
+made when the sum is largest: that sum is never above the search's formula. Where the allocator's reserve is
 metered, each of the moving parts holds a share of slack (`memory.slack_share`).
 """
 
@@ -16,6 +18,7 @@ from collections.abc import Sequence
 
 from autopar.cost.memory import slack_share
 from autopar.cost.stages import STATE_CAUSES, StageCost
+from autopar.ir.pipeline import microbatches_in_flight
 from autopar.ir.software import Software
 from autopar.ir.solution import Decisions
 from autopar.ir.timeline import BACKWARD, FORWARD, Timeline, most_held, schedule_actions
@@ -49,8 +52,37 @@ def memory_by_cause(
     slack = slack_share(software)
     used = {cause: size / (1.0 + slack) for cause, size in moving.items()}
     state = {cause: sum(cost.state[cause] for cost in own) for cause in STATE_CAUSES}
+    if software.frees_gradients and decisions.interleave == 1:
+        state["gradients"] -= _spared_bytes(own[0], rank, decisions)
     used["slack"] = slack * sum(used.values())
     return {**state, **{cause: size for cause, size in used.items() if size or cause in ("activations", "workspace")}}
+
+
+def _spared_bytes(cost: StageCost, rank: int, decisions: Decisions) -> float:
+    """By how much a stage's peak lies below its formula, because gradients come while activations go.
+
+    The first backward starts with all that is kept and no gradients, and gives a block's activations for its gradients,
+    block by block; a further one starts with one microbatch less kept. With more microbatches than are in flight
+    everything is there at once again.
+    """
+    flying = microbatches_in_flight(rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule)
+    if decisions.num_microbatches > flying:
+        return 0.0
+    redo = decisions.stages[rank].recompute == "full"
+    kept = cost.boundary_bytes if redo else cost.activation_bytes
+    extra = cost.largest_block_bytes if redo else 0.0
+    gradients = cost.state["gradients"]
+    formula = gradients + flying * kept + extra + cost.workspace_bytes
+    moments = [gradients]
+    if flying > 1:
+        moments.append(formula - kept)
+    made, left = 0.0, flying * kept
+    for block in sorted(cost.memory, reverse=True):
+        own = cost.memory[block]
+        made += own.gradients
+        moments.append(made + left + extra + own.workspace)
+        left -= 0.0 if redo else own.activations
+    return min(gradients, formula - max(moments))
 
 
 def memory_timeline(

@@ -59,7 +59,7 @@ def make_fusion(graph: OpGraph, software: Software, ops: Sequence[Op]) -> Fusion
     moves = {op.name: run_by(software, op, graph.values, eager_moves(op, readers)) for op in ops}
     if kind == "eager":
         return Fusion(graph, moves, (), frozenset())
-    maker = _Groups(graph, readers, kind == "compiled")
+    maker = _Groups(graph, readers, kind == "compiled", software.compiles_loss)
     found, inner = [], set[str]()
     for block in dict.fromkeys(op.block for op in ops if op.block >= 0):
         own = graph.blocks[block]
@@ -86,8 +86,8 @@ def _keeping(graph: OpGraph, moves: Mapping[str, Moves]) -> OpGraph:
 class _Groups:
     """Finds the groups of blocks."""
 
-    def __init__(self, graph: OpGraph, readers: Readers, is_compiled: bool) -> None:
-        self.graph, self.readers, self.is_compiled = graph, readers, is_compiled
+    def __init__(self, graph: OpGraph, readers: Readers, is_compiled: bool, with_loss: bool) -> None:
+        self.graph, self.readers, self.is_compiled, self.with_loss = graph, readers, is_compiled, with_loss
 
     def groups(self, ops: Sequence[Op]) -> Iterator[list[Op]]:
         """Groups with at least one op that is no view, in order of their first ops."""
@@ -122,7 +122,7 @@ class _Groups:
             return True
         if name in REDUCTIONS:
             return self.is_compiled or op.module_path in modules
-        return self.is_compiled and (name in NORMS or name in LOSSES or name in COPIES)
+        return self.is_compiled and (name in NORMS or (name in LOSSES and self.with_loss) or name in COPIES)
 
     def _joined(self, first: Op, then: Op, joins: set[str], modules: set[str]) -> bool:
         """Whether a value handed from one op to the next may stay inside a kernel."""

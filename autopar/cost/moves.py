@@ -42,7 +42,8 @@ class Moves:
 
     Attributes:
         forward, backward: per operand and result, how often it is moved; the first mention of a tensor counts.
-        written, gradients: 1 where a result, or the gradient of an operand, takes memory of its own, else 0.
+        written, gradients: 1 where a result, or the gradient of an operand, takes memory of its own, else 0; 2 for the
+            operand of a loss, which has the gradient of its log-probabilities beside its own.
         forward_kernels, backward_kernels: launches.
         inner_passes: how often the values inside a region op are moved, forward and backward.
         works: whether its FLOPs take time of their own (not beside the memory traffic of a fused kernel).
@@ -133,7 +134,7 @@ def eager_moves(op: Op, readers: Readers) -> Moves:
     return Moves(
         tuple(forward), tuple(backward),
         written=(*(0.0,) * num_inputs, *(float(seen) for seen in first[num_inputs:])),
-        gradients=(*wanted, *(0.0,) * len(op.outputs)),
+        gradients=(*((1.0 + (name in LOSSES)) * need for need in wanted), *(0.0,) * len(op.outputs)),
         forward_kernels=0.0 if view else 1.0, backward_kernels=kernels, inner_passes=(2.0, 4.0), works=True,
         saved=op.saved, extra_bytes=op.saved_extra_bytes,
     )  # fmt: skip

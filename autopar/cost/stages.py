@@ -26,15 +26,26 @@ WORK = ("forward_s", "backward_s", "gather_s", "regather_s", "scatter_s", "sync_
 
 
 @dataclass
+class BlockBytes:
+    """Bytes of one block: kept of one microbatch, gradients of its parameters, and the largest workspace."""
+
+    activations: float = 0.0
+    gradients: float = 0.0
+    workspace: float = 0.0
+
+
+@dataclass
 class StageCost:
     """Sums of one stage on one device: of one microbatch, or once a step where the name says so.
 
     Recompute is included in `backward_s` and `microbatch_j`. `workspace_bytes` is the largest of any node,
-    `op_workspace_bytes` that of any but parameters. `state` is by cause, `blocks` by index (SHARED first).
+    `op_workspace_bytes` that of any but parameters. `state` is by cause, `blocks` and `memory` by
+    index (SHARED first).
     `times` are those of the streams that `blocks` run on.
     """
 
     blocks: dict[int, dict[str, float]] = field(default_factory=dict)
+    memory: dict[int, BlockBytes] = field(default_factory=dict)
     times: StageTimes = field(default_factory=lambda: StageTimes(0.0, 0.0, 0.0))
     microbatch_j: float = 0.0
     step_j: float = 0.0
@@ -118,7 +129,7 @@ def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> t
         if block != SHARED:
             per_block[block] += float(table.nodes[index].activation_bytes[choice[index]])
         if table.nodes[index].kind == "param":
-            _add_state(stages[k], tables, table, table.nodes[index], choice[index])
+            _add_state(stages[k], block, _held(tables, table, table.nodes[index], choice[index]))
     for edge in table.edges:
         at = choice[edge.source], choice[edge.target]
         prices = (float(edge.forward_s[at]), float(edge.backward_s[at]), float(edge.microbatch_j[at]))
@@ -173,16 +184,22 @@ def _add_node(stage: StageCost, block: int, node: CostNode, p: int, redo: bool) 
     stage.step_j += float(node.step_j[p])
     stage.activation_bytes += float(node.activation_bytes[p])
     stage.boundary_bytes += float(node.boundary_bytes[p])
-    stage.workspace_bytes = max(stage.workspace_bytes, float(node.workspace_bytes[p]))
+    own, workspace = stage.memory.setdefault(block, BlockBytes()), float(node.workspace_bytes[p])
+    own.activations += float(node.activation_bytes[p])
+    own.workspace = max(own.workspace, workspace)
+    stage.workspace_bytes = max(stage.workspace_bytes, workspace)
     if node.kind != "param":
-        stage.op_workspace_bytes = max(stage.op_workspace_bytes, float(node.workspace_bytes[p]))
+        stage.op_workspace_bytes = max(stage.op_workspace_bytes, workspace)
 
 
-def _add_state(stage: StageCost, tables: CostTables, table: CostTable, node: CostNode, p: int) -> None:
-    """Divides a parameter's bytes by cause."""
+def _held(tables: CostTables, table: CostTable, node: CostNode, p: int) -> tuple[float, ...]:
+    """Bytes of a parameter, by STATE_CAUSES."""
     value = tables.graph.values[node.names[0]]
     sizes = parameter_bytes(value, node.choices[p], table.mesh.sizes, tables.optimizer_states, tables.software)
-    if not tables.training:
-        sizes = (sizes[0], 0.0, 0.0)
+    return sizes if tables.training else (sizes[0], 0.0, 0.0)
+
+
+def _add_state(stage: StageCost, block: int, sizes: tuple[float, ...]) -> None:
     for cause, size in zip(STATE_CAUSES, sizes, strict=True):
         stage.state[cause] += size
+    stage.memory[block].gradients += sizes[1]

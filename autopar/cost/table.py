@@ -21,7 +21,7 @@ from autopar.cost.fusion import make_fusion
 from autopar.cost.hardware import Cluster
 from autopar.cost.layouts import Codes
 from autopar.cost.measured import OpLookup, apply_profile
-from autopar.cost.memory import optimizer_states
+from autopar.cost.memory import optimizer_states, slack_share
 from autopar.cost.pricing import NodePrice, Pricer, free_node, rerun
 from autopar.cost.recompute import recomputed
 from autopar.cost.roofline import flop_rate
@@ -277,6 +277,7 @@ class _TableMaker:
         ops.backward_s[:], ops.microbatch_j[:] = rerun(ops.forward_s, ops.backward_s, ops.microbatch_j, times)
         self._gather_loss(nodes, terms, loss)
         self._set_boundaries(nodes)
+        self._add_slack(nodes)
         self._check(flat, nodes)
         send = send_cost(source.cluster, same_node=2 * self.mesh.num_devices <= source.cluster.gpus_per_node)
         return CostTable(
@@ -352,6 +353,14 @@ class _TableMaker:
         for index, c in crossing.items():
             if self.source.skeleton.nodes[index].carries_boundary:
                 nodes[index].price.boundary_bytes[:] = self._local_bytes(c.value, nodes[index].form, c.slot)
+
+    def _add_slack(self, nodes: Sequence[_Node]) -> None:
+        """What moves takes more from the device where that is metered."""
+        slack = slack_share(self.source.software)
+        for node in nodes if slack else ():
+            price = node.price
+            for array in (price.activation_bytes, price.boundary_bytes, price.workspace_bytes):
+                np.multiply(array, 1.0 + slack, out=array)
 
     def _crossings(self, nodes: Sequence[_Node]) -> tuple[Crossing, ...]:
         cache: dict[tuple[int, int], Array] = {}

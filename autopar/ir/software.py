@@ -20,10 +20,12 @@ class Software:
         name: in `costmodels/software.json`.
         fusion: `eager`: every op of the graph is its own kernel; `fused`: neighbouring pointwise ops are written as
             one kernel by hand; `compiled`: a compiler fuses pointwise ops, reductions and casts.
+        compiles_loss: compilation covers the loss and the cast of its operand too.
         keeps_copy: parameters stay in memory in compute precision; False: only a master copy stays, and what computes
             is made from it (FSDP's mixed precision).
         master_bytes: of a master copy of each trained parameter; 0: none.
         gradient_bytes, state_bytes: of a kept gradient, and of one optimizer state.
+        frees_gradients: gradients are freed after the update, and are made anew by the first backward of a step.
         reduce_bytes: of a gradient while it is synchronised.
         overlap_gradients: gradients are synchronised in buckets while backward runs.
         prefetch_parameters: the next block's parameters are gathered, and the last one's gradients scattered, while a
@@ -35,10 +37,12 @@ class Software:
 
     name: str = "autopar"
     fusion: str = "eager"
+    compiles_loss: bool = True
     keeps_copy: bool = True
     master_bytes: float = 0.0
     gradient_bytes: float | None = None
     state_bytes: float | None = None
+    frees_gradients: bool = False
     reduce_bytes: float | None = None
     overlap_gradients: bool = False
     prefetch_parameters: bool = False
