@@ -75,7 +75,7 @@ class Pricer:
         price.microbatch_j = forward_j + backward_j
         share = np.where(facts.has_batch, float(count), 1.0)
         extra = (facts.saved_extra_bytes / share)[op] / work_parts(sheet, kept, mesh.sizes)
-        price.activation_bytes, returning = self._saved(sheet, kept, sizes, extra)
+        price.activation_bytes, returning = self._saved(sheet, kept, sizes, extra, mesh)
         row_bytes = sizes.num_bytes[sheet.rows.tensor] / kept.parts
         moved = np.add.reduceat(row_bytes * (sheet.written + sheet.gradients), sheet.row_starts)[kept.choices]
         price.workspace_bytes = np.where(facts.is_view[op], 0.0, moved) + _room(sheet, kept, returning)
@@ -118,14 +118,15 @@ class Pricer:
         time_s, energy_j = clocked((self.spec, *self.slower), sheet, kept, work)
         return np.stack([row + launches_s(self.dispatch_s, sheet, kept, work, row) for row in time_s]), energy_j
 
-    def _saved(self, sheet: OpSheet, kept: Kept, sizes: Sizes, extra: Array) -> tuple[Array, Array]:
+    def _saved(self, sheet: OpSheet, kept: Kept, sizes: Sizes, extra: Array, mesh: StageMesh) -> tuple[Array, Array]:
         """Bytes kept for backward, the storage behind each saved value, which a view keeps alive as a whole; and those
         that are there again while backward works on the block.
 
         Every rank holds whole batch inputs. Shared results are counted where they are made, parameters elsewhere.
         """
         facts, reruns = sheet.facts, sheet.reruns
-        root_bytes = np.where(sheet.saved_root >= 0, sizes.num_bytes[sheet.saved_root], 0.0) / kept.parts
+        parts = kept.parts * np.where(sheet.gathers_again, np.asarray(mesh.sizes, float), 1.0).prod(axis=1)
+        root_bytes = np.where(sheet.saved_root >= 0, sizes.num_bytes[sheet.saved_root], 0.0) / parts
         own, again = (
             np.add.reduceat(root_bytes * share, sheet.row_starts)[kept.choices]
             for share in (sheet.kept_share, sheet.kept_share < 1.0)

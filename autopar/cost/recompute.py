@@ -89,19 +89,23 @@ class _Inside:
 
 def _selective(inside: _Inside) -> dict[str, Again]:
     reruns = core_ops(inside.ops, inside.values)
+    enters = set[str]()
     made = {inside.root(name) for op in inside.ops if op.name in reruns for name in op.outputs if _owns(inside, name)}
     needed = {
         inside.root(name) for op in inside.ops if op.name not in reruns and _reads(inside, op) for name in op.inputs
     }
     dropped = made - needed
-    return {
-        op.name: Again(
-            float(op.name in reruns),
-            {name: float(inside.root(name) not in dropped) for name in op.saved},
-            float(op.name not in reruns),
-        )
-        for op in inside.ops
-    }
+    found = {}
+    for op in inside.ops:
+        runs = op.name in reruns
+        kept = {name: float(inside.root(name) not in dropped) for name in op.saved}
+        for name in op.inputs if runs else ():
+            value = inside.values[name]
+            if value.origin == "op" and value.requires_grad and value.root not in made | inside.stored | enters:
+                enters.add(value.root)
+                kept[name] = 1.0
+        found[op.name] = Again(float(runs), kept, float(not runs))
+    return found
 
 
 def _owns(inside: _Inside, name: str) -> bool:

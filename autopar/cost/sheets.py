@@ -15,7 +15,7 @@ import numpy as np
 
 from autopar.cost.choices import OpChoices, ParameterChoices, Preference, keep
 from autopar.cost.kernels import head_size, is_view, matrix_operands, work_kind
-from autopar.cost.layouts import Codes, Mask, sharding_ids
+from autopar.cost.layouts import REPLICATE_CODE, Codes, Mask, sharding_ids
 from autopar.cost.moves import Moves
 from autopar.cost.recompute import Again, Reruns, make_reruns
 from autopar.cost.shards import ShardRows, Sizes, Tensors, shard_rows
@@ -129,6 +129,7 @@ class OpSheet:
         gradients: operands that need a gradient.
         saved_root: tensor whose storage is kept because of this row, or -1.
         kept_share: share of it that stays until backward.
+        gathers_again: [row, axis], it stays cut over the axis, and is gathered again for backward.
         reruns: what backward computes again.
         splits_work: [choice, axis].
         is_exchanged: [choice, axis], the op sends its operands to other ranks of the axis and its results back.
@@ -149,6 +150,7 @@ class OpSheet:
     gradients: Array
     saved_root: Codes
     kept_share: Array
+    gathers_again: Mask
     reruns: Reruns
     splits_work: Mask
     is_exchanged: Mask
@@ -176,9 +178,10 @@ def make_op_sheet(
     *,
     training: bool,
     again: Mapping[str, Again],
+    regathers: bool = False,
 ) -> OpSheet:
     """The sheet of `ops`, whose choices are given in the same order; `kept_shared` as in `skeleton.Skeleton`, `moves`
-    by op, `again` as `recompute.recomputed` makes it.
+    by op, `again` as `recompute.recomputed` makes it; `regathers`: products keep operands as before they were gathered.
     """
     blocks = [
         _rows_of(op, found, tensors, kept_shared, moves=moves[op.name], again=again.get(op.name))
@@ -208,11 +211,28 @@ def make_op_sheet(
         written=weights[WRITTEN], gradients=weights[GRADIENTS],
         saved_root=np.concatenate([block.saved_root for block in blocks]),
         kept_share=np.concatenate([block.kept_share for block in blocks]),
+        gathers_again=_gathers_again(ops, choices, widths, codes, tensors) & regathers,
         reruns=make_reruns(ops, again),
         splits_work=np.concatenate([found.splits_work for found in choices]),
         is_exchanged=np.concatenate([found.is_exchanged for found in choices]),
         exchanged=np.array(exchanged, dtype=np.int64).reshape(-1, 3),
     )  # fmt: skip
+
+
+def _gathers_again(
+    ops: Sequence[Op], choices: Sequence[OpChoices], widths: Codes, codes: Codes, tensors: Tensors
+) -> Mask:
+    """[row, axis], operands of products with a parameter, whole on an axis on which the choice splits the work."""
+    counts = [len(found.grid.choices) for found in choices]
+    splits = np.concatenate([np.repeat(c.splits_work, width, axis=0) for c, width in zip(choices, widths, strict=True)])
+    is_product = [
+        work_kind(op) == "gemm"
+        and not op.members
+        and any(tensors.values[name].origin == "parameter" for name in op.inputs)
+        for op in ops
+    ]
+    found: Mask = np.repeat(is_product, widths * counts)[:, None] & splits & (codes <= REPLICATE_CODE)
+    return found
 
 
 FORWARD, BACKWARD, ACCUMULATED, WRITTEN, GRADIENTS = range(5)

@@ -193,6 +193,7 @@ class CostTables:
             self.fusion.moves,
             training=self.training,
             again=self.again,
+            regathers=self.software.regathers_operands and self.pins.sequence is True,
         )
         nodes = tuple(i for i, template in enumerate(skeleton.nodes) if template.kind == "param")
         parameters = self._parameter_sheet(nodes, active) if nodes else None

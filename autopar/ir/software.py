@@ -27,6 +27,8 @@ class Software:
         gradient_bytes, state_bytes: of a kept gradient, and of one optimizer state.
         frees_gradients: gradients are freed after the update, and are made anew by the first backward of a step.
         reduce_bytes: of a gradient while it is synchronised.
+        regathers_operands: under sequence parallelism a column-parallel product keeps its operand as it was before it
+            was gathered, and gathers it again for backward, beside a product.
         overlap_gradients: gradients are synchronised in buckets while backward runs.
         prefetch_parameters: the next block's parameters are gathered, and the last one's gradients scattered, while a
             block computes.
@@ -44,6 +46,7 @@ class Software:
     state_bytes: float | None = None
     frees_gradients: bool = False
     reduce_bytes: float | None = None
+    regathers_operands: bool = False
     overlap_gradients: bool = False
     prefetch_parameters: bool = False
     overlap_tensor: bool = False
