@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.placement import Placement
 from autopar.ir.strategy import AxisStrategy
-from autopar.rules.batch import batch_strategy, follow
+from autopar.rules.batch import settled_strategy, follow
 from autopar.rules.call import Values
 from autopar.rules.contractions import addmm, attention, bmm, embedding, linear, matmul, mm
 from autopar.rules.elementwise import kept_dims, reduction, row_norm
@@ -114,7 +114,7 @@ def _keeps_width(op: Op, graph: OpGraph, batch: Dims, dims: Dims) -> bool:
     if family_of(op.target) not in NORMS or all(dims[name] is None for name in op.outputs):
         return False
     parts = SequenceParts(dims, frozenset(), frozenset())
-    by_sample = batch_strategy(op, graph.values, batch, graph.batch_size)
+    by_sample = settled_strategy(op, graph.values, batch, graph.batch_size)
     others = [s for s in axis_strategies(op, graph.values)[1:] if s != by_sample and s.label != "partial"]
     along = [s for s in others if parts.splits(op, s)]
     return bool(along) and all(s in along or s.label.startswith("reduced") or _is_trivial(op, s, graph) for s in others)
