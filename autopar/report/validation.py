@@ -75,7 +75,7 @@ def _pair_cells(pair: Pair) -> tuple[str, str, str]:
 def _summary(found: Validation) -> list[str]:
     named = [*found.by_source().items(), ("all runs", found.overall())]
     named += [(f"{name}, quality C", accuracy) for name, accuracy in found.uncertain().items()]
-    rows = [("", "priced", "seconds", "p90", "memory", "p90", "tau", "fits")]
+    rows: list[tuple[str, ...]] = [("", "priced", "seconds", "p90", "memory", "p90", "tau", "fits")]
     rows += [_summary_cells(name, accuracy) for name, accuracy in named]
     lines = _lines([list(column) for column in zip(*rows, strict=True)], left=(0,))
     words = (
