@@ -51,7 +51,8 @@ def with_range(quantity: Quantity, show: Callable[[float], str]) -> str:
 
 def mesh_words(plan: Plan) -> str:
     """`pp=2, dp=4, tp=1`."""
-    axes = [f"{axis.name}={axis.size}" for axis in plan.decisions.mesh.axes]
+    every = plan.decisions.mesh.axes
+    axes = [f"{axis.name}={axis.size}" for axis in every if axis.size > 1 or axis.name in ("dp", "tp")]
     return ", ".join([f"pp={len(plan.decisions.stages)}", *axes])
 
 
