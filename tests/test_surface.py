@@ -30,7 +30,7 @@ NAMES = [
 
 PLANNING = {"--batch", "--energy-weight", "--gap", "--gpu", "--gpus", "--gpus-per-node", "--memory", "--objective"}
 PLANNING |= {"--deadline", "--energy-budget", "--energy-price", "--gpu-hour-price", "--peak-power", "--power-cap"}
-PLANNING |= {"--clocks", "--cluster", "--pin", "--profile", "--time-limit", "--time-weight", "--use-all"}
+PLANNING |= {"--clocks", "--cluster", "--network", "--pin", "--profile", "--time-limit", "--time-weight", "--use-all"}
 OBJECTIVE = {"--energy-price", "--energy-weight", "--gap", "--gpu-hour-price", "--objective", "--time-weight"}
 OPTIONS = {
     "plan": PLANNING | {"--json", "--no-cache", "--out", "--set"},
