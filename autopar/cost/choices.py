@@ -19,7 +19,7 @@ from autopar.ir.mesh import axis_names
 from autopar.ir.placement import REPLICATE, Placement
 from autopar.ir.solution import Pins
 from autopar.ir.strategy import AxisStrategy, ParameterAxisStrategy
-from autopar.rules.batch import batch_strategy
+from autopar.rules.batch import settled_strategy
 from autopar.rules.experts import EXCHANGE, EXCHANGING, EXPERTS
 from autopar.rules.parameters import parameter_axis_strategies
 from autopar.rules.sequence import SequenceParts, sequence_parts, sequence_strategy
@@ -129,7 +129,7 @@ class ChoiceMaker:
     def _make_op(self, op: Op, active: tuple[bool, ...]) -> OpChoices:
         values = self.graph.values
         every = axis_strategies(op, values)
-        batch = batch_strategy(op, values, self.dims, self.graph.batch_size)
+        batch = settled_strategy(op, values, self.dims, self.graph.batch_size)
         roles = axis_names(len(active))
         options = [self._op_options(op, every, batch, role, on) for role, on in zip(roles, active, strict=True)]
         grid = make_grid(options)

@@ -19,14 +19,42 @@ def batch_dims(graph: OpGraph) -> dict[str, int | None]:
     takes the dim that its first consumer needs, because it can be sliced freely.
     """
     start = {name: value.batch_dim for name, value in graph.values.items()}
+    readers: dict[str, list[Op]] = {}
+    for op in graph.ops:
+        for name in op.inputs:
+            readers.setdefault(name, []).append(op)
 
     def choose(op: Op, dims: dict[str, int | None]) -> AxisStrategy | None:
         strategy = batch_strategy(op, graph.values, dims, graph.batch_size)
         if op.members:
             dims |= _inside(op, graph.values, dims)
+        if strategy is not None and all(dims[name] is None for name in op.inputs):
+            return strategy if _suits(strategy, op, graph.values, dims, readers) else None
         return strategy
 
     return follow(graph, start, choose)
+
+
+def _suits(
+    strategy: AxisStrategy, op: Op, values: Values, dims: Mapping[str, int | None], readers: Mapping[str, list[Op]]
+) -> bool:
+    """Whether a batch made by size may be one: no reader that has a batch already would lose it by that."""
+    made = {name: _dim(placement) for name, placement in zip(op.outputs, strategy.outputs, strict=True)}
+    for reader in (reader for name in op.outputs for reader in readers.get(name, ())):
+        without = batch_strategy(reader, values, dims)
+        if without is not None and batch_strategy(reader, values, {**dims, **made}) is None:
+            return False
+    return True
+
+
+def settled_strategy(op: Op, values: Values, dims: Mapping[str, int | None], batch_size: int) -> AxisStrategy | None:
+    """The op's data-parallel strategy under all dims of `batch_dims`, or None."""
+    strategy = batch_strategy(op, values, dims, batch_size)
+    if strategy is None or any(
+        _dim(placement) != dims[name] for name, placement in zip(op.outputs, strategy.outputs, strict=True)
+    ):
+        return None
+    return strategy
 
 
 def follow(

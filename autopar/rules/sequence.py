@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.placement import Placement
 from autopar.ir.strategy import AxisStrategy
-from autopar.rules.batch import settled_strategy, follow
+from autopar.rules.batch import follow, settled_strategy
 from autopar.rules.call import Values
 from autopar.rules.contractions import addmm, attention, bmm, embedding, linear, matmul, mm
 from autopar.rules.elementwise import kept_dims, reduction, row_norm
@@ -66,7 +66,14 @@ def sequence_dims(graph: OpGraph) -> dict[str, int | None]:
     inputs = (value for value in graph.outside("input") if value.batch_dim == 0 and not value.meta.is_floating)
     starts = {value.name for value in inputs if len(value.meta.shape) > 1}
     start = {name: 1 if name in starts else None for name in graph.values}
-    return follow(graph, start, lambda op, dims: sequence_strategy(op, graph.values, dims))
+
+    def choose(op: Op, dims: dict[str, int | None]) -> AxisStrategy | None:
+        strategy = sequence_strategy(op, graph.values, dims)
+        if strategy is None and family_of(op.target) is attention:
+            dims[op.outputs[0]] = dims[op.inputs[0]]  # its rows are positions, also where they cannot be split
+        return strategy
+
+    return follow(graph, start, choose)
 
 
 def sequence_strategy(op: Op, values: Values, dims: Dims) -> AxisStrategy | None:

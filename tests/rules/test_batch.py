@@ -40,3 +40,14 @@ def test_batch_dims_are_where_sizes_grow_with_the_batch(name: str) -> None:
         grown = [i for i, (a, b) in enumerate(zip(shape, larger, strict=True)) if a != b]
         if graph.values[value].requires_grad:
             assert grown == ([] if dim is None else [dim]), value
+
+
+def test_a_sequence_as_long_as_the_batch_is_no_batch() -> None:
+    """Learned positions are looked up by ids made from sizes alone, here as many as there are samples."""
+    equal = capture(
+        load_source("gpt", {"layers": "2", "hidden": "32", "heads": "2", "seq": "16", "vocab": "64"}), batch_size=16
+    ).graph
+    other = capture(
+        load_source("gpt", {"layers": "2", "hidden": "32", "heads": "2", "seq": "8", "vocab": "64"}), batch_size=16
+    ).graph
+    assert batch_dims(equal) == batch_dims(other)
