@@ -101,3 +101,17 @@ def test_bad_input_ends_in_exit_code_2(name: str, cli: Cli, table: str) -> None:
     outcome = cli("validate", *arguments)
     assert outcome.code == 2
     assert words in outcome.err
+
+
+def test_estimate_gives_bit_equal_figures(cli: Cli) -> None:
+    write_table(cli.directory / "one.csv", [row(sp="yes", recompute="full", gbs="32")])
+    sizes = {"layers": 4, "hidden": 512, "heads": 8, "vocab": 1000, "seq": 128, "pad_vocab_to": 256}
+    stack = {"attention": "unfused", "dropout": 0.1}
+    settings = [part for key, value in (sizes | stack).items() for part in ("--set", f"{key}={value}")]
+    pins = "dp=2,tp=2,pp=1,mbs=4,gbs=32,sp=on,recompute=full,schedule=1f1b,zero=0,dtype=fp16,software=megatron"
+    where = ("--gpus", "4", "--gpu", "a100-sxm-80gb", "--clocks", "max", "--profile", "none", "--use-all")
+    estimated = cli("estimate", "gpt", *settings, *where, "--pin", pins, "--json").json["predicted"]
+    (found,) = cli("validate", "one.csv", "--jobs", "1", "--json").json["rows"]
+    assert found["predicted_s"] == estimated["step_time_s"]["value"]
+    peak = max(quantity["value"] for quantity in estimated["peak_memory_bytes"])
+    assert found["predicted_memory_gib"] == peak / 2**30
