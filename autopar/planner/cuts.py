@@ -5,20 +5,12 @@ This is how Megatron-LM and other frameworks cut a model, and what an interleave
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 from autopar.errors import InputError
 from autopar.ir.graph import OpGraph
 from autopar.ir.solution import Decisions, StageChoice
-
-
-def repeated_blocks(graph: OpGraph) -> tuple[int, ...]:
-    """Indices of the blocks of the most frequent class."""
-    counts = Counter(block.class_id for block in graph.blocks)
-    most = max(counts.values())
-    chosen = min(class_id for class_id, count in counts.items() if count == most)
-    return tuple(i for i, block in enumerate(graph.blocks) if block.class_id == chosen)
+from autopar.rules.recompute import layers
 
 
 def even_starts(graph: OpGraph, num_parts: int) -> tuple[int, ...]:
@@ -29,12 +21,11 @@ def even_starts(graph: OpGraph, num_parts: int) -> tuple[int, ...]:
     Raises:
         InputError: there are fewer repeated blocks than parts.
     """
-    layers = repeated_blocks(graph)
-    if len(layers) < num_parts:
-        raise InputError(f"the model's {len(layers)} repeated blocks do not suffice for {num_parts} equal parts")
-    each, more = divmod(len(layers), num_parts)
-    firsts = [layers[k * each + min(k, more)] for k in range(1, num_parts)]
-    return (0, *firsts)
+    firsts = [block.index for block in layers(graph)]
+    if len(firsts) < num_parts:
+        raise InputError(f"the model's {len(firsts)} repeated blocks do not suffice for {num_parts} equal parts")
+    each, more = divmod(len(firsts), num_parts)
+    return (0, *(firsts[k * each + min(k, more)] for k in range(1, num_parts)))
 
 
 def with_even_cuts(decisions: Decisions, graph: OpGraph, interleave: int) -> Decisions:
