@@ -241,7 +241,7 @@ def verify_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     dtype = dtype_of(arguments["dtype"])
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in ready.state.items()}
     batch = [t.to(dtype) if t.is_floating_point() else t for t in ready.batch]
-    options = RunOptions(device, SEED)
+    options = RunOptions(device, SEED, overlap_gradients=plan.software.overlap_gradients)
     serial = make_serial_executor(graph, state, options, plan.decisions.num_microbatches)
     serial_loss = serial.compute_gradients(batch)
     mesh = join_plan(graph, plan.decisions, device_type())
@@ -302,7 +302,8 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     ready = prepare(plan, "cpu")
     graph, batch = ready.captured.graph, ready.batch
     mesh = join_plan(graph, plan.decisions, device_type())
-    executor = make_executor(graph, plan.decisions, ready.state, mesh, RunOptions(device, SEED))
+    options = RunOptions(device, SEED, overlap_gradients=plan.software.overlap_gradients)
+    executor = make_executor(graph, plan.decisions, ready.state, mesh, options)
     del ready  # the whole model; the executor has its own parts
     measured = measure_steps(executor, batch, int(arguments["steps"]))
     return {

@@ -99,6 +99,18 @@ def reduce_scatter_dim(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
     return mine
 
 
+def reduce_scatter_flat(mine: Tensor, parts: Tensor, axis: AxisGroup) -> dist.Work:
+    """Start: into mine[N], this rank's slice of the sum over ranks of parts[axis.size * N]."""
+    work: dist.Work = _reduce_scatter_single(mine, parts, group=axis.process_group, async_op=True)
+    return work
+
+
+def all_gather_flat(parts: Tensor, mine: Tensor, axis: AxisGroup) -> dist.Work:
+    """Start: into parts[axis.size * N], mine[N] of all ranks."""
+    work: dist.Work = _all_gather_single(parts, mine, group=axis.process_group, async_op=True)
+    return work
+
+
 def all_to_all_dims(x: Tensor, axis: AxisGroup, source_dim: int, target_dim: int) -> Tensor:
     """From slices of `source_dim` to slices of `target_dim`."""
     if axis.size == 1:

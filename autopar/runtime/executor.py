@@ -7,6 +7,7 @@ the mean over microbatches. A rank of an interleaved pipeline has several stage 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from autopar.ir.partition import partition
 from autopar.ir.pipeline import effective_schedule
 from autopar.ir.solution import Decisions
 from autopar.program.stage import BoundaryTensor, StageProgram
+from autopar.runtime.buckets import BUCKET_BYTES
 from autopar.runtime.mesh import RankMesh, join_mesh, serial_mesh
 from autopar.runtime.pace import Pacer
 from autopar.runtime.parameters import ParameterStore, local_of, tied_stages
@@ -46,11 +48,20 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Attributes: device: `cpu` or `cuda:<index>`; seed: of the random streams."""
+    """How to run.
+
+    Attributes:
+        device: `cpu` or `cuda:<index>`.
+        seed: of the random streams.
+        overlap_gradients: sum gradients over ranks while backward still runs.
+        bucket_bytes: of parameters whose gradients are summed together, at most.
+    """
 
     device: str = "cpu"
     seed: int = 0
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    overlap_gradients: bool = False
+    bucket_bytes: float = BUCKET_BYTES
 
 
 class Executor:
@@ -81,8 +92,17 @@ class Executor:
         device = self.options.device
         values = [v for v in graph.parameters if any(v.name in program.parameters for program in programs)]
         self.store = ParameterStore(
-            values, decisions.parameters, state, mesh=mesh, tied=_tied(graph, decisions), device=device
+            values,
+            decisions.parameters,
+            state,
+            mesh=mesh,
+            tied=_tied(graph, decisions),
+            device=device,
+            bucket_bytes=options.bucket_bytes,
         )
+        if options.overlap_gradients:
+            readers = Counter(name for program in programs for name in program.parameters)
+            self.store.overlap({name: decisions.num_microbatches * count for name, count in readers.items()})
         self._buffers = [
             {name: state[name].detach().clone().to(device) for name in (*program.buffers, *program.constants)}
             for program in programs

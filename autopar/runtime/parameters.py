@@ -21,7 +21,20 @@ from autopar.errors import RewriteError
 from autopar.ir.graph import Value
 from autopar.ir.placement import REPLICATE
 from autopar.ir.strategy import ParameterStrategy
-from autopar.program.collectives import all_gather_dim, reduce_scatter_dim, slice_copy, slice_dim
+from autopar.program.collectives import all_gather_dim, slice_dim
+from autopar.runtime.buckets import (
+    BUCKET_BYTES,
+    SCATTER,
+    SLICE,
+    SUM,
+    Bucket,
+    Member,
+    Overlap,
+    Reduction,
+    gather_together,
+    in_groups,
+    make_buckets,
+)
 from autopar.runtime.mesh import RankMesh
 from autopar.torch_adapter import strided_shard
 
@@ -77,6 +90,7 @@ class ParameterStore:
         mesh: RankMesh,
         tied: Mapping[str, tuple[int, ...]],
         device: str,
+        bucket_bytes: float = BUCKET_BYTES,
     ) -> None:
         """Slice this rank's part of every parameter.
 
@@ -87,6 +101,7 @@ class ParameterStore:
             mesh: this rank's groups.
             tied: stages that read a parameter, for parameters read by several.
             device: of the run; only this rank's parts are moved there.
+            bucket_bytes: of parameters that share a collective, at most.
         """
         self._mesh = mesh
         self._device = device
@@ -94,6 +109,14 @@ class ParameterStore:
         for value in values:
             strategy = strategies[value.name]
             self.items[value.name] = self._store(value, strategy, whole[value.name], tied.get(value.name, ()))
+        self._buckets = self._make_buckets(bucket_bytes)
+        self._cut_groups = in_groups(
+            [item for item in self.items.values() if self._cuts(item)],
+            lambda item: (item.leaf.dtype, tuple(axis for axis, _ in self._cuts(item))),
+            lambda item: item.leaf,
+            bucket_bytes,
+        )
+        self._overlap: Overlap | None = None
 
     def _store(
         self, value: Value, strategy: ParameterStrategy, whole: Tensor, tied: tuple[int, ...]
@@ -135,35 +158,67 @@ class ParameterStore:
         """Forget the gradients of the last step."""
         for item in self.items.values():
             item.leaf.grad = item.boundary.grad = None
+        if self._overlap is not None:
+            self._overlap.begin()
+
+    def overlap(self, uses: Mapping[str, int]) -> None:
+        """From now on start summing gradients while backward runs.
+
+        Args:
+            uses: by value name, how many backwards of a step add to each gradient.
+        """
+        self._overlap = Overlap(self._buckets, uses)
 
     def sync_gradients(self) -> None:
         """After the last microbatch: finish the pending sums and hand every gradient to its boundary parameter.
 
         The leaf's own gradient is given up, so that a gradient that is split ends with its part alone in memory.
-        Collectives run in graph order on every rank. A parameter without gradient keeps none.
+        Collectives run in the same order on every rank. A parameter without gradient keeps none.
         """
+        for bucket in self._buckets:
+            if not bucket.is_started:
+                bucket.start()
+        for bucket in self._buckets:
+            for name, gradient in bucket.finish():
+                self._hand_over(self.items[name], gradient)
         for item in self.items.values():
-            gradient = item.leaf.grad
-            if gradient is None and (not item.tied or not item.value.requires_grad):
-                continue
-            if gradient is None:
-                gradient = torch.zeros_like(item.leaf)
-            item.leaf.grad = None
-            gradient = self._reduced(item, gradient.contiguous())
-            if item.tied:
-                dist.all_reduce(gradient, group=self._mesh.tied[item.tied])
-            item.boundary.grad = self._at_boundary_like(item, gradient)
+            if item.tied and item.value.requires_grad:
+                self._hand_over(item, self._tied_gradient(item))
+            elif item.leaf.grad is not None:
+                self._hand_over(item, item.leaf.grad.contiguous())
 
-    def _reduced(self, item: StoredParameter, gradient: Tensor) -> Tensor:
-        for i, axis in enumerate(item.strategy):
-            group = self._mesh.axes[i]
-            is_pending = axis.exposed == REPLICATE and not axis.storage.is_shard
-            if axis.optimizer.is_shard and not axis.storage.is_shard:
-                reduce = reduce_scatter_dim if is_pending else slice_copy
-                gradient = reduce(gradient, group, axis.optimizer.dim)
-            elif is_pending and group.size > 1:
-                dist.all_reduce(gradient, group=group.process_group)
+    def _hand_over(self, item: StoredParameter, gradient: Tensor) -> None:
+        item.leaf.grad = None
+        item.boundary.grad = self._at_boundary_like(item, gradient)
+
+    def _tied_gradient(self, item: StoredParameter) -> Tensor:
+        """The sum over the pipeline ranks that share the parameter; a rank may have no term of it."""
+        gradient = torch.zeros_like(item.leaf) if item.leaf.grad is None else item.leaf.grad.contiguous()
+        alone = Bucket((Member(item.value.name, item.leaf, self._reductions(item)),), self._mesh.axes)
+        item.leaf.grad = gradient
+        alone.start()
+        ((_, gradient),) = alone.finish()
+        dist.all_reduce(gradient, group=self._mesh.tied[item.tied])
         return gradient
+
+    def _reductions(self, item: StoredParameter) -> tuple[Reduction, ...]:
+        """What the gradient that backward leaves still needs, axis by axis."""
+        found = []
+        for i, axis in enumerate(item.strategy):
+            is_pending = axis.exposed == REPLICATE and not axis.storage.is_shard and self._mesh.axes[i].size > 1
+            if axis.optimizer.is_shard and not axis.storage.is_shard and self._mesh.axes[i].size > 1:
+                found.append(Reduction(i, SCATTER if is_pending else SLICE, axis.optimizer.dim))
+            elif is_pending:
+                found.append(Reduction(i, SUM))
+        return tuple(found)
+
+    def _make_buckets(self, limit_bytes: float) -> tuple[Bucket, ...]:
+        members = [
+            Member(name, item.leaf, reductions)
+            for name, item in self.items.items()
+            if item.value.requires_grad and not item.tied and (reductions := self._reductions(item))
+        ]
+        return make_buckets(members, self._mesh.axes, limit_bytes)
 
     def _at_boundary_like(self, item: StoredParameter, local: Tensor) -> Tensor:
         if not isinstance(item.boundary, DTensor):
@@ -176,9 +231,14 @@ class ParameterStore:
     def after_update(self) -> None:
         """After the optimizer: gather the parts that zero1 ranks updated. Call once a step on every rank."""
         with torch.no_grad():
-            for item in self.items.values():
-                if item.optimizer_cuts:
-                    item.leaf.copy_(self._joined(local_of(item.boundary), item.optimizer_cuts))
+            for group in self._cut_groups:
+                parts = [local_of(item.boundary).detach() for item in group]
+                leaves = [item.leaf for item in group]
+                gather_together(parts, [self._cuts(item) for item in group], leaves, self._mesh.axes)
+
+    def _cuts(self, item: StoredParameter) -> tuple[Cut, ...]:
+        """Slicings of the leaf that leave something out."""
+        return tuple((i, dim) for i, dim in item.optimizer_cuts if self._mesh.axes[i].size > 1)
 
     def _joined(self, part: Tensor, cuts: Iterable[Cut]) -> Tensor:
         for i, dim in reversed(tuple(cuts)):

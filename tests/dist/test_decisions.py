@@ -80,5 +80,11 @@ def test_interleaved_pipelines_on_four_processes() -> None:
     check(errors_on(4, "interleaved_cases", models=("toy/deep",)), at_least=8)
 
 
+@pytest.mark.parametrize(("num_processes", "cases"), [(2, 28), (4, 18)])
+def test_gradients_summed_while_backward_runs(num_processes: int, cases: int) -> None:
+    models = ("toy/transformer", "toy/conv") if num_processes == 2 else ("toy/transformer",)
+    check(errors_on(num_processes, "overlap_cases", models=models), at_least=cases)
+
+
 def test_optimizer_steps_with_clipping_follow_the_serial_ones() -> None:
     check(errors_on(2, "training_cases", models=("toy/transformer", "toy/conv")), at_least=28)

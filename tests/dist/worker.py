@@ -45,10 +45,10 @@ class Bench:
         self.serial = make_serial_executor(self.graph, self.state, num_microbatches=num_microbatches)
         self.serial_loss = self.serial.compute_gradients(self.batch)
 
-    def error_of(self, decisions: Decisions) -> float:
+    def error_of(self, decisions: Decisions, options: RunOptions | None = None) -> float:
         """Largest relative error of loss, gradients and updated buffers."""
         mesh = _mesh_of("", self.graph, decisions)
-        executor = make_executor(self.graph, decisions, self.state, mesh)
+        executor = make_executor(self.graph, decisions, self.state, mesh, options)
         loss = executor.compute_gradients(self.batch)
         executor.sync_buffers()
         buffers = [relative_error(executor.buffers[n].double(), self.serial.buffers[n].double())
@@ -196,6 +196,54 @@ def interleaved_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
+def overlap_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Gradients summed while backward runs, in small and large buckets."""
+    results = []
+    world = dist.get_world_size()
+    for name in arguments["models"]:
+        bench = Bench(name, 4)
+        plans = named_plans(world)
+        if world == 4:
+            plans["zero1 2 x 2"] = lambda graph: data_parallel(graph, stage_mesh(2, 2), "zero1", 4)
+            plans["replicated 2 x 2"] = lambda graph: data_parallel(graph, stage_mesh(2, 2), "replicated", 4)
+        for (label, make), size in itertools.product(plans.items(), (600.0, 1e9)):
+            options = RunOptions(overlap_gradients=True, bucket_bytes=size)
+            results.append({"case": f"{name} {label} {size}", "error": bench.error_of(make(bench.graph), options)})
+    return results
+
+
+def bucket_facts(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each setting: sums over ranks in a step, how many of them start before backward is over, and the memory."""
+    bench = Bench("gpt2", 2)
+    decisions = data_parallel(bench.graph, stage_mesh(dist.get_world_size(), 1), "replicated", 2)
+    results = []
+    for overlap, size in itertools.product((False, True), (1.0, 1e9)):
+        options = RunOptions(overlap_gradients=overlap, bucket_bytes=size)
+        mesh = _mesh_of("", bench.graph, decisions)
+        executor = make_executor(bench.graph, decisions, bench.state, mesh, options)
+        started: list[str] = []
+        finish, reduce = executor.store.sync_gradients, dist.all_reduce
+
+        def counted(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+            started.extend(["sum"] * async_op)  # noqa: B023 - called in this turn only
+            return reduce(*args, async_op=async_op, **kwargs)  # noqa: B023
+
+        def finishing() -> None:
+            started.append("end of backward")  # noqa: B023
+            finish()  # noqa: B023
+
+        executor.store.sync_gradients = finishing  # type: ignore[method-assign]
+        dist.all_reduce = counted
+        try:
+            executor.compute_gradients(bench.batch)
+        finally:
+            dist.all_reduce = reduce
+        early = started.index("end of backward")
+        results.append({"overlap": overlap, "size": size, "early": early, "late": len(started) - 1 - early})
+        results[-1]["parameters"] = len(executor.store.items)
+    return results
+
+
 def recomputing(decisions: Decisions, policy: str) -> Decisions:
     """The same with another policy on every stage."""
     return replace(decisions, stages=tuple(replace(stage, recompute=policy) for stage in decisions.stages))
@@ -231,7 +279,8 @@ def training_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """
     results = []
     for name, kind in itertools.product(arguments["models"], ("sgd", "adamw")):
-        options = RunOptions(optimizer=OptimizerOptions(kind, learning_rate=1e-2, max_norm=0.5))
+        optimizer = OptimizerOptions(kind, learning_rate=1e-2, max_norm=0.5)
+        options = RunOptions(optimizer=optimizer, overlap_gradients=kind == "sgd", bucket_bytes=2000.0)
         bench = Bench(name, 4)
         serial = make_serial_executor(bench.graph, bench.state, options, num_microbatches=4)
         expected = [serial.step(bench.batch) for _ in range(3)]
