@@ -63,8 +63,3 @@ def matrix_operands(op: Op, values: Mapping[str, Value]) -> tuple[int, int, int]
     is_matrix = all(len(values[v].meta.shape) >= 2 for v in op.inputs[first : first + 2])
     is_one = name != "einsum" or len(op.inputs) == 2
     return (first, first + 1, len(op.inputs)) if is_matrix and is_one else None
-
-
-def head_size(op: Op, values: Mapping[str, Value]) -> int:
-    """Of fused attention, else 1."""
-    return values[op.inputs[0]].meta.shape[-1] if work_kind(op) == "attention" else 1

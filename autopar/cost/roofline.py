@@ -29,10 +29,6 @@ from autopar.ir.cost import Array
 TILES = np.array([(256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.93), (128, 64, 0.6), (64, 128, 0.6), (64, 64, 0.4)])
 """Rows, columns, and share of the best tile's rate."""
 SPLIT_DEPTH = 1024.0
-HEAD_DEPTH = 16.0
-"""Fused attention of head size d runs at d / (d + HEAD_DEPTH) of its rate: the softmax between its GEMMs."""
-FULL_HEAD = 128.0
-"""Head size at which `attention_efficiency` is meant."""
 
 
 def flop_rate(spec: DeviceSpec, kind: str, dtype: str) -> float:
@@ -87,12 +83,6 @@ def gemm_s(spec: DeviceSpec, dtype: str, shapes: Array) -> Array:
     rate = flop_rate(spec, "gemm", dtype) / spec.multiprocessors
     best: Array = found.min(axis=0) / rate + spec.gemm_ramp_s
     return best
-
-
-def head_share(head_size: Array) -> Array:
-    """Rate of fused attention at a head size, over that at `FULL_HEAD`."""
-    share: Array = (1.0 + HEAD_DEPTH / FULL_HEAD) / (1.0 + HEAD_DEPTH / head_size)
-    return share
 
 
 def kernel_time_s(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.cost.choices import OpChoices, ParameterChoices, Preference, keep
-from autopar.cost.kernels import head_size, is_view, matrix_operands, work_kind
+from autopar.cost.kernels import is_view, matrix_operands, work_kind
 from autopar.cost.layouts import REPLICATE_CODE, Codes, Mask, sharding_ids
 from autopar.cost.moves import Moves
 from autopar.cost.recompute import Again, Reruns, make_reruns
@@ -89,7 +89,6 @@ class OpFacts:
         matrix_slots: [matrix op, 3], of operands A, B and result C = A B among operands and results.
         matrix_items: [matrix op, 3], bytes of an element of each.
         matrix_wanted: [2, matrix op], 1 where A and where B need a gradient.
-        head_size: of fused attention, else 1.
         block: or -1.
         whole_saved: (op, tensor) for batch inputs that the op saves, which every rank holds whole, and shared
             values that it makes and others keep alive.
@@ -110,7 +109,6 @@ class OpFacts:
     matrix_slots: Codes
     matrix_items: Array
     matrix_wanted: Array
-    head_size: Array
     block: Codes
     whole_saved: Codes
 
@@ -315,7 +313,6 @@ def _facts(
         matrix_slots=slots,
         matrix_items=np.array([[v.meta.num_bytes / max(v.meta.numel, 1) for v in row] for row in metas]).reshape(-1, 3),
         matrix_wanted=np.array([[v.requires_grad for v in row[:2]] for row in metas], np.float64).reshape(-1, 2).T,
-        head_size=np.array([head_size(op, values) for op in ops], dtype=np.float64),
         block=np.array([op.block for op in ops], dtype=np.int64),
         whole_saved=np.array(whole, dtype=np.int64).reshape(-1, 2),
     )

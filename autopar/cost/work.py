@@ -15,7 +15,7 @@ import numpy as np
 from autopar.cost.device import DeviceSpec
 from autopar.cost.layouts import Codes, Mask
 from autopar.cost.power import dynamic_limit_w, kernel_energy_j, within_limit_s
-from autopar.cost.roofline import backward_share, compute_s, gemm_s, head_share, kernel_time_s
+from autopar.cost.roofline import backward_share, compute_s, gemm_s, kernel_time_s
 from autopar.cost.shards import Sizes
 from autopar.cost.sheets import Kept, OpSheet
 from autopar.ir.cost import Array
@@ -93,9 +93,8 @@ def _compute_s(
         is_matrix[sheet.facts.matrices] = True
     for (kind, dtype), ops in sheet.facts.kinds.items():
         here = positions(kept, ops[~is_matrix[ops]])
-        heads = head_share(sheet.facts.head_size[kept.owner[here]]) if kind == "attention" else 1.0
-        forward[here] = compute_s(spec, kind, dtype, flops[0][here] / heads)
-        backward[here] = compute_s(spec, kind, dtype, flops[1][here] / (heads * backward_share(spec, kind)))
+        forward[here] = compute_s(spec, kind, dtype, flops[0][here])
+        backward[here] = compute_s(spec, kind, dtype, flops[1][here] / backward_share(spec, kind))
         matrices = ops[is_matrix[ops]]
         if len(matrices):
             here = positions(kept, matrices)
