@@ -201,7 +201,7 @@ class _Kernel:
                 forward_kernels=float(is_first), backward_kernels=(1.0 + sums) * float(is_first and runs),
                 inner_passes=(0.0, 0.0), works=len(self.working) == 1,
                 saved=saved.get(op.name, ()), extra_bytes=extra.get(op.name, op.saved_extra_bytes),
-                accumulated=() if old is None else old.accumulated,
+                accumulated=((), ()) if old is None else old.accumulated,
             )  # fmt: skip
         return found
 

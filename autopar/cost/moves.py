@@ -49,8 +49,8 @@ class Moves:
         works: whether its FLOPs take time of their own (not beside the memory traffic of a fused kernel).
         saved: values kept for backward because of this op.
         extra_bytes: kept beside graph values; written by forward and read by backward.
-        accumulated: per operand and result, how often it is moved to add a parameter's gradient to that of earlier
-            microbatches.
+        apart: as forward and backward, but moved by kernels of their own, which no arithmetic hides.
+        accumulated: as backward, and apart, for adding a parameter's gradient to that of earlier microbatches.
         dtype: in which it computes, or "" for that of its operands.
     """
 
@@ -64,7 +64,8 @@ class Moves:
     works: bool
     saved: tuple[str, ...]
     extra_bytes: int
-    accumulated: tuple[float, ...] = ()
+    apart: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+    accumulated: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
     dtype: str = ""
 
 
@@ -127,16 +128,19 @@ def eager_moves(op: Op, readers: Readers) -> Moves:
     runs = any(values[v].requires_grad for v in op.outputs)
     backward, kernels = _backward(name, op, values, wanted) if runs else ([0.0] * len(first), 0.0)
     backward = [count if seen else 0.0 for count, seen in zip(backward, first, strict=True)]
-    for slot in range(num_inputs if runs else 0):
-        if readers.is_further(op, slot):
-            backward[slot] += readers.adding
-            kernels += readers.adding_kernels
+    further = [float(runs and slot < num_inputs and readers.is_further(op, slot)) for slot in range(len(first))]
+    apart = [readers.adding * is_one for is_one in further]
+    if name in GEMMS:
+        by_bias = _bias_reads(name, op, wanted) * float(runs)
+        backward = [own - by_bias * (slot >= num_inputs) for slot, own in enumerate(backward)]
+        apart = [own + by_bias * (slot >= num_inputs) for slot, own in enumerate(apart)]
     return Moves(
         tuple(forward), tuple(backward),
         written=(*(0.0,) * num_inputs, *(float(seen) for seen in first[num_inputs:])),
         gradients=(*((1.0 + (name in LOSSES)) * need for need in wanted), *(0.0,) * len(op.outputs)),
-        forward_kernels=0.0 if view else 1.0, backward_kernels=kernels, inner_passes=(2.0, 4.0), works=True,
-        saved=op.saved, extra_bytes=op.saved_extra_bytes,
+        forward_kernels=0.0 if view else 1.0,
+        backward_kernels=kernels + readers.adding_kernels * sum(further), inner_passes=(2.0, 4.0), works=True,
+        saved=op.saved, extra_bytes=op.saved_extra_bytes, apart=((), tuple(apart)),
     )  # fmt: skip
 
 
@@ -144,22 +148,28 @@ def run_by(software: Software, op: Op, values: Mapping[str, Value], moves: Moves
     """The same op where the software's gradients are added up over microbatches, and where it computes in 8 bits.
 
     Parameters that are gathered block by block hand their gradients back each time. A GEMM written to add to the
-    gradient reads and writes that alone; otherwise the new gradient is read again. Casts to 8 bits move forward's
-    operands twice as often (half of the bytes written, half read); backward's move about what its GEMMs save.
+    gradient reads and writes that alone; otherwise the new gradient is read again, by a kernel of its own. Casts to 8
+    bits read operands and the result's gradient, and write them twice (as they are and transposed); GEMMs then read
+    half as much.
     """
-    name, metas = packet(op.target), [values[v].meta for v in (*op.inputs, *op.outputs)]
+    name, num_inputs = packet(op.target), len(op.inputs)
+    metas = [values[v].meta for v in (*op.inputs, *op.outputs)]
     trained = [values[v].origin == "parameter" and values[v].requires_grad for v in (*op.inputs, *op.outputs)]
     if not any(trained):
         return moves
     if not software.prefetch_parameters:
-        extra = -1.0 if software.fusion == "fused" and name in GEMMS else 1.0
+        is_inside = software.fusion == "fused" and name in GEMMS
         items = [meta.num_bytes / max(meta.numel, 1) for meta in metas]
-        times = [2.0 * (software.gradient_bytes or item) / item + extra for item in items]
-        moves = replace(moves, accumulated=tuple(t * float(is_own) for t, is_own in zip(times, trained, strict=True)))
+        times = [2.0 * (software.gradient_bytes or item) / item + 1.0 - 2.0 * is_inside for item in items]
+        added = tuple(t * float(is_own) for t, is_own in zip(times, trained, strict=True))
+        moves = replace(moves, accumulated=(added, ()) if is_inside else ((), added))
     is_half = all(meta.dtype in ("bfloat16", "float16") for meta in metas if meta.is_floating)
     if software.fp8 and name in ("linear", "mm", "addmm") and is_half:
-        cast = tuple(own * (2.0 if slot < len(op.inputs) else 1.0) for slot, own in enumerate(moves.forward))
-        moves = replace(moves, forward=cast, dtype=FLOAT8)
+        forward = tuple(own * (0.5 if slot < num_inputs else 1.0) for slot, own in enumerate(moves.forward))
+        cast = tuple(2.0 * own * (slot < num_inputs) for slot, own in enumerate(moves.forward))
+        more = moves.apart[1] or (0.0,) * len(metas)
+        back = tuple(own + 2.0 * (slot >= num_inputs) for slot, own in enumerate(more))
+        moves = replace(moves, forward=forward, apart=(cast, back), dtype=FLOAT8)
     return moves
 
 
@@ -186,9 +196,19 @@ def _backward(name: str, op: Op, values: Mapping[str, Value], wanted: tuple[floa
     return [*(need + read for need, read in zip(wanted, reads, strict=True)), *(1.0,) * outs], 1.0
 
 
+BIASES = {"linear": 2, "addmm": 0, "baddbmm": 0}
+"""Operand of a GEMM that is added."""
+
+
+def _bias_reads(name: str, op: Op, wanted: tuple[float, ...]) -> float:
+    """How often the result's gradient is read for that of the bias."""
+    slot = BIASES.get(name, -1)
+    return wanted[slot] if 0 <= slot < len(op.inputs) else 0.0
+
+
 def _gemm(name: str, op: Op, values: Mapping[str, Value], wanted: tuple[float, ...]) -> tuple[list[float], float]:
     """Each wanted matrix is a GEMM that reads the result's gradient and the other matrix; a bias is a sum."""
-    bias = {"linear": 2, "addmm": 0, "baddbmm": 0}.get(name, -1)
+    bias = BIASES.get(name, -1)
     matrices = [slot for slot in range(len(op.inputs)) if slot != bias and values[op.inputs[slot]].meta.is_floating]
     counts = list(wanted)
     for slot in matrices:

@@ -123,6 +123,7 @@ class OpSheet:
         ids: [row], sharding id.
         forward, backward, accumulated: how often forward, backward and the addition to earlier microbatches'
             gradients move it (see `moves`).
+        apart: the same three, by kernels of their own.
         written: results that take memory.
         gradients: operands that need a gradient.
         saved_root: tensor whose storage is kept because of this row, or -1.
@@ -144,6 +145,7 @@ class OpSheet:
     forward: Array
     backward: Array
     accumulated: Array
+    apart: Array
     written: Array
     gradients: Array
     saved_root: Codes
@@ -206,6 +208,7 @@ def make_op_sheet(
         rows=shard_rows(np.concatenate([block.tensor for block in blocks]), codes, tensors.width),
         ids=sharding_ids(codes),
         forward=weights[FORWARD], backward=weights[BACKWARD], accumulated=weights[ACCUMULATED],
+        apart=weights[APART : APART + 3],
         written=weights[WRITTEN], gradients=weights[GRADIENTS],
         saved_root=np.concatenate([block.saved_root for block in blocks]),
         kept_share=np.concatenate([block.kept_share for block in blocks]),
@@ -233,7 +236,7 @@ def _gathers_again(
     return found
 
 
-FORWARD, BACKWARD, ACCUMULATED, WRITTEN, GRADIENTS = range(5)
+FORWARD, BACKWARD, ACCUMULATED, WRITTEN, GRADIENTS, APART = range(6)
 
 
 @dataclass(frozen=True)
@@ -252,8 +255,9 @@ def _rows_of(
     """Rows of one op, choice after choice."""
     values = tensors.values
     names = (*op.inputs, *op.outputs)
-    added = moves.accumulated or (0.0,) * len(names)
-    weights = np.array([moves.forward, moves.backward, added, moves.written, moves.gradients], dtype=np.float64)
+    added, added_apart = moves.accumulated
+    rows = moves.forward, moves.backward, added, moves.written, moves.gradients, *moves.apart, added_apart
+    weights = np.array([row or (0.0,) * len(names) for row in rows], dtype=np.float64)
     saved, share = np.full(len(names), -1, dtype=np.int64), np.ones(len(names))
     slot_of = {name: slot for slot, name in enumerate(names)}
     for name, part in (dict.fromkeys(moves.saved, 1.0) if again is None else again.kept).items():

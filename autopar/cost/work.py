@@ -15,7 +15,7 @@ import numpy as np
 from autopar.cost.device import DeviceSpec
 from autopar.cost.layouts import Codes, Mask
 from autopar.cost.power import dynamic_limit_w, kernel_energy_j, within_limit_s
-from autopar.cost.roofline import backward_share, compute_s, gemm_s, kernel_time_s
+from autopar.cost.roofline import backward_share, compute_s, gemm_s, kernel_time_s, memory_rate
 from autopar.cost.shards import Sizes
 from autopar.cost.sheets import Kept, OpSheet
 from autopar.ir.cost import Array
@@ -28,19 +28,21 @@ COMPILED_DISPATCH = 0.5
 class Work:
     """One pass over all kept choices; `owner` is the op of each.
 
-    `flops` and `num_bytes` count for energy and memory time, `compute_s` is arithmetic at the highest clock.
+    `flops` counts for energy, `compute_s` is arithmetic at the highest clock; `num_bytes` move beside it and
+    `apart_bytes` in kernels of their own.
     """
 
     owner: Codes
     flops: Array
     num_bytes: Array
+    apart_bytes: Array
     kernels: Array
     compute_s: Array
 
     @property
     def is_done(self) -> Mask:
         """Whether there is anything to do: members of a fused kernel move bytes but launch nothing."""
-        done: Mask = (self.kernels > 0) | (self.num_bytes > 0) | (self.flops > 0)
+        done: Mask = (self.kernels > 0) | (self.num_bytes + self.apart_bytes > 0) | (self.flops > 0)
         return done
 
 
@@ -72,15 +74,20 @@ def works(
     flops = (facts.flops_forward / share)[op] / parts
     runs = facts.has_backward[op]
     back_flops = np.where(runs, (facts.flops_backward / share)[op] / parts, 0.0)
-    back_weights = sheet.backward + sheet.accumulated * (1.0 - 1.0 / count)
+    earlier = 1.0 - 1.0 / count
     forward_s, backward_s = _compute_s(spec, sheet, kept, (flops, back_flops), row_bytes)
-    return Work(op, flops, total(sheet.forward) + inside[:, 0], facts.forward_kernels[op], forward_s), Work(
+    forward = Work(
+        op, flops, total(sheet.forward) + inside[:, 0], total(sheet.apart[0]), facts.forward_kernels[op], forward_s
+    )
+    backward = Work(
         op,
         back_flops,
-        np.where(runs, total(back_weights) + inside[:, 1], 0.0),
+        np.where(runs, total(sheet.backward + earlier * sheet.accumulated) + inside[:, 1], 0.0),
+        np.where(runs, total(sheet.apart[1] + earlier * sheet.apart[2]), 0.0),
         np.where(runs, facts.backward_kernels[op], 0.0),
         backward_s,
     )
+    return forward, backward
 
 
 def _compute_s(
@@ -163,11 +170,12 @@ def clocked(specs: tuple[DeviceSpec, ...], sheet: OpSheet, kept: Kept, work: Wor
 
 def _at(spec: DeviceSpec, kind: str, dtype: str, work: Work, here: Codes) -> tuple[Array, Array]:
     """Seconds and dynamic joules of some choices at the clock of `spec`."""
-    num_bytes = work.num_bytes[here]
+    num_bytes, apart_bytes = work.num_bytes[here], work.apart_bytes[here]
     time_s = kernel_time_s(
         spec, kind, computing_s=work.compute_s[here], num_bytes=num_bytes, num_kernels=work.kernels[here]
     )
-    return time_s, kernel_energy_j(spec, kind, dtype, work.flops[here], num_bytes)
+    energy_j = kernel_energy_j(spec, kind, dtype, work.flops[here], num_bytes + apart_bytes)
+    return time_s + apart_bytes / memory_rate(spec), energy_j
 
 
 def launches_s(dispatch_s: float, sheet: OpSheet, kept: Kept, work: Work, time_s: Array) -> Array:
