@@ -12,10 +12,11 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from autopar.errors import AutoparError, InfeasibleError, InputError
+from autopar.errors import AutoparError, InfeasibleError, InputError, WorkerError
 from autopar.ir.plan import Prediction
 from autopar.ir.quantity import Quantity
 from autopar.ir.solution import Pins
@@ -100,6 +101,8 @@ def _prepared(tables: Sequence[TableRow], free: bool) -> tuple[list[ValidatedRow
 
 
 BAD = "bad row"
+BUGS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a mistake of ours raises: it is told of the row that shows it, and the others are priced all the same."""
 
 
 def _unmeasured(row: PublishedRow, configuration: Configuration) -> str:
@@ -117,8 +120,11 @@ def _run(work: Sequence[_Job], jobs: int) -> Iterator[tuple[tuple[int, ...], tup
         return
     with _pool(jobs) as pool:
         running = {pool.submit(price_rows, job): job for job in work}
-        for future in as_completed(running):
-            yield running[future].places, future.result()
+        try:
+            for future in as_completed(running):
+                yield running[future].places, future.result()
+        except BrokenProcessPool as error:
+            raise WorkerError("a process that priced rows was killed; fewer --jobs need less memory") from error
 
 
 @contextmanager
@@ -138,35 +144,41 @@ def _ignore_interrupts() -> None:
 
 def price_rows(job: _Job) -> tuple[ValidatedRow, ...]:
     """Prices of rows that share a graph."""
-    first = job.configurations[0]
+    first, pairs = job.configurations[0], tuple(zip(job.rows, job.configurations, strict=True))
     try:
         captured = capture_graph(first.source, first.options, first.request.batch_size)
     except AutoparError as error:
-        return tuple(_skipped(row, found, error) for row, found in zip(job.rows, job.configurations, strict=True))
-    return tuple(
-        price_row(row, found, captured, job.free) for row, found in zip(job.rows, job.configurations, strict=True)
-    )
+        return tuple(_skipped(row, found, str(error)) for row, found in pairs)
+    return tuple(_priced_or_skipped(row, found, captured, job.free) for row, found in pairs)
 
 
-def _skipped(row: PublishedRow, found: Configuration, error: AutoparError) -> ValidatedRow:
-    reason = str(error).splitlines()[0]
-    return replace(described(row), skipped=reason, configuration=found.words, assumed=found.assumed)
+def _priced_or_skipped(row: PublishedRow, found: Configuration, captured: CapturedGraph, free: bool) -> ValidatedRow:
+    try:
+        return price_row(row, found, captured, free)
+    except AutoparError as error:
+        return _skipped(row, found, str(error))
+    except BUGS as error:
+        return _skipped(row, found, f"a bug of autopar: {type(error).__name__}: {error}")
+
+
+def _skipped(row: PublishedRow, found: Configuration, reason: str) -> ValidatedRow:
+    line = reason.splitlines()[0]
+    return replace(described(row), skipped=line, configuration=found.words, assumed=found.assumed)
 
 
 def price_row(row: PublishedRow, found: Configuration, captured: CapturedGraph, free: bool = False) -> ValidatedRow:
-    """One row with its predictions; `captured` is the graph of its configuration."""
+    """One row with its predictions; `captured` is the graph of its configuration.
+
+    Raises:
+        AutoparError: the configuration cannot be priced.
+    """
 
     def price(configuration: Configuration) -> Priced:
         return price_configuration(
             configuration.source, configuration.options, configuration.request, captured=captured
         )
 
-    try:
-        priced = price(found)
-        memory = _memory(row, found, priced.planned.plan.predicted, price)
-        free_s = _free_s(found, captured) if free else None
-    except AutoparError as error:
-        return _skipped(row, found, error)
+    priced = price(found)
     predicted = priced.planned.plan.predicted
     blank = described(row)
     is_run = found.memory_kind in ("allocated", "reserved")
@@ -176,11 +188,11 @@ def price_row(row: PublishedRow, found: Configuration, captured: CapturedGraph, 
         configuration=found.words,
         assumed=found.assumed,
         time_s=replace(blank.time_s, predicted=predicted.step_time_s),
-        memory_gib=memory,
+        memory_gib=_memory(row, found, predicted, price),
         energy_j=replace(blank.energy_j, predicted=_of_gpus(predicted)),
         is_oom=blank.is_oom if is_run else None,
         predicted_oom=not priced.fits,
-        free_s=free_s,
+        free_s=_free_s(found, captured) if free else None,
     )
 
 

@@ -75,7 +75,7 @@ def _pair_cells(pair: Pair) -> tuple[str, str, str]:
 def _summary(found: Validation) -> list[str]:
     named = [*found.by_source().items(), ("all runs", found.overall())]
     named += [(f"{name}, quality C", accuracy) for name, accuracy in found.uncertain().items()]
-    rows: list[tuple[str, ...]] = [("", "priced", "seconds", "p90", "memory", "p90", "tau", "fits")]
+    rows: list[tuple[str, ...]] = [("", "priced", "seconds", "p90", "memory", "tau", "fits")]
     rows += [_summary_cells(name, accuracy) for name, accuracy in named]
     lines = _lines([list(column) for column in zip(*rows, strict=True)], left=(0,))
     words = (
@@ -97,7 +97,7 @@ def _summary_cells(name: str, found: Accuracy) -> tuple[str, ...]:
         f"{found.num_priced}/{found.num_rows}",
         *(
             "-" if share is None else f"{share:.1%}"
-            for share in (found.median_ape_s, found.p90_ape_s, found.median_ape_memory, found.p90_ape_memory)
+            for share in (found.median_ape_s, found.p90_ape_s, found.median_ape_memory)
         ),
         "-" if found.kendall_tau is None else f"{found.kendall_tau:.2f}",
         f"{found.num_labels_right}/{found.num_labels}" if found.num_labels else "-",

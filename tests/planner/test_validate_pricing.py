@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autopar.cost.software import load_software
 from autopar.ir.solution import Pins
 from autopar.ir.validation import ValidatedRow, Validation
+from autopar.planner import validate
 from autopar.planner.estimate import estimate_model
 from autopar.planner.plan import make_plan
 from autopar.planner.request import PlanRequest
@@ -130,3 +132,19 @@ def test_the_free_plan_is_sought_on_request(tmp_path: Path) -> None:
     assert found.free_s is not None
     assert found.time_s.predicted is not None
     assert found.free_s <= found.time_s.predicted.value * (1 + 1e-9)
+
+
+def test_a_mistake_of_ours_is_told_of_its_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_price = validate.price_configuration
+
+    def fail(source: str, options: dict[str, str], request: PlanRequest, **rest: Any) -> Any:
+        if request.pins.recompute == "full":
+            raise KeyError("planted")
+        return true_price(source, options, request, **rest)
+
+    monkeypatch.setattr(validate, "price_configuration", fail)
+    path = write_table(tmp_path / "t.csv", [row(recompute="full"), row(row_id="T-1")])
+    found = validate_tables([path], jobs=1)
+    assert found.rows[0].skipped == "a bug of autopar: KeyError: 'planted'"
+    assert found.rows[0].time_s.predicted is None
+    assert found.rows[1].time_s.predicted is not None
