@@ -12,7 +12,7 @@
 | `Faker`             | `FakeTensorMode`                           | documented, but lives in a private module      |
 | `strided_shard`     | `placement_types._StridedShard`            | DTensor's word for slicing a slice outside in  |
 | `intercept`         | `TorchDispatchMode`                        | documented, but lives in a private module      |
-| `allocations`       | event tree of the profiler                 | public events carry no addresses               |
+| `allocation_events` | event tree of the profiler                 | public events carry no addresses               |
 
 `encode_constant` and `decode_constant` turn the torch constants of a call into the strings of `ir.graph.Arg` and back.
 """
@@ -192,10 +192,15 @@ def strided_shard(dim: int, split_factor: int) -> Any:
     return _StridedShard(dim, split_factor=split_factor)
 
 
-def allocations(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
+def allocation_profiler() -> torch.profiler.profile:
+    """Records what this thread takes from torch's CPU allocator and gives back."""
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+
+def allocation_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]:
     """(address, bytes) of everything that torch's CPU allocator handed out, and took back (negative bytes), in order.
 
-    The profiler must have run with `profile_memory` and be over.
+    The profiler is an `allocation_profiler` that is over.
     """
     from torch._C._profiler import _EventType
 

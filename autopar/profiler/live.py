@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from types import TracebackType
 
-import torch
-
 from autopar import torch_adapter
 
 
 class LiveBytes:
-    """Context that records allocations of this thread; `peak_bytes` and `left_bytes` are known when it is left."""
+    """Context that records allocations; `peak_bytes` and `left_bytes` are known when it is left."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0
         self.left_bytes = 0
-        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self._profiler = torch_adapter.allocation_profiler()
 
     def __enter__(self) -> LiveBytes:
         self._profiler.start()
@@ -30,7 +28,7 @@ class LiveBytes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._profiler.stop()
-        self.peak_bytes, self.left_bytes = replay(torch_adapter.allocations(self._profiler))
+        self.peak_bytes, self.left_bytes = replay(torch_adapter.allocation_events(self._profiler))
 
 
 def replay(events: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -38,7 +36,7 @@ def replay(events: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
     Args:
         events: (address, bytes), negative where a block is given back. A block that is handed out at an address where
-            one lives already takes its place: another thread has given that one back, unseen.
+            one lives already takes its place: that one was given back unseen.
     """
     live: dict[int, int] = {}
     now = highest = 0
