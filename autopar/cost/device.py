@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,23 +137,13 @@ def read_device(path: Path, measured: Sequence[MeasuredNumber] = ()) -> DeviceSp
         AutoparError: if a number is missing, not finite, not positive or without unit and source.
     """
     data = json.loads(path.read_text(encoding="utf-8"))
-    numbers = {number.path: number for number in _numbers(data, "", path.name)}
-    numbers |= {m.path: Number(m.path, m.value, m.unit, m.source, "measured") for m in measured}
+    found = (*_numbers(data, "", path.name), *(Number(m.path, m.value, m.unit, m.source, "measured") for m in measured))
+    numbers = {number.path: number for number in found}
 
     def value(key: str) -> float:
         if key not in numbers:
             raise AutoparError(f"{path.name}: {key} is missing")
         return numbers[key].value
-
-    def link(level: str, energy_key: str) -> Link:
-        return Link(
-            value(f"{level}.bandwidth_bytes_per_s"),
-            value(f"{level}.latency_s"),
-            value(f"{level}.latency_per_hop_s"),
-            value(f"{level}.p2p_latency_s"),
-            value(energy_key),
-            **{key: value(f"{level}.{key}") for key in OPTIONAL_LINK_KEYS if f"{level}.{key}" in numbers},
-        )
 
     prefix = "peak_flops."
     return DeviceSpec(
@@ -172,8 +162,8 @@ def read_device(path: Path, measured: Sequence[MeasuredNumber] = ()) -> DeviceSp
         launch_overhead_s=value("kernels.launch_overhead_s"),
         overlap_slowdown=value("kernels.overlap_slowdown"),
         topology=data["intra_node"]["topology"],
-        intra_node=link("intra_node", "power.link_j_per_byte"),
-        inter_node=link("inter_node", "power.network_j_per_byte"),
+        intra_node=_link(numbers, value, "intra_node", "power.link_j_per_byte"),
+        inter_node=_link(numbers, value, "inter_node", "power.network_j_per_byte"),
         gpus_per_node=int(value("gpus_per_node")),
         idle_w=value("power.idle_w"),
         blocked_w=value("power.blocked_w"),
@@ -189,6 +179,18 @@ def read_device(path: Path, measured: Sequence[MeasuredNumber] = ()) -> DeviceSp
         clock_control=_clock_control(numbers),
         numbers=tuple(numbers[key] for key in sorted(numbers)),
         **{key: numbers[f"kernels.{key}"].value for key in OPTIONAL_KERNELS if f"kernels.{key}" in numbers},
+    )
+
+
+def _link(numbers: Mapping[str, Number], value: Callable[[str], float], level: str, energy_key: str) -> Link:
+    """One link level; `value` finds numbers that must be there."""
+    return Link(
+        value(f"{level}.bandwidth_bytes_per_s"),
+        value(f"{level}.latency_s"),
+        value(f"{level}.latency_per_hop_s"),
+        value(f"{level}.p2p_latency_s"),
+        value(energy_key),
+        **{key: value(f"{level}.{key}") for key in OPTIONAL_LINK_KEYS if f"{level}.{key}" in numbers},
     )
 
 
