@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from autopar.capture.export import Captured
     from autopar.capture.source import ModelSource
+    from autopar.runtime.executor import RunOptions
 
 SEED = 0
 """Of the weights, the example batch and the random streams."""
@@ -225,11 +226,24 @@ def _check_same_model(plan: Plan, captured: Captured, source: ModelSource) -> No
         raise PlanMismatchError(f"the model has other ops at the microbatch size than in the plan: {shown}")
 
 
+def _options(plan: Plan, device: str) -> RunOptions:
+    """What the plan's figures assume of the program."""
+    from autopar.runtime.executor import RunOptions
+
+    software = plan.software
+    return RunOptions(
+        device,
+        SEED,
+        overlap_gradients=software.overlap_gradients,
+        prefetch_parameters=software.prefetch_parameters,
+    )
+
+
 def verify_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of `verify_plan`; the fields of the report."""
     from autopar.capture.promote import promote
     from autopar.runtime.compare import compare
-    from autopar.runtime.executor import RunOptions, join_plan
+    from autopar.runtime.executor import join_plan
     from autopar.runtime.processes import device_name, device_type
     from autopar.torch_adapter import dtype_of
 
@@ -241,7 +255,7 @@ def verify_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     dtype = dtype_of(arguments["dtype"])
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in ready.state.items()}
     batch = [t.to(dtype) if t.is_floating_point() else t for t in ready.batch]
-    options = RunOptions(device, SEED, overlap_gradients=plan.software.overlap_gradients)
+    options = _options(plan, device)
     serial = make_serial_executor(graph, state, options, plan.decisions.num_microbatches)
     serial_loss = serial.compute_gradients(batch)
     mesh = join_plan(graph, plan.decisions, device_type())
@@ -293,7 +307,7 @@ def _eager_error(ready: Prepared, device: str) -> float | None:
 
 def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of `run_plan`; the fields of the report."""
-    from autopar.runtime.executor import RunOptions, join_plan
+    from autopar.runtime.executor import join_plan
     from autopar.runtime.measure import measure_steps
     from autopar.runtime.processes import device_name, device_type
 
@@ -302,7 +316,7 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     ready = prepare(plan, "cpu")
     graph, batch = ready.captured.graph, ready.batch
     mesh = join_plan(graph, plan.decisions, device_type())
-    options = RunOptions(device, SEED, overlap_gradients=plan.software.overlap_gradients)
+    options = _options(plan, device)
     executor = make_executor(graph, plan.decisions, ready.state, mesh, options)
     del ready  # the whole model; the executor has its own parts
     measured = measure_steps(executor, batch, int(arguments["steps"]))

@@ -9,6 +9,7 @@ A group of one process does nothing. Inputs need not be contiguous; outputs are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -80,13 +81,35 @@ def all_gather_dim(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
     """Slices of all ranks, joined along `dim`."""
     if axis.size == 1:
         return x
+    return start_gather(x, axis, dim).result()
+
+
+class Gathering:
+    """An all_gather under way."""
+
+    def __init__(self, work: dist.Work, mine: Tensor, parts: Tensor, shape: tuple[int, ...], dim: int) -> None:
+        self._work: dist.Work | None = work
+        self._mine: Tensor | None = mine
+        self._parts, self._shape, self._dim = parts, shape, dim
+
+    def result(self) -> Tensor:
+        """Slices of all ranks, joined; waits the first time."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = self._mine = None
+            count = self._parts.numel() // max(1, math.prod(self._shape))
+            if self._dim:
+                self._parts = torch.cat(self._parts.view(count, *self._shape).unbind(0), self._dim)
+            else:
+                self._parts = self._parts.view(count * self._shape[0], *self._shape[1:])
+        return self._parts
+
+
+def start_gather(x: Tensor, axis: AxisGroup, dim: int) -> Gathering:
+    """Start `all_gather_dim` over an axis of several ranks."""
+    mine = x.contiguous().view(-1)
     parts = x.new_empty((axis.size * x.numel(),))
-    _all_gather_single(parts, x.contiguous().view(-1), group=axis.process_group)
-    return torch.cat(parts.view(axis.size, *x.shape).unbind(0), dim) if dim else _stack_rows(parts, x, axis)
-
-
-def _stack_rows(parts: Tensor, x: Tensor, axis: AxisGroup) -> Tensor:
-    return parts.view(axis.size * x.shape[0], *x.shape[1:])
+    return Gathering(all_gather_flat(parts, mine, axis), mine, parts, tuple(x.shape), dim)
 
 
 def reduce_scatter_dim(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
@@ -172,14 +195,18 @@ def replicate_to_partial(x: Tensor, axis: AxisGroup) -> Tensor:
     return _move(x, lambda t: first_only(t, axis), lambda g: first_only(g, axis))
 
 
-def shard_to_invariant(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
-    """Sd -> I: all_gather; backward slice."""
-    return _move(x, lambda t: all_gather_dim(t, axis, dim), lambda g: slice_copy(g, axis, dim))
+def shard_to_invariant(x: Tensor, axis: AxisGroup, dim: int, started: Gathering | None = None) -> Tensor:
+    """Sd -> I: all_gather, which may have been started before; backward slice."""
+    return _move(x, lambda t: _gathered(t, axis, dim, started), lambda g: slice_copy(g, axis, dim))
 
 
-def shard_to_replicate(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
-    """Sd -> R: all_gather; backward reduce_scatter."""
-    return _move(x, lambda t: all_gather_dim(t, axis, dim), lambda g: reduce_scatter_dim(g, axis, dim))
+def shard_to_replicate(x: Tensor, axis: AxisGroup, dim: int, started: Gathering | None = None) -> Tensor:
+    """Sd -> R: all_gather, which may have been started before; backward reduce_scatter."""
+    return _move(x, lambda t: _gathered(t, axis, dim, started), lambda g: reduce_scatter_dim(g, axis, dim))
+
+
+def _gathered(x: Tensor, axis: AxisGroup, dim: int, started: Gathering | None) -> Tensor:
+    return all_gather_dim(x, axis, dim) if started is None else started.result()
 
 
 def shard_to_shard(x: Tensor, axis: AxisGroup, source_dim: int, target_dim: int) -> Tensor:
@@ -215,3 +242,8 @@ STEP_FUNCTIONS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     }
 )  # fmt: skip
 """Function of a `RedistributeStep`, by its `kinds`. Extra arguments are the dims of the splits, source first."""
+
+GATHERING: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
+    {kinds: STEP_FUNCTIONS[kinds] for kinds in ("SI", "SR")}
+)
+"""Those of them that only gather, and take a `Gathering` that has been started as a last argument."""

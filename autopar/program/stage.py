@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from autopar.program.collectives import AxisGroup
-from autopar.program.gathered import GatherScope
+from autopar.program.gathered import GatherScope, GatherSteps
 from autopar.program.local_ops import attention_dropout, dropout
 from autopar.program.recompute import Keeper
 from autopar.program.stream import StreamState
@@ -27,7 +27,7 @@ class Segment:
         name: of the block, or `shared`.
         module: takes `inputs`, returns the tuple of `outputs`.
         inputs, outputs: value names. The last output of the last segment may be `LOSS_OUTPUT`.
-        gathers: some parameter is gathered for use here.
+        gathered: parameters gathered for use here, by value name, and how.
         runs_again: backward runs it a second time instead of keeping what it saves.
     """
 
@@ -35,7 +35,7 @@ class Segment:
     module: fx.GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    gathers: bool
+    gathered: tuple[tuple[str, GatherSteps], ...] = ()
     runs_again: bool = False
 
     @property

@@ -19,7 +19,7 @@ from torch import fx
 from autopar.ir.graph import Op
 from autopar.ir.placement import Sharding, format_sharding
 from autopar.program.collectives import STEP_FUNCTIONS, AxisGroup
-from autopar.program.gathered import GatherScope, gather_parameter
+from autopar.program.gathered import GatherScope, GatherSteps, gather_parameter
 from autopar.program.local_ops import LOCAL_OPERATIONS, NEEDS_MEMBERS, NEEDS_STREAM
 from autopar.program.recompute import Keeper, keep_output, run_again
 from autopar.program.stage import LOSS_OUTPUT, Segment
@@ -60,7 +60,7 @@ class SegmentBuilder:
     held: dict[tuple[str, Sharding], fx.Node] = field(default_factory=dict)
     objects: dict[str, fx.Node] = field(default_factory=dict)
     called: dict[str, Any] = field(default_factory=dict)
-    gathers: bool = False
+    gathered: list[tuple[str, GatherSteps]] = field(default_factory=list)
 
     def build(self, name: str, ops: Sequence[Op], outputs: Sequence[str], *, with_loss: bool) -> Segment:
         """Add the ops in order, then the outputs.
@@ -82,7 +82,7 @@ class SegmentBuilder:
             names = (*names, LOSS_OUTPUT)
         self.graph.output(tuple(results))
         self.graph.lint()
-        return Segment(name, self._module(name), tuple(self.inputs), names, self.gathers, self.recompute.whole)
+        return Segment(name, self._module(name), tuple(self.inputs), names, tuple(self.gathered), self.recompute.whole)
 
     def _module(self, name: str) -> fx.GraphModule:
         return fx.GraphModule(self.attributes.by_name() | self.called, self.graph, class_name=_identifier(name))
@@ -140,7 +140,8 @@ class SegmentBuilder:
         if steps:
             arguments = tuple((s.kinds, self._object(self._axis(s)), _dims(s)) for s in steps)
             node = self.graph.call_function(gather_parameter, (node, arguments, self._object("scope")))
-            self.gathers = True
+            axes = self.attributes.axes
+            self.gathered.append((name, tuple((s.kinds, axes[s.axis], _dims(s)) for s in steps)))
         self._remember(node, name, exposed)
 
     def _axis(self, step: RedistributeStep) -> str:

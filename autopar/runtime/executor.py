@@ -54,6 +54,7 @@ class RunOptions:
         device: `cpu` or `cuda:<index>`.
         seed: of the random streams.
         overlap_gradients: sum gradients over ranks while backward still runs.
+        prefetch_parameters: gather the parameters of a block while its neighbour computes.
         bucket_bytes: of parameters whose gradients are summed together, at most.
     """
 
@@ -61,6 +62,7 @@ class RunOptions:
     seed: int = 0
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     overlap_gradients: bool = False
+    prefetch_parameters: bool = False
     bucket_bytes: float = BUCKET_BYTES
 
 
@@ -108,7 +110,7 @@ class Executor:
             for program in programs
         ]
         self.runners = [
-            StageRunner(program, buffers | self.store.leaves)
+            StageRunner(program, buffers | self.store.leaves, prefetch=options.prefetch_parameters)
             for program, buffers in zip(programs, self._buffers, strict=True)
         ]
         self.optimizer = _make_optimizer(self.store, self.options.optimizer)

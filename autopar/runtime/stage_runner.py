@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from autopar.program.gathered import Frame
 from autopar.program.recompute import checkpointed
 from autopar.program.stage import LOSS_OUTPUT, Segment, StageProgram
 
@@ -17,12 +18,13 @@ class StageRunner(nn.Module):
     Forwards must come in microbatch order, as every schedule here calls them.
     """
 
-    def __init__(self, program: StageProgram, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, program: StageProgram, state: Mapping[str, Tensor], *, prefetch: bool = False) -> None:
         """Bind tensors.
 
         Args:
             program: of this rank.
             state: parameters (leaves), buffers and constants by value name.
+            prefetch: gather the parameters of a segment while its neighbour computes.
         """
         super().__init__()
         self.program = program
@@ -30,6 +32,7 @@ class StageRunner(nn.Module):
         self._microbatches: Sequence[Mapping[str, Tensor]] = ()
         self._next = 0
         self._last_use = _last_uses(program)
+        self._prefetch = prefetch
 
     def feed(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None:
         """Batch inputs of each microbatch of the next step, by value name."""
@@ -45,23 +48,48 @@ class StageRunner(nn.Module):
         if program.shared is not None:
             with program.stream.at(microbatch, is_recomputing=False):
                 self._run(program.shared, values)
+        frames = self._frames()
         for index, segment in enumerate(program.segments):
-            self._run_block(segment, values, microbatch)
+            after = next((frame for frame in frames[index + 1 :] if frame is not None), None)
+            if after is not None:
+                after.start()
+            self._run_block(segment, values, microbatch, frames[index])
             for name in self._last_use[index]:
                 values.pop(name, None)
         if program.is_last:
             return values[LOSS_OUTPUT]
         return tuple(_detached_alias(values[tensor.name]) for tensor in program.sent)
 
-    def _run_block(self, segment: Segment, values: dict[str, Tensor], microbatch: int) -> None:
+    def _frames(self) -> list[Frame | None]:
+        """Under prefetching a frame for each segment of this microbatch that gathers, the first one started."""
+        if not self._prefetch:
+            return [None] * len(self.program.segments)
+        frames: list[Frame | None] = []
+        previous: Frame | None = None
+        for segment in self.program.segments:
+            wanted = [(self._state[name], steps) for name, steps in segment.gathered]
+            frames.append(Frame(wanted, previous) if wanted else None)
+            if wanted and previous is None and frames[-1] is not None:
+                frames[-1].start()
+            previous = frames[-1] or previous
+        return frames
+
+    def _run_block(self, segment: Segment, values: dict[str, Tensor], microbatch: int, frame: Frame | None) -> None:
         program = self.program
         if segment.runs_again and torch.is_grad_enabled():
             inputs = [values[name] for name in segment.inputs]
-            outputs = checkpointed(lambda: segment.module.forward(*inputs), program.stream, program.keeper, microbatch)
+
+            def run() -> tuple[Tensor, ...]:
+                if frame is not None and program.keeper.is_second_run:
+                    frame.enter_backward()
+                with program.scope.within(frame):
+                    return segment.module.forward(*inputs)  # type: ignore[no-any-return]
+
+            outputs = checkpointed(run, program.stream, program.keeper, microbatch)
             values.update(zip(segment.outputs, outputs, strict=True))
             return
-        with program.stream.at(microbatch, is_recomputing=False):
-            if segment.gathers:
+        with program.stream.at(microbatch, is_recomputing=False), program.scope.within(frame):
+            if segment.gathered:
                 with program.scope.forgetting():
                     self._run(segment, values)
             else:

@@ -52,3 +52,16 @@ def test_sums_start_during_backward_and_one_serves_many_parameters() -> None:
         assert (by_setting[False, 1e9]["early"], by_setting[False, 1e9]["late"]) == (0, 1)
         assert (by_setting[True, 1.0]["early"], by_setting[True, 1.0]["late"]) == (parameters, 0)
         assert (by_setting[True, 1e9]["early"], by_setting[True, 1e9]["late"]) == (1, 0)
+
+
+@pytest.mark.dist
+def test_gathers_start_before_they_are_needed_and_one_serves_a_block_of_backward() -> None:
+    for facts in launch_local(Job("tests.dist.worker:prefetch_facts", {}, 2), timeout_s=200):
+        by_setting = {tuple(fact["setting"]): fact for fact in facts}
+        gathered = facts[0]["gathered"]
+        assert gathered > 0
+        for policy in ("none", "full"):
+            plain, ahead = by_setting[False, policy], by_setting[True, policy]
+            assert plain["at_once"] == plain["gathers"]
+            assert ahead["gathers"] <= min(2 * gathered, plain["gathers"])
+            assert ahead["at_once"] <= 0.3 * ahead["gathers"]

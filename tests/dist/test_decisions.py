@@ -86,5 +86,11 @@ def test_gradients_summed_while_backward_runs(num_processes: int, cases: int) ->
     check(errors_on(num_processes, "overlap_cases", models=models), at_least=cases)
 
 
+@pytest.mark.parametrize(("num_processes", "cases"), [(2, 10), (4, 10)])
+def test_parameters_gathered_ahead(num_processes: int, cases: int) -> None:
+    models = ("toy/dropout", "gpt2") if num_processes == 2 else ("toy/deep",)
+    check(errors_on(num_processes, "prefetch_cases", models=models), at_least=cases)
+
+
 def test_optimizer_steps_with_clipping_follow_the_serial_ones() -> None:
     check(errors_on(2, "training_cases", models=("toy/transformer", "toy/conv")), at_least=28)

@@ -17,6 +17,7 @@ from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh, stage_mesh
 from autopar.ir.solution import RECOMPUTE, Decisions
 from autopar.planner.assemble import make_executor, make_serial_executor
+from autopar.program.collectives import Gathering
 from autopar.runtime.compare import compare, relative_error
 from autopar.runtime.executor import OptimizerOptions, RunOptions, join_plan
 from autopar.runtime.mesh import RankMesh
@@ -209,6 +210,61 @@ def overlap_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
         for (label, make), size in itertools.product(plans.items(), (600.0, 1e9)):
             options = RunOptions(overlap_gradients=True, bucket_bytes=size)
             results.append({"case": f"{name} {label} {size}", "error": bench.error_of(make(bench.graph), options)})
+    return results
+
+
+def prefetch_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Parameters gathered ahead, kept by notes, run again, or in a pipeline of chunks; beside sums that overlap."""
+    results = []
+    world = dist.get_world_size()
+    options = RunOptions(prefetch_parameters=True, overlap_gradients=True)
+    for name in arguments["models"]:
+        bench = Bench(name, 4)
+        for policy in RECOMPUTE:
+            decisions = recomputing(data_parallel(bench.graph, stage_mesh(world, 1), "zero3", 4), policy)
+            results.append({"case": f"{name} {policy}", "error": bench.error_of(decisions, options)})
+        if world == 4:
+            base = data_parallel(bench.graph, stage_mesh(2, 1), "zero3", 4)
+            for policy, chunks in itertools.product(("none", "full"), (1, 2)):
+                stages = cut_evenly(bench.graph, 2 * chunks, policy)
+                decisions = replace(base, schedule="1f1b", stages=stages, interleave=chunks)
+                case = f"{name} {policy} pipeline of 2 x {chunks} chunks"
+                results.append({"case": case, "error": bench.error_of(decisions, options)})
+            decisions = data_parallel(bench.graph, stage_mesh(2, 2), "zero3", 4)
+            results.append({"case": f"{name} 2 x 2", "error": bench.error_of(decisions, options)})
+    return results
+
+
+def prefetch_facts(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each setting: the gathers of a step, and how many were waited for right after they were started."""
+    bench = Bench("gpt2", 1)
+    decisions = data_parallel(bench.graph, stage_mesh(dist.get_world_size(), 1), "zero3", 1)
+    results = []
+    for prefetch, policy in itertools.product((False, True), ("none", "full")):
+        mesh = _mesh_of("", bench.graph, decisions)
+        chosen = recomputing(decisions, policy)
+        executor = make_executor(bench.graph, chosen, bench.state, mesh, RunOptions(prefetch_parameters=prefetch))
+        order: list[int] = []
+        begin, wait = Gathering.__init__, Gathering.result
+
+        def begun(self: Gathering, *args: Any) -> None:
+            order.append(id(self))  # noqa: B023 - called in this turn only
+            begin(self, *args)  # noqa: B023
+            kept.append(self)  # noqa: B023
+
+        def waited(self: Gathering) -> Tensor:
+            order.append(-id(self))  # noqa: B023
+            return wait(self)  # noqa: B023
+
+        kept: list[Gathering] = []
+        Gathering.__init__, Gathering.result = begun, waited  # type: ignore[method-assign]
+        try:
+            executor.compute_gradients(bench.batch)
+        finally:
+            Gathering.__init__, Gathering.result = begin, wait  # type: ignore[method-assign]
+        at_once = sum(b == -a for a, b in itertools.pairwise(order) if a > 0)
+        gathered = sum(len(segment.gathered) for program in executor.programs for segment in program.segments)
+        results.append({"setting": [prefetch, policy], "gathers": len(kept), "at_once": at_once, "gathered": gathered})
     return results
 
 
