@@ -129,10 +129,16 @@ def _run(work: Sequence[_Job], jobs: int) -> Iterator[tuple[tuple[int, ...], tup
 
 @contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with the block; one that is interrupted drops what has not begun."""
+    """Processes that end with the block, at once where it ends early."""
+    others = {child.pid for child in multiprocessing.active_children()}
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
     try:
         yield pool
+    except BaseException:
+        for child in multiprocessing.active_children():
+            if child.pid not in others:
+                child.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
