@@ -44,7 +44,7 @@ class Software:
     master_bytes: float = 0.0
     gradient_bytes: float | None = None
     state_bytes: float | None = None
-    frees_gradients: bool = False
+    frees_gradients: bool = True
     reduce_bytes: float | None = None
     regathers_operands: bool = False
     overlap_gradients: bool = False
