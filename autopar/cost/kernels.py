@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
-from autopar.ir.graph import Op, Value
+from autopar.ir.graph import Op, OpGraph, Value
 
 GEMMS = frozenset(("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum", "autopar.moe_experts"))
 CONVOLUTIONS = frozenset(f"{name}{dims}d" for name in ("conv", "conv_transpose") for dims in (1, 2, 3))
@@ -36,6 +38,25 @@ def work_kind(op: Op) -> str:
     if name in CONVOLUTIONS:
         return "convolution"
     return "attention" if name in ATTENTIONS else "other"
+
+
+def as_run_by(graph: OpGraph, kind: str) -> OpGraph:
+    """The graph with what its ops save on this kind of device.
+
+    GPUs run `rms_norm` as one kernel, which saves its operand and a float32 per row; the parts that it is made of
+    elsewhere save float32 copies of operand and result. Source: aten `_fused_rms_norm`, since PyTorch 2.8.
+    """
+    if kind != "gpu":
+        return graph
+    return replace(graph, ops=tuple(_as_one_kernel(op, graph.values) for op in graph.ops))
+
+
+def _as_one_kernel(op: Op, values: Mapping[str, Value]) -> Op:
+    if packet(op.target) != "rms_norm" or not op.saved_extra_bytes:
+        return op
+    operand = values[op.inputs[0]].meta
+    rows = math.prod(operand.shape[:-1])
+    return replace(op, saved_extra_bytes=min(op.saved_extra_bytes, operand.num_bytes + 4 * rows))
 
 
 def is_view(op: Op, values: Mapping[str, Value]) -> bool:

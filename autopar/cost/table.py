@@ -19,6 +19,7 @@ from autopar.cost.choices import ChoiceMaker
 from autopar.cost.collective import send_cost
 from autopar.cost.fusion import make_fusion
 from autopar.cost.hardware import Cluster
+from autopar.cost.kernels import as_run_by
 from autopar.cost.layouts import Codes
 from autopar.cost.measured import OpLookup, apply_profile
 from autopar.cost.memory import optimizer_states, slack_share
@@ -73,7 +74,8 @@ class CostTables:
         self.software = Software() if software is None else software
         self.keep = keep
         representatives = {template.representative for template in self.skeleton.nodes if template.kind == "op"}
-        self.fusion = make_fusion(graph, self.software, [op for op in graph.ops if op.name in representatives])
+        run = as_run_by(graph, cluster.spec.kind)
+        self.fusion = make_fusion(run, self.software, [op for op in run.ops if op.name in representatives])
         self.again = recomputed(self.fusion.graph, keep)
         self.pricer = Pricer(cluster, training, self.software)
         self.parameter_pricer = ParameterPricer(cluster, graph.optimizer, training, self.software)
