@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from autopar.errors import InfeasibleError, InputError
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import dump_plan
-from autopar.ir.solution import Objective, Pins
+from autopar.ir.software import Software
+from autopar.ir.solution import RECOMPUTE, Objective, Pins
 from autopar.planner.execute import FLOAT64_TOLERANCE, verify_worker
 from autopar.planner.plan import plan_model
 from autopar.planner.request import PlanRequest
@@ -39,6 +40,7 @@ class Toy:
     gpu: str
     objective: Objective
     pins: Pins
+    software: Software
 
 
 def toys(num_processes: int) -> st.SearchStrategy[Toy]:
@@ -49,13 +51,20 @@ def toys(num_processes: int) -> st.SearchStrategy[Toy]:
     degrees = [(d, t, p) for d in (1, 2, 4) for t in (1, 2, 4) for p in (1, 2, 4) if d * t * p == num_processes]
     free = st.just(Pins())
     pinned = st.builds(
-        lambda degree, m, zero, recompute: Pins(
-            dp=degree[0], tp=degree[1], pp=degree[2], num_microbatches=m, zero=zero, recompute=recompute
+        lambda degree, m, zero, recompute, chunks: Pins(
+            dp=degree[0],
+            tp=degree[1],
+            pp=degree[2],
+            num_microbatches=m,
+            zero=zero,
+            recompute=recompute,
+            interleave=chunks if degree[2] > 1 else None,
         ),
         st.sampled_from(degrees),
         st.sampled_from([None, 2]),
         st.sampled_from([None, 0, 1, 3]),
-        st.sampled_from([None, "none", "full"]),
+        st.sampled_from([None, *RECOMPUTE]),
+        st.sampled_from([None, None, 2]),
     )
     return st.builds(
         Toy,
@@ -64,13 +73,20 @@ def toys(num_processes: int) -> st.SearchStrategy[Toy]:
         st.sampled_from(["cpu", "h100-sxm-80gb"]),
         objective,
         st.one_of(pinned, pinned, free),
+        st.builds(Software, overlap_gradients=st.booleans(), prefetch_parameters=st.booleans()),
     )
 
 
 def emitted(toy: Toy, num_processes: int) -> Plan | None:
     """The planner's answer, or None where the pins leave nothing (e.g. more stages than blocks)."""
     request = PlanRequest(
-        num_gpus=num_processes, gpu=toy.gpu, objective=toy.objective, pins=toy.pins, use_all=True, batch_size=toy.batch
+        num_gpus=num_processes,
+        gpu=toy.gpu,
+        objective=toy.objective,
+        pins=toy.pins,
+        software=toy.software,
+        use_all=True,
+        batch_size=toy.batch,
     )
     try:
         return plan_model(str(SOURCE), {"layers": ",".join(toy.layers), "batch": str(toy.batch)}, request)
