@@ -14,10 +14,12 @@ from torch.nn import functional
 
 from autopar.capture.export import capture
 from autopar.capture.model_source import ModelSource
+from autopar.cost.recompute import recomputed
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.solution import RECOMPUTE
 from autopar.planner.assemble import make_executor
-from autopar.rewrite.program import serial_decisions
+from autopar.program.recompute import keep_output
+from autopar.rewrite.program import build_stage, serial_decisions
 from autopar.rules.recompute import attention_cores, block_ops, core_ops, recompute_by_block, with_cores_together
 from autopar.runtime.executor import Executor
 from autopar.runtime.mesh import serial_mesh
@@ -182,3 +184,27 @@ def test_partial_policies_work_on_layers_alone() -> None:
     assert set(recompute_by_block(graph, "alternate")) == {max(layers)}
     assert set(recompute_by_block(graph, "full")) == {b.index for b in graph.blocks}
     assert recompute_by_block(graph, "none") == {}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "mixtral"])
+def test_the_program_runs_again_what_the_cost_model_prices(name: str) -> None:
+    graph = captured(name, 4).graph
+    for policy in ("selective", "selective-op"):
+        decisions = serial_decisions(graph)
+        stages = (replace(decisions.stages[0], recompute=policy),)
+        program = build_stage(graph, replace(decisions, stages=stages), 0, ())
+        priced = {op for op, again in recomputed(graph, policy).items() if again.reruns}
+        kept, whole, parts = set(), set(), set()
+        for segment in program.segments:
+            outer = {node.meta["op"]: node for node in segment.module.graph.nodes if "op" in node.meta}
+            parts |= {node.meta["op"] for node in segment.nodes if "op" in node.meta} - set(outer)
+            kept |= {op for op, node in outer.items() if node.target is keep_output}
+            whole |= set(outer) if segment.runs_again else set()
+        if policy == "selective":
+            assert priced == parts
+            assert not whole
+        else:
+            members = {member.name for op in graph.ops for member in op.members}
+            last_ones = whole - kept - members - priced  # after the last result that backward needs
+            assert priced <= (whole | {op.name for op in graph.ops if op.members}) - kept
+            assert len(last_ones) <= 3 * len(program.segments)
