@@ -34,6 +34,8 @@ POINTWISE = frozenset(
 )  # fmt: skip
 COPIES = frozenset(("clone", "contiguous"))
 
+CASTS = frozenset(("to", "_to_copy", "type_as"))
+
 
 @dataclass(frozen=True)
 class Fusion:
@@ -57,21 +59,44 @@ def make_fusion(graph: OpGraph, software: Software, ops: Sequence[Op]) -> Fusion
     kind = software.fusion
     readers = Readers(graph.ops, graph.values, adds_inside=kind == "compiled")
     moves = {op.name: run_by(software, op, graph.values, eager_moves(op, readers)) for op in ops}
-    if kind == "eager":
-        return Fusion(graph, moves, (), frozenset())
-    maker = _Groups(graph, readers, kind == "compiled", software.compiles_loss)
     found, inner = [], set[str]()
     for block in dict.fromkeys(op.block for op in ops if op.block >= 0):
         own = graph.blocks[block]
-        for group in maker.groups([op for op in graph.ops[own.start : own.stop] if not op.is_shared]):
-            kernel = _Kernel(graph, readers, group, maker.is_compiled)
+        inside = [op for op in graph.ops[own.start : own.stop] if not op.is_shared]
+        for group, is_compiled in _groups(graph, readers, inside, software):
+            kernel = _Kernel(graph, readers, group, is_compiled)
             if len(kernel.working) == 1 and _name(kernel.working[0]) not in LOSSES:
                 continue
             fused = kernel.moves(moves)
             moves |= {name: one for name, one in fused.items() if name in moves}
             found.append(tuple(op.name for op in group))
             inner |= kernel.inner
+    if not found:
+        return Fusion(graph, moves, (), frozenset())
     return Fusion(_keeping(graph, moves), moves, tuple(found), frozenset(inner))
+
+
+def _groups(
+    graph: OpGraph, readers: Readers, ops: Sequence[Op], software: Software
+) -> Iterator[tuple[Sequence[Op], bool]]:
+    """Groups of a block with whether a compiler makes them, or a kernel as good as what it makes."""
+    is_compiled, rest = software.fusion == "compiled", ops
+    if software.fuses_loss and not is_compiled:
+        head = _loss_group(graph, ops)
+        rest = [op for op in ops if op not in head]
+        if head:
+            yield head, True
+    if software.fusion != "eager":
+        maker = _Groups(graph, readers, is_compiled, software.compiles_loss)
+        yield from ((group, is_compiled) for group in maker.groups(rest))
+
+
+def _loss_group(graph: OpGraph, ops: Sequence[Op]) -> list[Op]:
+    """The loss and the casts of its operands."""
+    losses = [op for op in ops if _name(op) in LOSSES]
+    read = {name for op in losses for name in op.inputs}
+    casts = [op for op in ops if _name(op) in CASTS and read & set(op.outputs) and not is_view(op, graph.values)]
+    return [*casts, *losses]
 
 
 def _keeping(graph: OpGraph, moves: Mapping[str, Moves]) -> OpGraph:

@@ -11,8 +11,8 @@ chunks of rank k the bubble shrinks to a v-th:
     T = M * max_k t'_k + (sum_k t'_k - max_k t'_k) / v
 
 Source: the synchronous 1F1B, interleaved 1F1B and GPipe makespans with zero transfer time (Narayanan et al. 2021);
-exact for equal stages or chunks; of the first, an upper bound for forward/backward ratios in [1, 3]. Reported plans are
-re-timed by simulation.
+exact for equal stages or chunks; the first errs by a few per cent, nearly always upwards, where stages differ and
+backward takes one to three times forward. Reported plans are re-timed by simulation.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ class Software:
         name: in `costmodels/software.json`.
         fusion: `eager`: every op of the graph is its own kernel; `fused`: neighbouring pointwise ops are written as
             one kernel by hand; `compiled`: a compiler fuses pointwise ops, reductions and casts.
+        fuses_loss: the loss is one kernel on logits in compute precision, written by hand.
         compiles_loss: compilation covers the loss and the cast of its operand too.
         keeps_copy: parameters stay in memory in compute precision; False: only a master copy stays, and what computes
             is made from it (FSDP's mixed precision).
@@ -39,6 +40,7 @@ class Software:
 
     name: str = "autopar"
     fusion: str = "eager"
+    fuses_loss: bool = False
     compiles_loss: bool = True
     keeps_copy: bool = True
     master_bytes: float = 0.0
