@@ -33,6 +33,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "gemm_efficiency": (0.3, 0.98),
     "attention_efficiency": (0.1, 0.95),
     "attention_backward_efficiency": (0.1, 0.95),
+    "gemm_depth": (16, 1024),
     "memory_efficiency": (0.3, 0.98),
     "launch_overhead_s": (1e-6, 2e-5),
     "dispatch_s": (1e-6, 3e-5),
@@ -92,12 +93,8 @@ def _case(name: str, source: str, measured_s: float, found: Configuration, captu
 
 
 def error_of(cases: Sequence[Case], numbers: Mapping[str, float]) -> float:
-    """Mean |log(predicted / measured)|, sources alike in weight."""
-    by_source: dict[str, list[float]] = {}
-    for case in cases:
-        found = abs(math.log(case.predicted_s(numbers) / case.measured_s))
-        by_source.setdefault(case.source, []).append(found)
-    return statistics.fmean(statistics.fmean(errors) for errors in by_source.values())
+    """Mean |log(predicted / measured)|."""
+    return statistics.fmean(abs(math.log(case.predicted_s(numbers) / case.measured_s)) for case in cases)
 
 
 def golden(function: Callable[[float], float], low: float, high: float) -> float:

@@ -10,6 +10,8 @@ from autopar.ir.graph import Op, OpGraph, Value
 
 GEMMS = frozenset(("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum", "autopar.moe_experts"))
 CONVOLUTIONS = frozenset(f"{name}{dims}d" for name in ("conv", "conv_transpose") for dims in (1, 2, 3))
+CAUSAL_BLOCK = 128
+"""Positions of a block of fused attention."""
 ATTENTIONS = frozenset(("scaled_dot_product_attention",))
 SELECTING_VIEWS = frozenset(("slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow"))
 """Views whose backward writes a whole zero-filled gradient."""
@@ -41,22 +43,36 @@ def work_kind(op: Op) -> str:
 
 
 def as_run_by(graph: OpGraph, kind: str) -> OpGraph:
-    """The graph with what its ops save on this kind of device.
+    """The graph with what its ops save and compute on this kind of device.
 
     GPUs run `rms_norm` as one kernel, which saves its operand and a float32 per row; the parts that it is made of
-    elsewhere save float32 copies of operand and result. Source: aten `_fused_rms_norm`, since PyTorch 2.8.
+    elsewhere save float32 copies of operand and result (aten `_fused_rms_norm`, since PyTorch 2.8). Their causal
+    attention skips whole blocks of `CAUSAL_BLOCK` positions alone (Dao 2023).
     """
     if kind != "gpu":
         return graph
-    return replace(graph, ops=tuple(_as_one_kernel(op, graph.values) for op in graph.ops))
+    return replace(graph, ops=tuple(_on_gpu(op, graph.values) for op in graph.ops))
 
 
-def _as_one_kernel(op: Op, values: Mapping[str, Value]) -> Op:
-    if packet(op.target) != "rms_norm" or not op.saved_extra_bytes:
-        return op
-    operand = values[op.inputs[0]].meta
-    rows = math.prod(operand.shape[:-1])
-    return replace(op, saved_extra_bytes=min(op.saved_extra_bytes, operand.num_bytes + 4 * rows))
+def _on_gpu(op: Op, values: Mapping[str, Value]) -> Op:
+    name = packet(op.target)
+    if name == "rms_norm" and op.saved_extra_bytes:
+        operand = values[op.inputs[0]].meta
+        rows = math.prod(operand.shape[:-1])
+        return replace(op, saved_extra_bytes=min(op.saved_extra_bytes, operand.num_bytes + 4 * rows))
+    if name in ATTENTIONS and op.kwargs.get("is_causal"):
+        share = _computed_share(values[op.inputs[0]].meta.shape[-2])
+        return replace(
+            op, flops_forward=round(op.flops_forward * share), flops_backward=round(op.flops_backward * share)
+        )
+    return op
+
+
+def _computed_share(positions: int) -> float:
+    """Scores that causal attention computes in whole blocks, over those that it needs."""
+    block = min(CAUSAL_BLOCK, positions)
+    blocks = -(-positions // block)
+    return block * block * blocks * (blocks + 1) / (positions * (positions + 1))
 
 
 def is_view(op: Op, values: Mapping[str, Value]) -> bool:

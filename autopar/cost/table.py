@@ -29,7 +29,7 @@ from autopar.cost.roofline import flop_rate
 from autopar.cost.shards import Sizes, Tensors
 from autopar.cost.sheets import Kept, ParameterSheet, make_op_sheet, make_parameter_sheet
 from autopar.cost.skeleton import SHARED, EdgeTemplate, NodeTemplate, make_skeleton
-from autopar.cost.transfers import Transfers, price
+from autopar.cost.transfers import Transfers, price, visible_terms
 from autopar.cost.upkeep import Around, ParameterPricer, parameter_places
 from autopar.cost.wiring import Form, Frame, Wiring
 from autopar.errors import InputError
@@ -49,6 +49,7 @@ class CostTables:
     Attributes:
         training: False prices forward alone.
         software: how the program runs.
+        run: the graph as its ops run on the devices of the cluster.
         keep: one of `ir.solution.KEPT`: what backward computes again on stages without full recompute.
     """
 
@@ -74,8 +75,8 @@ class CostTables:
         self.software = Software() if software is None else software
         self.keep = keep
         representatives = {template.representative for template in self.skeleton.nodes if template.kind == "op"}
-        run = as_run_by(graph, cluster.spec.kind)
-        self.fusion = make_fusion(run, self.software, [op for op in run.ops if op.name in representatives])
+        self.run = as_run_by(graph, cluster.spec.kind)
+        self.fusion = make_fusion(self.run, self.software, [op for op in self.run.ops if op.name in representatives])
         self.again = recomputed(self.fusion.graph, keep)
         self.pricer = Pricer(cluster, training, self.software)
         self.parameter_pricer = ParameterPricer(cluster, graph.optimizer, training, self.software)
@@ -183,7 +184,7 @@ class CostTables:
 
     def _make_frame(self, active: tuple[bool, ...]) -> Frame:
         skeleton = self.skeleton
-        by_name: Mapping[str, Op] = {op.name: op for op in self.graph.ops}
+        by_name: Mapping[str, Op] = {op.name: op for op in self.run.ops}
         op_nodes = tuple(i for i, template in enumerate(skeleton.nodes) if template.kind == "op")
         ops = [by_name[skeleton.nodes[i].representative] for i in op_nodes]
         choices = [self._choices.op(op, active) for op in ops]
@@ -261,6 +262,8 @@ class _TableMaker:
         prices = dict(_parts(flat[0], op_kept, frame.op_nodes))
         if frame.parameters is not None and parameter_kept is not None:
             gathering = terms[frame.gathering]
+            if source.software.overlap_tensor:
+                terms = visible_terms(terms, source.cluster.spec.overlap_slowdown)
             flat.append(
                 source.parameter_pricer.price(
                     frame.parameters,

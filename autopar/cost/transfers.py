@@ -107,6 +107,13 @@ class Transfers:
             state = (*state[: step.axis], step.target, *state[step.axis + 1 :])
 
 
+def visible_terms(terms: Array, share: float) -> Array:
+    """What shows of redistributions that run in pieces beside the GEMM before or after them: a share of their time."""
+    scale = np.ones(NUM_TERMS)
+    scale[:4] = share
+    return np.where(np.isfinite(terms), terms * scale, terms)
+
+
 def _parts(sizes: Sequence[int]) -> Array:
     """Parts that each set of sharded axes (as bits) cuts a tensor into."""
     parts = np.ones(1 << len(sizes))
