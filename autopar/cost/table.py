@@ -112,6 +112,13 @@ class CostTables:
         other._tables = {}
         return other
 
+    def keeping(self, policy: str) -> CostTables:
+        """The same tables with another of `ir.solution.KEPT`."""
+        return CostTables(
+            self.graph, self.cluster, pins=self.pins, profile=self.profile, training=self.training,
+            software=self.software, keep=policy,
+        )  # fmt: skip
+
     def clock_figures(self, mesh: StageMesh, num_microbatches: int) -> ClockFigures | None:
         """Op nodes move by what the model makes of each clock; measured rows in proportion."""
         base = self.table(mesh, num_microbatches)

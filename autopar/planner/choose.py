@@ -1,8 +1,9 @@
 """Choice: what is planned, among the search's answer, its contenders and the baselines, by simulated figures.
 
-The search minimises a closed form of the pipeline's step time, which errs a little where stages differ. All candidates
-are therefore simulated, paced as the average power cap needs, and the best that keeps every limit is taken, so a plan
-is never dearer than a baseline under the same simulation.
+The search minimises a closed form of the pipeline's step time, which errs a little where stages differ. All candidates,
+and variants of them that the search does not enumerate (`planner.variants`), are therefore simulated, paced as the
+average power cap needs, and the best that keeps every limit is taken, so a plan is never dearer than a baseline under
+the same simulation.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from autopar.ir.verify import broken_limits, limited_figures
 from autopar.planner.cuts import with_even_cuts
 from autopar.planner.pinned import check_constraints
 from autopar.planner.request import PlanRequest, Target
+from autopar.planner.variants import Variants
 from autopar.search.baselines import BASELINES, Family, best_of_family
 from autopar.search.infeasible import WORDS
 from autopar.search.solve import search
@@ -164,7 +166,12 @@ class Chooser:
 
     def _candidates(self, tables: CostTables | MixedTables, solution: Solution) -> list[Candidate]:
         found = [self.candidate(tables, solution.decisions, formula=solution.objective_value)]
-        return [*found, *(self.candidate(tables, decisions) for decisions in solution.contenders)]
+        found += [self.candidate(tables, decisions) for decisions in solution.contenders]
+        if isinstance(tables, CostTables) and self.keep == "none":
+            variants = Variants(self.graph, tables, self.request.pins)
+            searched = (solution.decisions, *solution.contenders)
+            found += [self.candidate(own, other) for decisions in searched for own, other in variants.of(decisions)]
+        return found
 
     def _baselines(self) -> tuple[tuple[Baseline, ...], tuple[Candidate, ...]]:
         rows, candidates = [], []

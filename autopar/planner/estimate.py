@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from autopar.cost.mixed import MixedCluster
-from autopar.errors import InputError
+from autopar.errors import InfeasibleError, InputError
 from autopar.ir.plan import Plan
 from autopar.ir.solution import Pins
 from autopar.planner.plan import CapturedGraph, Planned, capture_graph, make_plan
@@ -37,7 +37,7 @@ class Priced:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The best plan under the user's pins, and the one without them, None if no plan fits."""
+    """The user's configuration, and the best plan without its pins."""
 
     pinned: Priced
     free: Plan
@@ -79,5 +79,38 @@ def estimate_model(
         raise InputError("estimate prices a configuration: fix it with --pin, e.g. --pin dp=4,tp=2,pp=1")
     captured = capture_graph(source, options, request.batch_size, progress)
     pinned = price_configuration(source, options, request, progress, captured=captured)
+    return Estimate(pinned, free_plan(source, options, request, progress, captured=captured, pinned=pinned))
+
+
+def free_plan(
+    source: str,
+    options: Mapping[str, str],
+    request: PlanRequest,
+    progress: Progress | None = None,
+    *,
+    captured: CapturedGraph,
+    pinned: Priced,
+) -> Plan:
+    """The best plan without the request's pins; the pinned configuration itself where nothing better was found.
+
+    Raises:
+        InfeasibleError: no plan fits.
+    """
     free = replace(request, pins=Pins(), with_baselines=False)
-    return Estimate(pinned, make_plan(source, options, free, progress, captured=captured).plan)
+    mine = replace(request, with_baselines=False)
+    try:
+        found = make_plan(source, options, free, progress, captured=captured).plan
+    except InfeasibleError:
+        if not pinned.fits:
+            raise
+        return make_plan(source, options, mine, progress, captured=captured).plan
+    if pinned.fits and _value(pinned.planned.plan) < _value(found):
+        note = "the search found nothing better than the pinned configuration, which it does not enumerate as such"
+        own = make_plan(source, options, mine, progress, captured=captured).plan
+        return replace(own, notes=(*own.notes, note))
+    return found
+
+
+def _value(plan: Plan) -> float:
+    predicted = plan.predicted
+    return plan.objective.value(predicted.step_time_s.value, predicted.energy_j.value, plan.decisions.num_gpus)

@@ -19,11 +19,10 @@ from dataclasses import dataclass, replace
 from autopar.errors import AutoparError, InfeasibleError, InputError, WorkerError
 from autopar.ir.plan import Prediction
 from autopar.ir.quantity import Quantity
-from autopar.ir.solution import Pins
 from autopar.ir.validation import Pair, ValidatedRow, Validation
 from autopar.planner.configuration import Configuration, configure, plausibility_faults
-from autopar.planner.estimate import Priced, price_configuration
-from autopar.planner.plan import CapturedGraph, capture_graph, make_plan
+from autopar.planner.estimate import Priced, free_plan, price_configuration
+from autopar.planner.plan import CapturedGraph, capture_graph
 from autopar.planner.published import PublishedRow, TableRow, read_tables
 from autopar.planner.request import Progress, say_nothing
 from autopar.planner.wording import read_percentage
@@ -198,7 +197,7 @@ def price_row(row: PublishedRow, found: Configuration, captured: CapturedGraph, 
         energy_j=replace(blank.energy_j, predicted=_of_gpus(predicted)),
         is_oom=blank.is_oom if is_run else None,
         predicted_oom=not priced.fits,
-        free_s=_free_s(found, captured) if free else None,
+        free_s=_free_s(found, captured, priced) if free else None,
     )
 
 
@@ -257,11 +256,10 @@ def _of_gpus(predicted: Prediction) -> Quantity:
     return _scaled(predicted.energy_j, 1 - hosts / predicted.energy_j.value, "J")
 
 
-def _free_s(found: Configuration, captured: CapturedGraph) -> float | None:
+def _free_s(found: Configuration, captured: CapturedGraph, pinned: Priced) -> float | None:
     """Step time of the best plan on the same GPUs; None if none fits."""
-    request = replace(found.request, pins=Pins())
     try:
-        plan = make_plan(found.source, found.options, request, captured=captured).plan
+        plan = free_plan(found.source, found.options, found.request, captured=captured, pinned=pinned)
     except InfeasibleError:
         return None
     return plan.predicted.step_time_s.value
