@@ -178,7 +178,7 @@ class ParameterPricer:
     def _update_s(self, held: Upkeep, optimizer_parts: Array) -> Array:
         """As measured where it was; else the bytes that one fused kernel moves."""
         line = self.cluster.line(f"update:{self.optimizer}", 1)
-        if line is None or self.software != Software():
+        if line is None or self.software.name != Software().name:
             modelled: Array = held.update / memory_rate(self.spec)
             return modelled
         measured: Array = line.latency_s + held.whole / optimizer_parts * line.s_per_byte

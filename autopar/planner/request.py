@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from autopar.cost.hardware import Cluster, load_cluster, with_measured
 from autopar.cost.mixed import MixedCluster, describe_cluster
+from autopar.cost.software import load_software
 from autopar.errors import InputError
 from autopar.ir.cluster import ClusterDescription
 from autopar.ir.software import Software
@@ -18,6 +19,8 @@ from autopar.planner.profile import NO_PROFILE, LoadedProfile, load_rows
 
 Progress: TypeAlias = Callable[[str], None]
 """Told in one short phrase what is being done."""
+OWN_SOFTWARE = "autopar"
+"""The stack that `autopar run` is."""
 CLOCKS = ("auto", "max")
 INTERRUPTED = "the search was interrupted: this is the best plan that it had found"
 """Note of a plan that another run with equal inputs need not give."""
@@ -39,7 +42,8 @@ class PlanRequest:
         time_limit_s: of the search.
         clocks: `auto`: plans may lock clocks; `max`: devices are left alone.
         gap_tolerance: relative distance to the bound at which the search may stop.
-        software: how the program would run; the default is autopar's own runtime, others are for prices alone.
+        software: how the program would run; the default is autopar's own runtime. Others are for prices; what they say
+            of overlap holds for `run` and `verify` too.
     """
 
     num_gpus: int
@@ -57,7 +61,7 @@ class PlanRequest:
     with_baselines: bool = True
     clocks: str = "auto"
     cluster: ClusterDescription | None = None
-    software: Software = field(default_factory=Software)
+    software: Software = field(default_factory=lambda: load_software(OWN_SOFTWARE))
     network_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
