@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from autopar.ir.graph import Block, Op, OpGraph
 from autopar.ir.solution import Decisions
@@ -20,44 +21,62 @@ NAMED_DIMS = {
 BatchDims = Mapping[str, "int | None"]
 
 
+@dataclass(frozen=True, slots=True)
+class BlockSplit:
+    """A run of alike blocks; `ops`: (what each axis divides, names of the heavy ops)."""
+
+    blocks: str
+    ops: tuple[tuple[str, str], ...]
+
+
 def describe_blocks(decisions: Decisions, graph: OpGraph) -> list[str]:
     """One paragraph per run of alike blocks: the ops that do most of its work, by what each axis divides."""
     if all(axis.size == 1 for axis in decisions.mesh.axes):
         return []
-    dims = batch_dims(graph)
     lines = ["How the heavy ops are split (what each mesh axis divides)"]
-    for blocks, described in _runs(decisions, graph, dims):
-        last = f" .. {blocks[-1].name}" if len(blocks) > 1 else ""
-        count = f" ({len(blocks)} blocks)" if len(blocks) > 1 else ""
-        lines += [f"  {blocks[0].name}{last}{count}"[:WIDTH], *described]
+    for split in block_splits(decisions, graph):
+        lines.append(f"  {split.blocks}"[:WIDTH])
+        for words, names in split.ops:
+            text = f"{words}: {names}"
+            lines += textwrap.wrap(
+                text, WIDTH, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False
+            )
     return [*lines, ""]
 
 
-def _runs(decisions: Decisions, graph: OpGraph, dims: BatchDims) -> Iterator[tuple[list[Block], list[str]]]:
-    """Neighbouring blocks with one description, and that description. Blocks without heavy ops are left out."""
+def block_splits(decisions: Decisions, graph: OpGraph) -> tuple[BlockSplit, ...]:
+    """Runs of neighbouring blocks whose heavy ops are split alike. Blocks without heavy ops are left out."""
+    found = []
+    for blocks, ops in _runs(decisions, graph, batch_dims(graph)):
+        last = f" .. {blocks[-1].name}" if len(blocks) > 1 else ""
+        count = f" ({len(blocks)} blocks)" if len(blocks) > 1 else ""
+        found.append(BlockSplit(f"{blocks[0].name}{last}{count}", ops))
+    return tuple(found)
+
+
+def _runs(
+    decisions: Decisions, graph: OpGraph, dims: BatchDims
+) -> Iterator[tuple[list[Block], tuple[tuple[str, str], ...]]]:
+    """Neighbouring blocks with one description, and that description."""
     run: list[Block] = []
-    described: list[str] = []
+    described: tuple[tuple[str, str], ...] = ()
     for block in graph.blocks:
-        lines = _describe(decisions, graph, block, dims)
-        if run and lines != described:
+        ops = _describe(decisions, graph, block, dims)
+        if run and ops != described:
             yield run, described
             run = []
-        if lines:
+        if ops:
             run.append(block)
-        described = lines
+        described = ops
     if run:
         yield run, described
 
 
-def _describe(decisions: Decisions, graph: OpGraph, block: Block, dims: BatchDims) -> list[str]:
+def _describe(decisions: Decisions, graph: OpGraph, block: Block, dims: BatchDims) -> tuple[tuple[str, str], ...]:
     names_by_words: dict[str, list[str]] = {}
     for op in _heavy_ops(graph, block):
         names_by_words.setdefault(_split_words(decisions, op, dims), []).append(_short_name(op, block))
-    lines = []
-    for words, names in names_by_words.items():
-        text = f"{words}: {', '.join(dict.fromkeys(names))}"
-        lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
-    return lines
+    return tuple((words, ", ".join(dict.fromkeys(names))) for words, names in names_by_words.items())
 
 
 def _heavy_ops(graph: OpGraph, block: Block) -> list[Op]:

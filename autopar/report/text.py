@@ -56,7 +56,8 @@ def mesh_words(plan: Plan) -> str:
     return ", ".join([f"pp={len(plan.decisions.stages)}", *axes])
 
 
-def _header(plan: Plan) -> list[str]:
+def header_words(plan: Plan) -> list[tuple[str, str]]:
+    """(name, words): model, devices, objective, limits; a name of "" continues the one before."""
     origin = {"flag": "as named", "detected": "found here", "default": "the default"}.get(plan.cluster.origin, "")
     model = plan.model.source + "".join(f" {key}={value}" for key, value in sorted(plan.model.options.items()))
     memory = format_bytes(plan.cluster.memory_bytes)
@@ -65,14 +66,17 @@ def _header(plan: Plan) -> list[str]:
         groups = plan.cluster.description.groups
         types = [f"{sum(g.nodes)} x {g.gpu} in {len(g.nodes)} node{'s' * (len(g.nodes) > 1)}" for g in groups]
         gpus, memory = f"up to {' + '.join(types)}", f"at most {memory}"
-    lines = wrapped("Model", f"{model}, global batch {plan.model.batch_size}")
-    lines += wrapped("Planned for", f"{gpus}, {memory} usable each")
+    found = [("Model", f"{model}, global batch {plan.model.batch_size}")]
+    found.append(("Planned for", f"{gpus}, {memory} usable each"))
     if plan.cluster.origin != "flag" and plan.notes:
-        lines += wrapped("", plan.notes[0])
-    lines += wrapped("Objective", _objective(plan))
+        found.append(("", plan.notes[0]))
+    found.append(("Objective", _objective(plan)))
     limits = limits_words(plan)
-    lines += wrapped("Limits", limits) if limits else []
-    return [*lines, ""]
+    return [*found, ("Limits", limits)] if limits else found
+
+
+def _header(plan: Plan) -> list[str]:
+    return [*(line for name, words in header_words(plan) for line in wrapped(name, words)), ""]
 
 
 def limits_words(plan: Plan) -> str:
@@ -97,45 +101,52 @@ def _objective(plan: Plan) -> str:
     return f"weighted: {objective.time_weight:g} x seconds + {objective.energy_weight:g} x joules"
 
 
-def _decision(plan: Plan) -> list[str]:
+def decision_words(plan: Plan) -> list[str]:
+    """Phrases: devices and mesh, microbatches, recompute, types of GPU, clocks and waiting, parameters."""
     decisions = plan.decisions
     size = plan.model.batch_size // decisions.num_microbatches
-    used = f"{decisions.num_gpus} of {plan.cluster.num_gpus} GPUs: {mesh_words(plan)}"
-    lines = wrapped("Decision", used)
     many = "" if decisions.num_microbatches == 1 else "es"
-    lines += wrapped("", f"{decisions.num_microbatches} microbatch{many} of {size}, schedule {decisions.schedule}")
     recompute = Counter(stage.recompute for stage in decisions.stages)
-    words = ", ".join(f"{name} on {count} stage{'s' * (count > 1)}" for name, count in sorted(recompute.items()))
-    lines += wrapped("", f"recompute: {words}")
-    lines += _types(plan) + _clocks(plan)
-    lines += [line for i in range(len(decisions.mesh.axes)) for line in _parameters_on_axis(plan, i)]
-    return [*lines, ""]
+    policies = ", ".join(f"{name} on {count} stage{'s' * (count > 1)}" for name, count in sorted(recompute.items()))
+    return [
+        f"{decisions.num_gpus} of {plan.cluster.num_gpus} GPUs: {mesh_words(plan)}",
+        f"{decisions.num_microbatches} microbatch{many} of {size}, schedule {decisions.schedule}",
+        f"recompute: {policies}",
+        *_types(plan),
+        *_clocks(plan),
+        *(words for i in range(len(decisions.mesh.axes)) for words in _parameters_on_axis(plan, i)),
+    ]
+
+
+def _decision(plan: Plan) -> list[str]:
+    lines = [wrapped("" if i else "Decision", words) for i, words in enumerate(decision_words(plan))]
+    return [*(line for own in lines for line in own), ""]
 
 
 def _types(plan: Plan) -> list[str]:
     """On a mixed cluster, which stages lie on which type."""
-    width, first, lines = plan.decisions.mesh.num_devices, 0, []
+    width, first, found = plan.decisions.mesh.num_devices, 0, []
     for gpu, same in itertools.groupby(stage.gpu for stage in plan.decisions.stages):
         last = first + len(list(same)) - 1
-        ranks = _span(first * width, (last + 1) * width - 1)
-        lines += wrapped("", f"stage {_span(first, last)} (ranks {ranks}) on {gpu}") if gpu else []
+        ranks = span_words(first * width, (last + 1) * width - 1)
+        found += [f"stage {span_words(first, last)} (ranks {ranks}) on {gpu}"] if gpu else []
         first = last + 1
-    return lines
+    return found
 
 
 def _clocks(plan: Plan) -> list[str]:
     """Locked clocks and waiting, where there are any."""
-    lines = []
+    found = []
     clocks = Counter(stage.clock_hz for stage in plan.decisions.stages)
     if set(clocks) != {0.0}:
         words = ", ".join(
             f"{f'{hz / 1e6:.0f} MHz' if hz else 'the highest'} on {count} stage{'s' * (count > 1)}"
             for hz, count in sorted(clocks.items())
         )
-        lines += wrapped("", f"clocks locked at {words}")
+        found.append(f"clocks locked at {words}")
     if plan.decisions.pace_s:
-        lines += wrapped("", f"steps begin {format_seconds(plan.decisions.pace_s)} apart, to keep the average power")
-    return lines
+        found.append(f"steps begin {format_seconds(plan.decisions.pace_s)} apart, to keep the average power")
+    return found
 
 
 def _parameters_on_axis(plan: Plan, axis: int) -> list[str]:
@@ -144,7 +155,7 @@ def _parameters_on_axis(plan: Plan, axis: int) -> list[str]:
         return []
     counts = Counter(strategy[axis].label for strategy in plan.decisions.parameters.values())
     words = ", ".join(f"{count} {label}" for label, count in sorted(counts.items()))
-    return wrapped("", f"parameters on {mesh_axis.name}: {words}")
+    return [f"parameters on {mesh_axis.name}: {words}"]
 
 
 def _figures(plan: Plan) -> list[str]:
@@ -167,8 +178,8 @@ def _stage_table(plan: Plan) -> list[str]:
         rows.append(
             (
                 str(i),
-                _span(stage.start, stage.stop - 1),
-                _span(i * width, (i + 1) * width - 1),
+                span_words(stage.start, stage.stop - 1),
+                span_words(i * width, (i + 1) * width - 1),
                 stage.recompute,
                 format_seconds(figures.forward_s.value),
                 format_seconds(figures.backward_s.value),
@@ -236,5 +247,6 @@ def closing_hints(path: str) -> list[str]:
     ]
 
 
-def _span(first: int, last: int) -> str:
+def span_words(first: int, last: int) -> str:
+    """`3` or `3-5`."""
     return str(first) if first == last else f"{first}-{last}"
