@@ -41,7 +41,9 @@ OPTIONS = {
     "frontier": PLANNING - OBJECTIVE | {"--json", "--out-dir", "--plot", "--points", "--set"},
     "diff": {"--json"},
     "gpus": {"--json"},
-    "profile": {"--batch", "--device", "--json", "--out", "--set"},
+    "profile": {"--batch", "--device", "--json", "--out", "--processes", "--quick", "--set"},
+    "sweep": PLANNING - {"--cluster", "--use-all"} | {"--json", "--plot", "--set"},
+    "validate": {"--free", "--jobs", "--json", "--plot"},
 }
 
 
