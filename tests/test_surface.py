@@ -31,6 +31,7 @@ NAMES = [
 PLANNING = {"--batch", "--energy-weight", "--gap", "--gpu", "--gpus", "--gpus-per-node", "--memory", "--objective"}
 PLANNING |= {"--deadline", "--energy-budget", "--energy-price", "--gpu-hour-price", "--peak-power", "--power-cap"}
 PLANNING |= {"--clocks", "--cluster", "--network", "--pin", "--profile", "--time-limit", "--time-weight", "--use-all"}
+PLANNING |= {"--gpu-power-limit"}
 OBJECTIVE = {"--energy-price", "--energy-weight", "--gap", "--gpu-hour-price", "--objective", "--time-weight"}
 OPTIONS = {
     "plan": PLANNING | {"--json", "--no-cache", "--out", "--set"},

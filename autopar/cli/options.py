@@ -37,7 +37,7 @@ COUNT_OPTIONS = (
     click.option(
         "--cluster",
         metavar="FILE",
-        help="Groups of several types of GPU, in place of --gpus, --gpu, --gpus-per-node, --memory and --network.",
+        help="Groups of several types of GPU, in place of --gpu and what goes with it, and of --gpus.",
     ),
     click.option("--use-all", is_flag=True, help="Use exactly --gpus GPUs, even where fewer are better."),
 )
@@ -46,6 +46,7 @@ SPACE_OPTIONS = (
     click.option("--gpus-per-node", type=int, metavar="N", help="GPUs that share the fast link."),
     click.option("--memory", metavar="SIZE", help="Usable memory of one GPU, e.g. 46GiB."),
     click.option("--network", metavar="RATE", help="All network ports of a node together, e.g. 800Gbit/s or 100GB/s."),
+    click.option("--gpu-power-limit", metavar="POWER", help="Power limit set on every GPU, e.g. 250W."),
     click.option("--batch", type=int, metavar="N", help="Global batch; default: that of example_batch()."),
     click.option(
         "--pin",
@@ -119,6 +120,7 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
         gpus_per_node=options["gpus_per_node"],
         memory_bytes=_quantity(options, "memory", parse_bytes),
         network_bytes_per_s=_quantity(options, "network", parse_rate),
+        gpu_power_limit_w=_quantity(options, "gpu_power_limit", parse_watts),
         objective=_objective(options) if "objective" in options else Objective("energy"),
         limits=_limits(options),
         pins=pinned.pins,
@@ -133,7 +135,8 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
 
 
 def _cluster(options: Mapping[str, Any]) -> ClusterDescription:
-    given = [name for name in ("gpus", "gpu", "gpus_per_node", "memory", "network") if options[name] is not None]
+    settings = ("gpus", "gpu", "gpus_per_node", "memory", "network", "gpu_power_limit")
+    given = [name for name in settings if options[name] is not None]
     if given:
         raise InputError(f"--cluster says what --{given[0].replace('_', '-')} would: give one of them")
     return read_cluster(options["cluster"], parse_bytes)

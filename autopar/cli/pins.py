@@ -26,7 +26,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "zero": ("0", "1", "3"),
     "dtype": CHOICES["dtype"],
 }
-SWITCHES = ("compile", "fused", "overlap", "fp8")
+SWITCHES = ("compile", "fused", "overlap", "fp8", "tf32")
 """Of the software; see `planner.software`."""
 KEYS = (*COUNTS, "sp", *WORDS, "software", *SWITCHES, *SPECIAL, "op:REGEX")
 _TRUTH = {"on": True, "off": False}

@@ -84,7 +84,9 @@ class DeviceSpec:
     """One device. Rates are dense and at the highest clock; `peak_flops` is by dtype name, plus `tf32` where it has it.
 
     Without `multiprocessors` GEMMs are not cut into tiles; an efficiency of backward that is 0 is that of forward.
-    `clock_control` is None where clocks cannot be locked; `clock_share` is the clock it runs at over the highest.
+    `clock_control` is None where clocks cannot be locked; `clock_share` is the clock it is set to over the highest.
+    `sustained_share` is the clock, over the highest, at which large GEMMs hold `limit_w`; rates are those there.
+    `power_limit_w` is the limit that somebody set; 0: nobody has, and `limit_w` holds.
     """
 
     name: str
@@ -119,11 +121,18 @@ class DeviceSpec:
     clock_control: ClockControl | None
     numbers: tuple[Number, ...]
     clock_share: float = 1.0
+    sustained_share: float = 1.0
+    power_limit_w: float = 0.0
     multiprocessors: float = 0.0
     gemm_depth: float = 0.0
     gemm_backward_efficiency: float = 0.0
     attention_backward_efficiency: float = 0.0
     dispatch_s: float = 0.0
+
+    @property
+    def speed(self) -> float:
+        """Of computing, over that at the highest clock, which the power limit does not let large kernels reach."""
+        return min(1.0, self.clock_share / self.sustained_share)
 
     def peak(self, dtype: str) -> float:
         """Dense FLOP/s of a dtype; one without its own rate (integers, bf16 before Ampere) runs at float32's."""
@@ -178,6 +187,7 @@ def read_device(path: Path, measured: Sequence[MeasuredNumber] = ()) -> DeviceSp
         clock_min_hz=value("clock.min_hz"),
         clock_control=_clock_control(numbers),
         numbers=tuple(numbers[key] for key in sorted(numbers)),
+        sustained_share=numbers["clock.sustained_share"].value if "clock.sustained_share" in numbers else 1.0,
         **{key: numbers[f"kernels.{key}"].value for key in OPTIONAL_KERNELS if f"kernels.{key}" in numbers},
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -22,6 +22,8 @@ CLOCKS_ABOVE_RIDGE = 24
 """Clocks from the ridge to the highest, where time and energy trade; evenly spaced."""
 CLOCKS_BELOW_RIDGE = (0.85, 0.7, 0.55)
 """Shares of the ridge: slower and hardly thriftier, for power caps."""
+LEAST_SHARE = 0.25
+"""Of the highest clock: a power limit lowers clocks no further; what is left is waited for."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,34 @@ class Cluster:
         control, highest = self.spec.clock_control, self.spec.clock_max_hz
         if control is None or not self.free_clocks:
             return (highest,)
-        above = [1 - (1 - control.ridge_share) * k / CLOCKS_ABOVE_RIDGE for k in range(CLOCKS_ABOVE_RIDGE + 1)]
         below = [share * control.ridge_share for share in CLOCKS_BELOW_RIDGE]
-        steps = [round(share * highest / control.step_hz) * control.step_hz for share in (*above[1:], *below)]
-        usable = {hz for hz in steps if self.spec.clock_min_hz <= hz < highest}
+        usable = {hz for hz in self._steps_hz(below) if self.spec.clock_min_hz <= hz < highest}
         return (highest, *sorted(usable, reverse=True))
+
+    def _steps_hz(self, below: Sequence[float]) -> list[float]:
+        """Clocks that the driver accepts, from the highest that large kernels hold to the ridge, and `below` it."""
+        control, highest, top = self.spec.clock_control, self.spec.clock_max_hz, self.spec.sustained_share
+        if control is None:
+            return []
+        above = [top - (top - control.ridge_share) * k / CLOCKS_ABOVE_RIDGE for k in range(CLOCKS_ABOVE_RIDGE + 1)]
+        return [round(share * highest / control.step_hz) * control.step_hz for share in (*above, *below)]
 
     def slower_specs(self) -> tuple[DeviceSpec, ...]:
         """The device at every clock below its own, highest first."""
         highest = self.spec.clock_max_hz
         shares = [hz / highest for hz in self.clocks_hz if hz < self.spec.clock_share * highest]
         return tuple(replace(self.spec, clock_share=share) for share in shares)
+
+    def limiting_specs(self) -> tuple[DeviceSpec, ...]:
+        """The device at every clock to which its power limit may lower it, highest first: plans' clocks and others."""
+        control, highest = self.spec.clock_control, self.spec.clock_max_hz
+        if control is None:
+            return ()
+        step, ridge = 2 * control.step_hz / highest, control.ridge_share
+        below = [ridge - step * k for k in range(1, math.ceil((ridge - LEAST_SHARE) / step))]
+        shares = {hz / highest for hz in (*self._steps_hz(below), *self.clocks_hz)}
+        slower = [share for share in shares if LEAST_SHARE <= share < self.spec.clock_share]
+        return tuple(replace(self.spec, clock_share=share) for share in sorted(slower, reverse=True))
 
     def line(self, kind: str, ranks: int) -> MeasuredLine | None:
         """What was measured of a transfer or update, if anything."""
@@ -152,6 +171,21 @@ def with_measured(cluster: Cluster, found: DeviceProfile | None) -> Cluster:
         return cluster
     spec = read_device(data_directory("costmodels") / f"{cluster.gpu}.json", found.numbers)
     return replace(cluster, spec=spec, lines=found.lines)
+
+
+def with_power_limit(cluster: Cluster, limit_w: float) -> Cluster:
+    """The cluster with a lower power limit set on every device.
+
+    Raises:
+        InputError: the limit is not above what a waiting device draws, or above the board's own.
+    """
+    spec = cluster.spec
+    if not spec.blocked_w < limit_w <= spec.limit_w:
+        raise InputError(
+            f"the power limit of a {spec.name} lies above the {spec.blocked_w:g} W that it draws while it waits, and "
+            f"is at most {spec.limit_w:g} W, found {limit_w:g} W"
+        )
+    return replace(cluster, spec=replace(spec, power_limit_w=limit_w))
 
 
 def list_gpus() -> tuple[DeviceSpec, ...]:

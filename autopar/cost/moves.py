@@ -29,7 +29,7 @@ PASSING = frozenset(("add", "sub", "clone", "contiguous", "cat", "stack", "where
 """Ops whose backward hands on the gradient, or a view of it, unless an operand was broadcast."""
 LINEAR = PASSING | {"rsub", "neg", "to", "_to_copy", "type_as", "mean", "sum", "reshape", "flatten", "roll"}
 """Ops whose backward needs nothing that forward computed."""
-FLOAT8 = "float8_e4m3fn"
+FLOAT8, TF32 = "float8_e4m3fn", "tf32"
 LOSSES = frozenset(("cross_entropy_loss", "nll_loss", "autopar.token_loss"))
 PRODUCTS = frozenset(("mul", "div"))
 SOFTMAXES = frozenset(("softmax", "_softmax", "log_softmax", "_log_softmax"))
@@ -155,6 +155,8 @@ def run_by(software: Software, op: Op, values: Mapping[str, Value], moves: Moves
     name, num_inputs = packet(op.target), len(op.inputs)
     metas = [values[v].meta for v in (*op.inputs, *op.outputs)]
     trained = [values[v].origin == "parameter" and values[v].requires_grad for v in (*op.inputs, *op.outputs)]
+    if software.tf32 and name in GEMMS and all(meta.dtype == "float32" for meta in metas if meta.is_floating):
+        moves = replace(moves, dtype=TF32)
     if not any(trained):
         return moves
     if not software.prefetch_parameters:

@@ -61,6 +61,7 @@ class Pricer:
         self.cluster = cluster
         self.spec = cluster.spec
         self.slower = cluster.slower_specs()
+        self.limiting = cluster.limiting_specs()
         self.training = training
         self.software = software
         self.dispatch_s = self.spec.dispatch_s * (COMPILED_DISPATCH if software.fusion == "compiled" else 1.0)
@@ -110,12 +111,13 @@ class Pricer:
 
     def _kernels(self, sheet: OpSheet, kept: Kept, work: Work) -> tuple[Array, Array]:
         """Seconds and dynamic joules, up to the device's own clock."""
-        time_s, energy_j = kernels((self.spec, *self.slower), sheet, kept, work)
+        time_s, energy_j = kernels((self.spec, *self.limiting), sheet, kept, work)
         return time_s + launches_s(self.dispatch_s, sheet, kept, work, time_s), energy_j
 
     def _clocked(self, sheet: OpSheet, kept: Kept, work: Work) -> tuple[Array, Array]:
         """As `_kernels`, at each of the cluster's clocks."""
-        time_s, energy_j = clocked((self.spec, *self.slower), sheet, kept, work)
+        limited = kernels((self.spec, *self.limiting), sheet, kept, work)
+        time_s, energy_j = clocked((self.spec, *self.slower), limited, sheet, kept, work)
         return np.stack([row + launches_s(self.dispatch_s, sheet, kept, work, row) for row in time_s]), energy_j
 
     def _saved(self, sheet: OpSheet, kept: Kept, sizes: Sizes, extra: Array, mesh: StageMesh) -> tuple[Array, Array]:

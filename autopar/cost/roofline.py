@@ -14,7 +14,7 @@ of K. Where tiles do not fill the device, K is cut too (split-K), down to `SPLIT
 imperfect overlap of loads and arithmetic inside a tile comes to. On devices without `multiprocessors` GEMMs are
 FLOPs / rate + ramp too.
 
-At a share x of the highest clock computing takes 1 / x as long; memory and launches do not change. Sources: Williams,
+At a lower clock computing takes 1 / `spec.speed` as long; memory and launches do not change. Sources: Williams,
 Waterman, Patterson 2009 (roofline); the shares of tiles and the root are fitted by `benchmarks/fit_gemm.py` to
 published per-operator times.
 """
@@ -89,7 +89,7 @@ def kernel_time_s(
     spec: DeviceSpec, kind: str, *, computing_s: Array, num_bytes: Array, num_kernels: Array | float
 ) -> Array:
     """Seconds of kernels that compute for `computing_s` at the highest clock and move `num_bytes` between them."""
-    compute, memory = computing_s / spec.clock_share, num_bytes / memory_rate(spec)
+    compute, memory = computing_s / spec.speed, num_bytes / memory_rate(spec)
     joint = np.hypot(compute, memory) if kind == "gemm" and spec.multiprocessors else np.maximum(compute, memory)
     found: Array = joint + num_kernels * spec.launch_overhead_s
     return found

@@ -153,19 +153,18 @@ def kernels(specs: tuple[DeviceSpec, ...], sheet: OpSheet, kept: Kept, work: Wor
     return within_limit_s(specs[0], time_s, energy_j), energy_j
 
 
-def clocked(specs: tuple[DeviceSpec, ...], sheet: OpSheet, kept: Kept, work: Work) -> tuple[Array, Array]:
-    """As `kernels`, [clock, choice], at each clock."""
+def clocked(
+    specs: tuple[DeviceSpec, ...], limited: tuple[Array, Array], sheet: OpSheet, kept: Kept, work: Work
+) -> tuple[Array, Array]:
+    """As `kernels`, [clock, choice], at each clock; `limited` is what the power limit makes of clocks above it."""
     time_s, energy_j = np.zeros((2, len(specs), len(work.owner)))
     for (kind, dtype), ops in sheet.facts.kinds.items():
         here = positions(kept, ops)
         here = here[work.is_done[here]]
         for clock, spec in enumerate(specs):
             time_s[clock, here], energy_j[clock, here] = _at(spec, kind, dtype, work, here)
-    limit_w = dynamic_limit_w(specs[0])
-    for clock in range(len(specs) - 2, -1, -1):
-        above = energy_j[clock] > time_s[clock] * limit_w
-        time_s[clock, above], energy_j[clock, above] = time_s[clock + 1, above], energy_j[clock + 1, above]
-    return within_limit_s(specs[0], time_s, energy_j), energy_j
+    above = energy_j > time_s * dynamic_limit_w(specs[0])
+    return np.where(above, limited[0], time_s), np.where(above, limited[1], energy_j)
 
 
 def _at(spec: DeviceSpec, kind: str, dtype: str, work: Work, here: Codes) -> tuple[Array, Array]:

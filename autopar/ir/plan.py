@@ -46,6 +46,7 @@ class ClusterReference:
         description: of a cluster of several types; then `gpu` joins their names, and the other figures are totals
             (GPUs) and the most of any type.
         network_bytes_per_s: of a node's network ports, where the request gave it; else None.
+        gpu_power_limit_w: set on every GPU, where the request gave it; else None.
     """
 
     gpu: str
@@ -56,6 +57,7 @@ class ClusterReference:
     origin: str
     description: ClusterDescription | None = None
     network_bytes_per_s: float | None = None
+    gpu_power_limit_w: float | None = None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Software:
             block computes.
         overlap_tensor: collectives next to a GEMM run in pieces beside it.
         fp8: linear layers compute in 8 bits, casts included.
+        tf32: float32 matrix products run on tf32 units where the device has them.
         meter: which of the allocator's peaks memory figures mean: bytes handed out, or bytes taken from the device.
     """
 
@@ -53,6 +54,7 @@ class Software:
     prefetch_parameters: bool = False
     overlap_tensor: bool = False
     fp8: bool = False
+    tf32: bool = False
     meter: str = "allocated"
 
     def __post_init__(self) -> None:

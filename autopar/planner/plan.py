@@ -155,6 +155,7 @@ def _cluster_reference(request: PlanRequest, target: Target) -> ClusterReference
         origin=target.choice.origin,
         description=request.cluster if isinstance(target.cluster, MixedCluster) else None,
         network_bytes_per_s=request.network_bytes_per_s,
+        gpu_power_limit_w=request.gpu_power_limit_w,
     )
 
 
@@ -218,6 +219,9 @@ def _notes(graph: OpGraph, request: PlanRequest, target: Target, choice_made: Ch
             f"the figures hold at locked clocks, which 'autopar run' does not set: {commands} on the stage's GPUs "
             "(undo: --reset-gpu-clocks); --clocks max plans without"
         )
+    if request.gpu_power_limit_w is not None:
+        watts = f"{request.gpu_power_limit_w:g}"
+        notes.append(f"priced with GPUs limited to {watts} W: sudo nvidia-smi --power-limit={watts} on every node")
     if not all(value.requires_grad for value in graph.parameters):
         notes.append("some parameters need no gradient; they are not updated and have no optimizer state")
     notes.append(f"priced with the optimizer {graph.optimizer}")

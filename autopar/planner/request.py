@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from autopar.cost.hardware import Cluster, load_cluster, with_measured
+from autopar.cost.hardware import Cluster, load_cluster, with_measured, with_power_limit
 from autopar.cost.mixed import MixedCluster, describe_cluster
 from autopar.cost.software import load_software
 from autopar.errors import InputError
@@ -41,6 +41,7 @@ class PlanRequest:
         use_all: use exactly `num_gpus`.
         time_limit_s: of the search.
         clocks: `auto`: plans may lock clocks; `max`: devices are left alone.
+        gpu_power_limit_w: power limit that is set on every GPU; None: the board's own.
         gap_tolerance: relative distance to the bound at which the search may stop.
         software: how the program would run; the default is autopar's own runtime. Others are for prices; what they say
             of overlap holds for `run` and `verify` too.
@@ -63,6 +64,7 @@ class PlanRequest:
     cluster: ClusterDescription | None = None
     software: Software = field(default_factory=lambda: load_software(OWN_SOFTWARE))
     network_bytes_per_s: float | None = None
+    gpu_power_limit_w: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
@@ -75,10 +77,10 @@ class PlanRequest:
             raise InputError(f"the batch size must be at least 1, got {self.batch_size}")
 
     def _check_cluster(self, cluster: ClusterDescription) -> None:
-        given = (self.gpu, self.gpus_per_node, self.memory_bytes, self.network_bytes_per_s)
+        given = (self.gpu, self.gpus_per_node, self.memory_bytes, self.network_bytes_per_s, self.gpu_power_limit_w)
         if any(setting is not None for setting in given):
             raise InputError(
-                "a cluster says which GPUs there are: leave out the GPU's name, GPUs per node, memory and network"
+                "a cluster says which GPUs there are: leave out name, GPUs per node, memory, network and power limit"
             )
         if self.num_gpus != cluster.num_gpus:
             raise InputError(f"the cluster has {cluster.num_gpus} GPUs, not {self.num_gpus}")
@@ -114,7 +116,10 @@ def choose_target(request: PlanRequest) -> Target:
     )
     cluster = replace(cluster, free_clocks=request.clocks == "auto")
     profile = load_rows(request.profile, choice.name)
-    return Target(choice, with_measured(cluster, profile.device), profile)
+    cluster = with_measured(cluster, profile.device)
+    if request.gpu_power_limit_w is not None:
+        cluster = with_power_limit(cluster, request.gpu_power_limit_w)
+    return Target(choice, cluster, profile)
 
 
 def _described_target(request: PlanRequest, cluster: Cluster | MixedCluster) -> Target:

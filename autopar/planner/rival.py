@@ -19,6 +19,7 @@ def request_of(plan: Plan, pins: Pins) -> PlanRequest:
         gpus_per_node=plan.cluster.gpus_per_node if mixed is None else None,
         memory_bytes=plan.cluster.memory_bytes if mixed is None else None,
         network_bytes_per_s=plan.cluster.network_bytes_per_s,
+        gpu_power_limit_w=plan.cluster.gpu_power_limit_w,
         objective=plan.objective,
         limits=plan.limits,
         pins=pins,

@@ -13,7 +13,7 @@ FUSED_BY = {"compile": "compiled", "fused": "fused"}
 
 
 def chosen_software(name: str, switches: Mapping[str, bool]) -> Software:
-    """The stack with `compile`, `fused`, `overlap` (gradients and gathered parameters) and `fp8` switched.
+    """The stack with `compile`, `fused`, `overlap` (gradients and gathered parameters), `fp8` and `tf32` switched.
 
     Raises:
         InputError: for an unknown name; lists the known ones.
@@ -27,4 +27,4 @@ def chosen_software(name: str, switches: Mapping[str, bool]) -> Software:
     if "overlap" in switches:
         is_on = switches["overlap"]
         software = replace(software, overlap_gradients=is_on, prefetch_parameters=is_on)
-    return replace(software, fp8=switches.get("fp8", software.fp8))
+    return replace(software, fp8=switches.get("fp8", software.fp8), tf32=switches.get("tf32", software.tf32))
