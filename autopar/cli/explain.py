@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
 from autopar.cli.console import print_json, progress_line
 from autopar.cli.options import json_option
+from autopar.cli.page import check_report, report_option
 from autopar.cli.pins import Pinned, parse_pins
-from autopar.errors import InputError
+from autopar.errors import AutoparError, InputError
 from autopar.ir.plan import Plan
-from autopar.ir.serialize import check_writable, load_plan
+from autopar.ir.serialize import check_writable, load_plan, write_atomic
 from autopar.ir.solution import Pins
 from autopar.planner.rival import make_rival
-from autopar.planner.timeline import make_timeline
+from autopar.planner.timeline import make_detail
 from autopar.report.explain import explain_json, explain_report
+from autopar.report.page import plan_page
 from autopar.report.trace import trace_json
 
 
@@ -24,12 +25,13 @@ from autopar.report.trace import trace_json
 @click.argument("plan_file")
 @click.option("--why-not", "pin_text", metavar="KEY=VALUE,...", help="Compare with the best plan under these pins.")
 @click.option("--trace", metavar="FILE", help="Write the simulated step there, for Perfetto or chrome://tracing.")
+@report_option
 @json_option
-def explain(plan_file: str, pin_text: str | None, trace: str | None, as_json: bool) -> None:
+def explain(plan_file: str, pin_text: str | None, trace: str | None, report: str | None, as_json: bool) -> None:
     """Say where time, energy and memory of PLAN_FILE go, and why its rivals lost."""
     plan = load_plan(plan_file)
-    if trace is not None:
-        _write_trace(plan, trace, as_json)
+    check_report(report, plan_file, trace)
+    _write_simulated(plan, trace, report, as_json)
     rival = None
     if pin_text is not None:
         pins = _rival_pins(pin_text, plan.model.batch_size)
@@ -50,8 +52,21 @@ def _rival_pins(text: str, batch_size: int) -> Pins:
     return pinned.pins
 
 
-def _write_trace(plan: Plan, name: str, as_json: bool) -> None:
-    check_writable(name)
-    with progress_line(as_json) as progress:
-        found = make_timeline(plan, progress)
-    Path(name).write_text(json.dumps(trace_json(found.timeline, found.passes)) + "\n")
+def _write_simulated(plan: Plan, trace: str | None, report: str | None, as_json: bool) -> None:
+    """The files that show the simulated step. A page does without it where the model is no longer to be had."""
+    if trace is not None:
+        check_writable(trace, "--trace")
+    if trace is None and report is None:
+        return
+    detail, missing = None, ""
+    try:
+        with progress_line(as_json) as progress:
+            detail = make_detail(plan, progress)
+    except AutoparError as error:
+        if trace is not None:
+            raise
+        missing = str(error)
+    if trace is not None and detail is not None:
+        write_atomic(trace, json.dumps(trace_json(detail.timeline, detail.passes)) + "\n")
+    if report is not None:
+        write_atomic(report, plan_page(plan, detail, missing))

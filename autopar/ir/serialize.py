@@ -204,22 +204,22 @@ def _check_version(content: Any, name: str) -> None:
     )
 
 
-def check_writable(path: str | Path) -> None:
-    """Fail before long work when `path` cannot be written later. Leaves nothing behind.
+def check_writable(path: str | Path, flag: str = "--out") -> None:
+    """Fail before long work when `path`, given with `flag`, cannot be written later. Leaves nothing behind.
 
     Raises:
         InputError: the directory is missing or refuses a new file, or `path` is a directory.
     """
     target = Path(path)
     if target.is_dir():
-        raise InputError(f"cannot write {path}: it is a directory; give a file name with --out")
+        raise InputError(f"cannot write {path}: it is a directory; give a file name with {flag}")
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; give another path with --out") from error
+        raise InputError(f"cannot write {path}: {error.strerror}; give another path with {flag}") from error
 
 
 def write_atomic(path: str | Path, text: str) -> None:

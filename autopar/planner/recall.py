@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from autopar.errors import InputError
+from autopar.ir.graph import OpGraph
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import dump_plan, write_atomic
 from autopar.ir.serialize_graph import dump_graph, parse_graph
@@ -46,11 +47,13 @@ class Finished:
         plan_text: content of the plan file.
         report: the printed text, without closing hints.
         is_recalled: it comes from the cache.
+        graph: that was planned; None if it is recalled.
     """
 
     plan_text: str
     report: str
     is_recalled: bool
+    graph: OpGraph | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,12 @@ def finished_plan(command: Command, progress: Progress | None = None) -> Finishe
 
 
 def _finish(planned: Planned) -> Finished:
-    return Finished(dump_plan(planned.plan), plan_report(planned.plan, planned.graph), is_recalled=False)
+    return Finished(dump_plan(planned.plan), plan_report(planned.plan, planned.graph), False, planned.graph)
+
+
+def graph_of(command: Command, finished: Finished, progress: Progress | None = None) -> OpGraph:
+    """The graph that was planned, from the cache if it holds it. Raises as `finished_plan`."""
+    return finished.graph or _recalled_graph(command, progress)[0].graph
 
 
 def _is_repeatable(plan: Plan, request: PlanRequest) -> bool:

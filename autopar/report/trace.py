@@ -33,11 +33,12 @@ def trace_json(timeline: Timeline, passes: Sequence[Mapping[str, Streams]]) -> d
             events.append(_event(str(action), rank, 0, interval.start_s, interval.stop_s))
             if action.kind != STEP:
                 own = passes[action.chunk * len(timeline.stages) + rank]
-                events += _blocks(interval, own[_pass_of(action.kind, action.microbatch == last)], rank)
+                events += _blocks(interval, own[pass_of(action.kind, action.microbatch == last)], rank)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _pass_of(kind: str, is_last: bool) -> str:
+def pass_of(kind: str, is_last: bool) -> str:
+    """Name of the pass, of `ir.streams.PASSES`, that an action is."""
     return "forward" if kind == FORWARD else "last_backward" if kind == BACKWARD and is_last else "backward"
 
 
