@@ -21,7 +21,7 @@ class Priced:
     """A pinned configuration.
 
     Attributes:
-        planned: its plan; made for devices of any memory.
+        planned: its plan; it may need more memory than there is.
         memory_bytes: what a job may really use on one device; 0 on clusters of several types, where it is enforced.
     """
 
@@ -63,7 +63,11 @@ def price_configuration(
     if not isinstance(target.cluster, MixedCluster):
         memory_bytes = target.cluster.memory_bytes
         request = replace(request, memory_bytes=UNLIMITED_BYTES)
-    return Priced(make_plan(source, options, request, progress, captured=captured), memory_bytes)
+    planned = make_plan(source, options, request, progress, captured=captured)
+    if not memory_bytes:
+        return Priced(planned, 0)
+    cluster = replace(planned.plan.cluster, memory_bytes=memory_bytes)
+    return Priced(replace(planned, plan=replace(planned.plan, cluster=cluster)), memory_bytes)
 
 
 def estimate_model(

@@ -43,7 +43,7 @@ def _special(plan: Plan) -> list[str]:
 def explain_json(plan: Plan, rival: Plan | None = None) -> dict[str, Any]:
     """The same as numbers. `rival` holds its predicted step time and energy, and their ratios to the plan's."""
     content: dict[str, Any] = {
-        "decision": {"num_gpus": plan.decisions.num_gpus, "pp": len(plan.decisions.stages)}
+        "decision": {"num_gpus": plan.decisions.num_gpus, "pp": plan.decisions.num_ranks}
         | {axis.name: axis.size for axis in plan.decisions.mesh.axes},
         "time_s": time_parts(plan),
         "energy_j": dict(plan.predicted.energy_by_cause),
@@ -65,15 +65,17 @@ def explain_json(plan: Plan, rival: Plan | None = None) -> dict[str, Any]:
 
 
 def time_parts(plan: Plan) -> dict[str, float]:
-    """Seconds of the slowest stage's forward, backward and once-a-step work, and the rest (bubble and transfer)."""
-    stages, count = plan.predicted.stages, plan.decisions.num_microbatches
-    busy = [count * (s.forward_s.value + s.backward_s.value) + s.step_s.value for s in stages]
-    slowest = stages[max(range(len(stages)), key=busy.__getitem__)]
-    parts = {
-        "forward": count * slowest.forward_s.value,
-        "backward": count * slowest.backward_s.value,
-        "once a step": slowest.step_s.value,
-    }
+    """Seconds of the slowest rank's forward, backward and once-a-step work, and the rest (bubble and transfer)."""
+    stages, count, ranks = plan.predicted.stages, plan.decisions.num_microbatches, plan.decisions.num_ranks
+    work = [
+        {
+            "forward": count * sum(s.forward_s.value for s in stages[k::ranks]),
+            "backward": count * sum(s.backward_s.value for s in stages[k::ranks]),
+            "once a step": sum(s.step_s.value for s in stages[k::ranks]),
+        }
+        for k in range(ranks)
+    ]
+    parts = max(work, key=lambda own: sum(own.values()))
     parts["waiting"] = max(0.0, plan.predicted.step_time_s.value - sum(parts.values()))
     return parts
 
@@ -107,10 +109,10 @@ def _time(plan: Plan) -> list[str]:
     parts = time_parts(plan)
     words = ", ".join(f"{name} {format_seconds(parts[name])} ({share})" for name, share in _shares(parts))
     lines = wrapped("Time", f"{format_seconds(plan.predicted.step_time_s.value)} a step; slowest stage: {words}")
-    if len(plan.decisions.stages) > 1:
+    if plan.decisions.num_ranks > 1:
         stages = [s.forward_s.value + s.backward_s.value for s in plan.predicted.stages]
         steps = [s.step_s.value for s in plan.predicted.stages]
-        formula = step_time_s(stages, steps, plan.decisions.num_microbatches)
+        formula = step_time_s(stages, steps, plan.decisions.num_microbatches, plan.decisions.interleave)
         lines += wrapped("", f"closed form of the pipeline: {format_seconds(formula)}")
     return lines
 

@@ -27,8 +27,10 @@ def point_words(plan: Plan) -> str:
     axes = [f"{axis.name}={axis.size}" for axis in decisions.mesh.axes if axis.size > 1]
     clocks = sorted({stage.clock_hz for stage in decisions.stages} - {0.0})
     locked = [f"{'-'.join(f'{hz / 1e6:.0f}' for hz in clocks)} MHz"] if clocks else []
-    recompute = ["recompute"] if any(stage.recompute == "full" for stage in decisions.stages) else []
-    words = [*axes, f"pp={len(decisions.stages)}", f"m={decisions.num_microbatches}", *locked, *recompute]
+    policies = sorted({stage.recompute for stage in decisions.stages} - {"none"})
+    recompute = ["recompute" if policy == "full" else policy for policy in policies]
+    chunks = f"x{decisions.interleave}" if decisions.interleave > 1 else ""
+    words = [*axes, f"pp={decisions.num_ranks}{chunks}", f"m={decisions.num_microbatches}", *locked, *recompute]
     return " ".join(words)
 
 

@@ -53,7 +53,7 @@ def mesh_words(plan: Plan) -> str:
     """`pp=2, dp=4, tp=1`."""
     every = plan.decisions.mesh.axes
     axes = [f"{axis.name}={axis.size}" for axis in every if axis.size > 1 or axis.name in ("dp", "tp")]
-    return ", ".join([f"pp={len(plan.decisions.stages)}", *axes])
+    return ", ".join([f"pp={plan.decisions.num_ranks}{chunk_words(plan)}", *axes])
 
 
 def header_words(plan: Plan) -> list[tuple[str, str]]:
@@ -171,15 +171,21 @@ def _figures(plan: Plan) -> list[str]:
     return [*lines, ""]
 
 
+def chunk_words(plan: Plan) -> str:
+    """` x 3 chunks` where the pipeline is interleaved."""
+    return f" x {plan.decisions.interleave} chunks" if plan.decisions.interleave > 1 else ""
+
+
 def _stage_table(plan: Plan) -> list[str]:
-    rows = [("stage", "blocks", "ranks", "recompute", "forward", "backward", "per step", "peak memory")]
-    width = plan.decisions.mesh.num_devices
+    name = "chunk" if plan.decisions.interleave > 1 else "stage"
+    rows = [(name, "blocks", "ranks", "recompute", "forward", "backward", "per step", "peak memory")]
+    width, ranks = plan.decisions.mesh.num_devices, plan.decisions.num_ranks
     for i, (stage, figures) in enumerate(zip(plan.decisions.stages, plan.predicted.stages, strict=True)):
         rows.append(
             (
                 str(i),
                 span_words(stage.start, stage.stop - 1),
-                span_words(i * width, (i + 1) * width - 1),
+                span_words(i % ranks * width, (i % ranks + 1) * width - 1),
                 stage.recompute,
                 format_seconds(figures.forward_s.value),
                 format_seconds(figures.backward_s.value),
@@ -225,7 +231,8 @@ def _closing(plan: Plan) -> list[str]:
     total = sum(plan.predicted.sources.values())
     if total:
         shares = ", ".join(f"{n / total:.0%} {label}" for label, n in sorted(plan.predicted.sources.items()) if n)
-        lines += wrapped("Prices", shares)
+        software = plan.software.name
+        lines += wrapped("Prices", shares if software == "autopar" else f"{shares}; as {software} runs it")
     shown_first = plan.cluster.origin != "flag"
     lines += list(_notes(plan.notes[1:] if shown_first else plan.notes))
     return lines
