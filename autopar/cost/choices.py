@@ -23,7 +23,7 @@ from autopar.rules.batch import settled_strategy
 from autopar.rules.experts import EXCHANGE, EXCHANGING, EXPERTS
 from autopar.rules.parameters import parameter_axis_strategies
 from autopar.rules.sequence import SequenceParts, sequence_parts, sequence_strategy
-from autopar.rules.strategies import axis_strategies
+from autopar.rules.strategies import FOLLOW, axis_strategies
 
 BY_EXPERT = (EXPERTS, EXCHANGE)
 
@@ -162,9 +162,9 @@ class ChoiceMaker:
             return others if self.pins.sequence is None else self._along_tensor(op, others)
         if role == "cp":
             along = sequence_strategy(op, self.graph.values, self.sequence.dims)
-            return every[:1] if along is None else (every[0], along)
+            return (*every[:1], *_carrying(along, every))
         by_expert = tuple(s for s in every if role == "ep" and s.label in BY_EXPERT)
-        return (*every[:1], *by_expert) if batch is None else (every[0], batch, *by_expert)
+        return (*every[:1], *_carrying(batch, every), *by_expert)
 
     def _along_tensor(self, op: Op, every: Sequence[AxisStrategy]) -> Sequence[AxisStrategy]:
         """What `sequence` leaves on the tensor axis: the stream along the sequence or whole, nothing else along it."""
@@ -193,7 +193,7 @@ class ChoiceMaker:
             return Preference(labels != "rows", labels == "rows")
         if role == "tp" and not self._is_layer(op):
             return None
-        return Preference(labels == "replicate", (labels != "replicate") & (labels != "partial"))
+        return Preference(labels == "replicate", ~np.isin(labels, ("replicate", "partial", FOLLOW)))
 
     def _is_layer(self, op: Op) -> bool:
         """It multiplies with a parameter, or sequence parallelism is pinned to split it."""
@@ -225,6 +225,13 @@ class ChoiceMaker:
         labels = np.asarray([choice[axis].label if choice else "" for choice in grid.choices])
         wanted = labels == f"zero{self.pins.zero}"
         return Preference(~wanted & (labels != "sharded"), wanted)
+
+
+def _carrying(split: AxisStrategy | None, every: Sequence[AxisStrategy]) -> tuple[AxisStrategy, ...]:
+    """What carries a split of samples or positions through an op; a parameter that is only viewed on its way to those
+    keeps its gradient pending, so that it is summed once a step.
+    """
+    return (split,) if split is not None else tuple(s for s in every if s.label == FOLLOW)
 
 
 def _codes(grid: Grid, per_axis: Sequence[Sequence[Placement]], requires_grad: bool) -> Codes:

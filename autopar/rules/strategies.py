@@ -17,6 +17,9 @@ from autopar.rules.call import Values
 from autopar.rules.labels import replicate
 from autopar.rules.table import Family, family_of, packet
 
+FOLLOW = "follow"
+"""Strategy of an op on a parameter alone: it stays `Replicate`, and its gradient is summed at the end."""
+
 
 @lru_cache(maxsize=4096)
 def _family(target: str) -> Family | None:
@@ -54,7 +57,7 @@ def _of_parameter(op: Op, values: Values) -> tuple[AxisStrategy, ...]:
     """A parameter that is only transposed, cast or viewed may stay `Replicate`: its gradient is summed at the end."""
     if len(op.inputs) != 1 or values[op.inputs[0]].origin != "parameter":
         return ()
-    return (AxisStrategy("follow", (REPLICATE,), (REPLICATE,) * len(op.outputs), splits_work=False),)
+    return (AxisStrategy(FOLLOW, (REPLICATE,), (REPLICATE,) * len(op.outputs), splits_work=False),)
 
 
 def _keeps_sums(op: Op, values: Values) -> bool:
