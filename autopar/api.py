@@ -22,7 +22,7 @@ from autopar.ir.plan import Plan
 from autopar.ir.serialize import load_plan
 from autopar.ir.solution import Limits, Objective, Pins
 from autopar.planner.detect import choose_gpu
-from autopar.planner.objective import cost_objective
+from autopar.planner.objective import Economy, objective_of
 from autopar.planner.plan import plan_model, plan_source
 from autopar.planner.request import PlanRequest
 from autopar.planner.session import Session, TrainingOptions, open_session
@@ -223,8 +223,8 @@ def _objective(
 ) -> Objective:
     if isinstance(objective, Objective):
         return objective
-    if objective == "cost":
-        return cost_objective(gpu_hour_price, energy_price)
+    if objective in ("cost", "carbon"):
+        return objective_of(objective, Economy(gpu_hour_price=gpu_hour_price, energy_price=energy_price))
     try:
         return Objective(objective)
     except ValueError as error:

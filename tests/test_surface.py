@@ -30,9 +30,13 @@ NAMES = [
 
 PLANNING = {"--batch", "--energy-weight", "--gap", "--gpu", "--gpus", "--gpus-per-node", "--memory", "--objective"}
 PLANNING |= {"--deadline", "--energy-budget", "--energy-price", "--gpu-hour-price", "--peak-power", "--power-cap"}
+PLANNING |= {"--embodied-carbon", "--gpu-price", "--grid-carbon", "--lifetime", "--pue", "--steps", "--tariff"}
+PLANNING |= {"--utilisation", "--window"}
 PLANNING |= {"--clocks", "--cluster", "--network", "--pin", "--profile", "--time-limit", "--time-weight", "--use-all"}
 PLANNING |= {"--gpu-power-limit"}
 OBJECTIVE = {"--energy-price", "--energy-weight", "--gap", "--gpu-hour-price", "--objective", "--time-weight"}
+OBJECTIVE |= {"--embodied-carbon", "--gpu-price", "--grid-carbon", "--lifetime", "--pue", "--steps", "--tariff"}
+OBJECTIVE |= {"--utilisation", "--window"}
 OPTIONS = {
     "plan": PLANNING | {"--json", "--no-cache", "--out", "--set"},
     "run": {"--json", "--steps"},

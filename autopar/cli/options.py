@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from autopar.cli.money import MONEY_OPTIONS, economy_of
 from autopar.cli.pins import parse_pins, pinned_options
 from autopar.cli.quantities import parse_bytes, parse_joules, parse_rate, parse_seconds, parse_watts
 from autopar.errors import InputError
@@ -14,7 +15,7 @@ from autopar.ir.cluster import ClusterDescription
 from autopar.ir.solution import OBJECTIVES, Limits, Objective
 from autopar.planner.cluster_file import read_cluster
 from autopar.planner.detect import detect_gpus
-from autopar.planner.objective import cost_objective
+from autopar.planner.objective import Economy, objective_of
 from autopar.planner.request import PlanRequest
 from autopar.planner.software import chosen_software
 
@@ -72,8 +73,7 @@ OBJECTIVE_OPTIONS = (
     click.option("--objective", default="time", show_default=True, metavar="|".join(OBJECTIVES)),
     click.option("--time-weight", type=float, default=1.0, show_default=True, help="Per second, for weighted."),
     click.option("--energy-weight", type=float, default=1.0, show_default=True, help="Per joule, for weighted."),
-    click.option("--gpu-hour-price", type=float, metavar="PRICE", help="Per GPU and hour, for cost."),
-    click.option("--energy-price", type=float, metavar="PRICE", help="Per kWh in the same currency, for cost."),
+    *MONEY_OPTIONS,
     click.option("--gap", type=float, default=1e-3, show_default=True, help="Relative gap at which to stop."),
 )
 LIMIT_OPTIONS = (
@@ -113,6 +113,7 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
     cluster = None if options["cluster"] is None else _cluster(options)
     num_gpus = options["gpus"] if cluster is None else cluster.num_gpus
     pinned = parse_pins(options["pin_text"] or "", batch)
+    economy = economy_of(options) if "objective" in options else None
     return PlanRequest(
         num_gpus=max(1, len(detect_gpus())) if num_gpus is None else num_gpus,
         cluster=cluster,
@@ -121,7 +122,7 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
         memory_bytes=_quantity(options, "memory", parse_bytes),
         network_bytes_per_s=_quantity(options, "network", parse_rate),
         gpu_power_limit_w=_quantity(options, "gpu_power_limit", parse_watts),
-        objective=_objective(options) if "objective" in options else Objective("energy"),
+        objective=_objective(options, economy) if "objective" in options else Objective("energy"),
         limits=_limits(options),
         pins=pinned.pins,
         profile=options["profile"],
@@ -131,6 +132,7 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
         clocks=options["clocks"],
         time_limit_s=_quantity(options, "time_limit", parse_seconds),
         gap_tolerance=gap,
+        economy=economy,
     )
 
 
@@ -162,15 +164,12 @@ def _quantity(options: Mapping[str, Any], name: str, parse: Callable[[str], N]) 
         raise InputError(f"--{name.replace('_', '-')}: {error}") from error
 
 
-def _objective(options: Mapping[str, Any]) -> Objective:
+def _objective(options: Mapping[str, Any], economy: Economy | None) -> Objective:
     kind = options["objective"]
     if kind not in OBJECTIVES:
         raise InputError(f"unknown objective {kind!r}; one of {', '.join(OBJECTIVES)}")
-    prices = (options["gpu_hour_price"], options["energy_price"])
-    if kind == "cost":
-        return cost_objective(*prices)
-    if prices != (None, None):
-        raise InputError("--gpu-hour-price and --energy-price are for --objective cost")
+    if economy is not None:
+        return objective_of(kind, economy)
     if kind != "weighted":
         return Objective(kind)
     weights = (options["time_weight"], options["energy_weight"])

@@ -15,7 +15,7 @@ RECOMPUTE = ("none", "full", "selective", "selective-op", "alternate")
 et al. 2022); everything but half of the products and attention (torchtitan's per-op policy); every second block."""
 KEPT = ("none", "selective", "selective-op", "alternate")
 """Values of RECOMPUTE that a cost table is made for; `full` is derived from any of them."""
-OBJECTIVES = ("time", "energy", "edp", "weighted", "cost")
+OBJECTIVES = ("time", "energy", "edp", "weighted", "cost", "carbon")
 STATUSES = ("optimal", "feasible", "infeasible", "no-solution")
 
 
@@ -23,14 +23,16 @@ STATUSES = ("optimal", "feasible", "infeasible", "no-solution")
 class Objective:
     """What is minimised over one step.
 
-    `time` (s), `energy` (J), `edp` (J s), and two sums: `weighted` = time_weight * s + energy_weight * J, and `cost` =
-    gpu_second_weight * GPUs * s + energy_weight * J (currency: price of a GPU-second and of a joule).
+    `time` (s), `energy` (J), `edp` (J s), and sums: `weighted` = time_weight * s + energy_weight * J, and `cost` and
+    `carbon` = gpu_second_weight * GPUs * s + energy_weight * J (currency, or gCO2e, of a GPU-second and of a joule).
+    `pue`, energy of the facility over that of GPUs and hosts, is contained in energy_weight.
     """
 
     kind: str
     time_weight: float = 0.0
     energy_weight: float = 0.0
     gpu_second_weight: float = 0.0
+    pue: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in OBJECTIVES:
@@ -48,7 +50,7 @@ class Objective:
             return 0.0, 1.0
         if self.kind == "weighted":
             return self.time_weight, self.energy_weight
-        if self.kind == "cost":
+        if self.kind in ("cost", "carbon"):
             return self.gpu_second_weight * num_gpus, self.energy_weight
         raise ValueError(f"the objective {self.kind} is no weighted sum")
 

@@ -123,6 +123,8 @@ def _limits(plan: Plan) -> Iterator[Issue]:
     weights = (objective.time_weight, objective.energy_weight, objective.gpu_second_weight)
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
         yield Issue("$.objective", f"expected weights of at least 0, found {', '.join(f'{w:g}' for w in weights)}")
+    if not (math.isfinite(objective.pue) and objective.pue >= 1):
+        yield Issue("$.objective.pue", f"expected at least 1, found {objective.pue:g}")
     if not (math.isfinite(plan.decisions.pace_s) and plan.decisions.pace_s >= 0):
         yield Issue("$.decisions.pace_s", f"expected at least 0, found {plan.decisions.pace_s}")
     figures = limited_figures(plan.predicted)

@@ -15,14 +15,16 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
-from autopar.cost.mixed import MixedCluster
-from autopar.errors import AutoparError
+from autopar.cost.mixed import MixedCluster, MixedTables
+from autopar.cost.table import CostTables
+from autopar.errors import AutoparError, InfeasibleError
 from autopar.ir.graph import OpGraph
 from autopar.ir.plan import SCHEMA_VERSION, ClusterReference, ModelReference, Plan, SolverReport
 from autopar.ir.serialize_graph import graph_hash
-from autopar.ir.solution import Alternative
+from autopar.ir.solution import Alternative, Objective
 from autopar.ir.verify import verify
-from autopar.planner.choose import Choice, Chooser, describe
+from autopar.planner.choose import Candidate, Choice, Chooser, describe
+from autopar.planner.economy import economy_notes
 from autopar.planner.request import INTERRUPTED, PlanRequest, Progress, Target, choose_target, say_nothing
 from autopar.rules.strategies import has_rule
 from autopar.version import __version__
@@ -115,8 +117,22 @@ def plan_graph(
 ) -> Plan:
     """Plan a captured graph; `reference` says where it came from, its hash and batch size are filled in here."""
     chooser = Chooser(graph, request, target, progress or say_nothing)
-    choice = chooser.choose(chooser.tables(request.pins))
-    return assemble_plan(graph, reference, request, target, choice)
+    tables = chooser.tables(request.pins)
+    plan = assemble_plan(graph, reference, request, target, chooser.choose(tables))
+    if request.economy is None:
+        return plan
+    rival = _thriftiest(chooser, tables) if request.with_baselines else None
+    return replace(plan, notes=(*plan.notes, *economy_notes(plan, request.economy, rival)))
+
+
+def _thriftiest(chooser: Chooser, tables: CostTables | MixedTables) -> Candidate | None:
+    """The plan of least energy under the same pins and limits."""
+    request = replace(chooser.request, objective=Objective("energy"), with_baselines=False)
+    try:
+        return replace(chooser, request=request).choose(tables).candidate
+    except InfeasibleError:
+        # Simulated, the search's best for energy breaks a limit that another plan keeps.
+        return None
 
 
 def assemble_plan(

@@ -15,6 +15,7 @@ from autopar.ir.cluster import ClusterDescription
 from autopar.ir.software import Software
 from autopar.ir.solution import Limits, Objective, Pins
 from autopar.planner.detect import GpuChoice, choose_gpu
+from autopar.planner.objective import Economy
 from autopar.planner.profile import NO_PROFILE, LoadedProfile, load_rows
 
 Progress: TypeAlias = Callable[[str], None]
@@ -65,6 +66,7 @@ class PlanRequest:
     software: Software = field(default_factory=lambda: load_software(OWN_SOFTWARE))
     network_bytes_per_s: float | None = None
     gpu_power_limit_w: float | None = None
+    economy: Economy | None = None
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:

@@ -50,8 +50,8 @@ def best_counts(plans: Sequence[Plan]) -> dict[str, int]:
         "energy": _energy_j,
         "energy x delay": lambda plan: _time_s(plan) * _energy_j(plan),
     }
-    if plans and plans[0].objective.kind == "cost":
-        figures["cost"] = _cost
+    if plans and plans[0].objective.kind in ("cost", "carbon"):
+        figures[plans[0].objective.kind] = _cost
     return {
         name: min(plans, key=lambda plan: (value(plan), plan.decisions.num_gpus)).decisions.num_gpus
         for name, value in figures.items()

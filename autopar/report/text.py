@@ -95,9 +95,11 @@ def _objective(plan: Plan) -> str:
     words = {"time": "least step time", "energy": "least energy per step", "edp": "least energy x time"}
     if objective.kind in words:
         return f"{objective.kind}: {words[objective.kind]}"
-    if objective.kind == "cost":
-        hour, kwh = objective.gpu_second_weight * 3600, objective.energy_weight * 3.6e6
-        return f"cost: {hour:g} x GPU-hours + {kwh:g} x kWh"
+    if objective.kind in ("cost", "carbon"):
+        hour, kwh = objective.gpu_second_weight * 3600, objective.energy_weight * 3.6e6 / objective.pue
+        unit = " g" if objective.kind == "carbon" else ""
+        facility = f" x PUE {objective.pue:g}" if objective.pue != 1 else ""
+        return f"{objective.kind}: {hour:g}{unit} x GPU-hours + {kwh:g}{unit} x kWh{facility}"
     return f"weighted: {objective.time_weight:g} x seconds + {objective.energy_weight:g} x joules"
 
 
