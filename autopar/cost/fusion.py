@@ -19,10 +19,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from autopar.cost.kernels import NORMS, is_view, packet
+from autopar.cost.kernels import NORMS, is_view
 from autopar.cost.moves import LINEAR, LOSSES, PRODUCTS, REDUCTIONS, SOFTMAXES, Moves, Readers, eager_moves, run_by
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.software import Software
+from autopar.rules.table import packet
 
 POINTWISE = frozenset(
     (

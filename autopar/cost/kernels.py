@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from autopar.ir.graph import Op, OpGraph, Value
+from autopar.rules.recompute import ATTENTIONS, GEMMS
+from autopar.rules.table import packet
 
-GEMMS = frozenset(("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "einsum", "autopar.moe_experts"))
 CONVOLUTIONS = frozenset(f"{name}{dims}d" for name in ("conv", "conv_transpose") for dims in (1, 2, 3))
 CAUSAL_BLOCK = 128
 """Positions of a block of fused attention."""
-ATTENTIONS = frozenset(("scaled_dot_product_attention",))
 SELECTING_VIEWS = frozenset(("slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow"))
 """Views whose backward writes a whole zero-filled gradient."""
 GROWING_VIEWS = frozenset(("expand", "expand_as", "broadcast_to"))
@@ -25,11 +25,6 @@ VIEWS = HEADER_VIEWS | SELECTING_VIEWS | GROWING_VIEWS
 LOOKUPS = frozenset(("embedding", "gather", "index", "index_select"))
 """Ops that read only the rows they return, not the whole table."""
 NORMS = frozenset(("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm"))
-
-
-def packet(target: str) -> str:
-    """`aten.add.Tensor` -> `add`; other namespaces stay whole."""
-    return target.split(".")[1] if target.startswith("aten.") else target
 
 
 def work_kind(op: Op) -> str:

@@ -11,19 +11,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from autopar.cost.kernels import (
-    ATTENTIONS,
     CONVOLUTIONS,
-    GEMMS,
     GROWING_VIEWS,
     HEADER_VIEWS,
     LOOKUPS,
     NORMS,
     SELECTING_VIEWS,
     is_view,
-    packet,
 )
 from autopar.ir.graph import Op, Value
 from autopar.ir.software import Software
+from autopar.rules.recompute import ATTENTIONS, GEMMS
+from autopar.rules.table import packet
 
 PASSING = frozenset(("add", "sub", "clone", "contiguous", "cat", "stack", "where", "masked_fill"))
 """Ops whose backward hands on the gradient, or a view of it, unless an operand was broadcast."""

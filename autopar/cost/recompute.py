@@ -16,12 +16,13 @@ from functools import cached_property
 
 import numpy as np
 
-from autopar.cost.kernels import is_view, packet
+from autopar.cost.kernels import is_view
 from autopar.cost.layouts import Codes
 from autopar.ir.cost import Array
 from autopar.ir.graph import Block, Op, OpGraph
 from autopar.ir.solution import KEPT
 from autopar.rules.recompute import block_ops, core_ops, kept_ops, layers
+from autopar.rules.table import packet
 
 LINEAR = frozenset(
     ("add", "sub", "rsub", "neg", "clone", "contiguous", "reshape", "flatten", "cat", "to", "_to_copy", "type_as")
