@@ -21,6 +21,7 @@ LABEL_BY_TAG: Mapping[str, str] = {"read": "assumed", "known": "assumed", "estim
 OPTIONAL_LINK_KEYS = ("efficiency", "reduction_bytes_per_s", "ring_fill", "bridge_bytes_per_s")
 OPTIONAL_KERNELS = (
     "multiprocessors", "gemm_depth", "gemm_backward_efficiency", "attention_backward_efficiency", "dispatch_s",
+    "tf32_efficiency",
 )  # fmt: skip
 
 
@@ -83,7 +84,8 @@ class ClockControl:
 class DeviceSpec:
     """One device. Rates are dense and at the highest clock; `peak_flops` is by dtype name, plus `tf32` where it has it.
 
-    Without `multiprocessors` GEMMs are not cut into tiles; an efficiency of backward that is 0 is that of forward.
+    Without `multiprocessors` GEMMs are not cut into tiles; an efficiency of backward that is 0 is that of forward, one
+    of tf32 that is 0 is that of other GEMMs.
     `clock_control` is None where clocks cannot be locked; `clock_share` is the clock it is set to over the highest.
     `sustained_share` is the clock, over the highest, at which large GEMMs hold `limit_w`; rates are those there.
     `power_limit_w` is the limit that somebody set; 0: nobody has, and `limit_w` holds.
@@ -128,6 +130,7 @@ class DeviceSpec:
     gemm_backward_efficiency: float = 0.0
     attention_backward_efficiency: float = 0.0
     dispatch_s: float = 0.0
+    tf32_efficiency: float = 0.0
 
     @property
     def speed(self) -> float:

@@ -20,6 +20,9 @@ apart: a GEMM draws in proportion to
 Many boards reach their limit below the highest clock: large GEMMs then run at `sustained_share` s of it, where the
 rates and shares of the device file were taken. eps_flop at x changes by (D(x) / x) / (D(s) / s), and above s not at
 all; eps_byte never does. Form and parameters: fits of the Perseus artifact's stage profiles (device files).
+
+`stage_w` and `program_under_limit` are the same model without kernels: for stages whose times are known, and for
+programs of which only time and power under another limit are.
 """
 
 from __future__ import annotations
@@ -27,8 +30,12 @@ from __future__ import annotations
 import numpy as np
 
 from autopar.cost.device import ClockControl, DeviceSpec
-from autopar.cost.roofline import flop_rate, memory_rate
+from autopar.cost.roofline import flop_rate, memory_rate, on_tf32
 from autopar.ir.cost import Array
+
+LEAST_SPEED = 0.3
+"""Of computing: a power limit lowers clocks no further."""
+BISECTIONS = 40
 
 
 def dynamic_limit_w(spec: DeviceSpec) -> float:
@@ -42,13 +49,16 @@ def rated_dynamic_w(spec: DeviceSpec) -> float:
 
 
 def flop_energy_j(spec: DeviceSpec, kind: str, dtype: str) -> float:
-    """eps_flop: every FLOP costs what one of the fastest GEMM does, however slowly it runs."""
+    """eps_flop: every FLOP costs what one of the fastest kernel on the same units does, however slowly it runs."""
     rate = flop_rate(spec, kind, dtype)
     own = {"convolution": spec.convolution_efficiency, "attention": spec.attention_efficiency}.get(
         kind, spec.gemm_efficiency
     )
-    as_gemm = rate / own * max(spec.gemm_efficiency, spec.gemm_backward_efficiency)
-    return spec.gemm_share * rated_dynamic_w(spec) / as_gemm * clock_energy_factor(spec)
+    fastest = max(spec.gemm_efficiency, spec.gemm_backward_efficiency)
+    if spec.tf32_efficiency and on_tf32(spec, kind, dtype):
+        own = own if kind == "convolution" else spec.tf32_efficiency
+        fastest = max(own, spec.tf32_efficiency)
+    return spec.gemm_share * rated_dynamic_w(spec) / (rate / own * fastest) * clock_energy_factor(spec)
 
 
 def clock_energy_factor(spec: DeviceSpec) -> float:
@@ -83,3 +93,42 @@ def kernel_energy_j(spec: DeviceSpec, kind: str, dtype: str, flops: Array, num_b
 def within_limit_s(spec: DeviceSpec, time_s: Array, energy_j: Array) -> Array:
     """Seconds that the energy needs at the power limit, at least."""
     return np.maximum(time_s, energy_j / dynamic_limit_w(spec))
+
+
+def stage_w(spec: DeviceSpec) -> float:
+    """Power of one device while it computes a training stage, large products mostly, at its clock and power limit."""
+    natural_w = spec.gemm_share * rated_dynamic_w(spec) * clock_power_factor(spec, spec.speed)
+    return spec.blocked_w + min(natural_w, dynamic_limit_w(spec))
+
+
+def speed_within(spec: DeviceSpec, natural_w: float) -> float:
+    """Speed of computing under the power limit, of a load that draws `natural_w` above blocked power at full speed."""
+    limit_w = dynamic_limit_w(spec)
+    if natural_w <= limit_w:
+        return 1.0
+    low, high = LEAST_SPEED if spec.clock_control else 1.0, 1.0
+    least_w = natural_w * clock_power_factor(spec, low)
+    if least_w > limit_w:
+        return low * limit_w / least_w
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if natural_w * clock_power_factor(spec, middle) > limit_w else (middle, high)
+    return low
+
+
+def program_under_limit(spec: DeviceSpec, average_w: float) -> tuple[float, float]:
+    """Time over that under the board's own limit, and average power, of a program that drew `average_w` there.
+
+    It is taken for phases of large products and phases of memory traffic that together draw this average; a limit
+    slows each down as it does such kernels.
+    """
+    product_w, memory_w = spec.gemm_share * rated_dynamic_w(spec), spec.memory_share * rated_dynamic_w(spec)
+    memory_w = min(memory_w, max(0.0, average_w - spec.blocked_w))
+    share = min(1.0, max(0.0, average_w - spec.blocked_w - memory_w) / (product_w - memory_w))
+    limit_w = dynamic_limit_w(spec)
+    products_s = share / speed_within(spec, product_w)
+    memory_s = (1.0 - share) * max(1.0, memory_w / limit_w)
+    total_s = products_s + memory_s
+    dynamic_j = products_s * min(product_w, limit_w) + memory_s * min(memory_w, limit_w)
+    idle_w = min(average_w, spec.blocked_w) if not share and not memory_w else spec.blocked_w
+    return total_s, idle_w + dynamic_j / total_s

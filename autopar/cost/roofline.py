@@ -44,9 +44,14 @@ def flop_rate(spec: DeviceSpec, kind: str, dtype: str) -> float:
     }[kind]
     if kind == "other":
         return spec.peak("float32") * efficiency
-    if kind == "convolution" and dtype == "float32" and "tf32" in spec.peak_flops:
-        return spec.peak("tf32") * efficiency
+    if on_tf32(spec, kind, dtype):
+        return spec.peak("tf32") * (spec.tf32_efficiency if kind == "gemm" and spec.tf32_efficiency else efficiency)
     return spec.peak(dtype) * efficiency
+
+
+def on_tf32(spec: DeviceSpec, kind: str, dtype: str) -> bool:
+    """Whether a kernel runs on tf32 units."""
+    return "tf32" in spec.peak_flops and (dtype == "tf32" or (kind == "convolution" and dtype == "float32"))
 
 
 def backward_share(spec: DeviceSpec, kind: str) -> float:
