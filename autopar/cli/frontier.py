@@ -9,11 +9,13 @@ import click
 
 from autopar.cli.console import print_json, progress_line
 from autopar.cli.options import build_request, frontier_options, json_option, model_settings, set_option
+from autopar.cli.page import check_report, report_option
 from autopar.errors import InputError
-from autopar.ir.serialize import check_writable, save_plan
+from autopar.ir.serialize import check_writable, save_plan, write_atomic
 from autopar.planner.frontier import trace_frontier
 from autopar.report.figure import check_plot
 from autopar.report.frontier import frontier_json, frontier_report, plot_frontier
+from autopar.report.page_curves import frontier_page
 
 
 @click.command()
@@ -23,6 +25,7 @@ from autopar.report.frontier import frontier_json, frontier_report, plot_frontie
 @click.option("--points", default=32, show_default=True, metavar="N", help="Most plans to look for.")
 @click.option("--plot", metavar="FILE", help="Draw the frontier, e.g. into frontier.svg.")
 @click.option("--out-dir", metavar="DIR", help="Write the plan of every point into this directory.")
+@report_option
 @json_option
 def frontier(
     model: str,
@@ -31,6 +34,7 @@ def frontier(
     points: int,
     plot: str | None,
     out_dir: str | None,
+    report: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -41,16 +45,20 @@ def frontier(
         raise InputError(f"--points must be at least 1, got {points}")
     if plot is not None:
         check_plot()
-        check_writable(plot)
+        check_writable(plot, "--plot")
+    check_report(report, plot)
     directory = None if out_dir is None else _make_directory(out_dir)
     with progress_line(as_json) as progress:
         found = trace_frontier(model, chosen, request, points, progress)
+    title = f"{model} on up to {request.num_gpus} GPUs"
     if plot is not None:
-        plot_frontier(found.plans, f"{model} on up to {request.num_gpus} GPUs", plot)
+        plot_frontier(found.plans, title, plot)
     for i, plan in enumerate(found.plans if directory is not None else ()):
         save_plan(plan, Path(out_dir or "") / f"plan_{i:02d}.json")
-    report = (found.plans, found.num_dropped, found.complete)
-    print_json(frontier_json(*report)) if as_json else click.echo(frontier_report(*report))
+    shown = (found.plans, found.num_dropped, found.complete)
+    if report is not None:
+        write_atomic(report, frontier_page(*shown, title))
+    print_json(frontier_json(*shown)) if as_json else click.echo(frontier_report(*shown))
 
 
 def _make_directory(name: str) -> Path:

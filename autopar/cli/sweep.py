@@ -9,10 +9,12 @@ import click
 
 from autopar.cli.console import print_json, progress_line
 from autopar.cli.options import build_request, json_option, model_settings, set_option, sweep_options
+from autopar.cli.page import check_report, report_option
 from autopar.errors import InputError
-from autopar.ir.serialize import check_writable
+from autopar.ir.serialize import check_writable, write_atomic
 from autopar.planner.sweep import sweep_model
 from autopar.report.figure import check_plot
+from autopar.report.page_curves import sweep_page
 from autopar.report.sweep import plot_sweep, sweep_json, sweep_report
 
 MOST_COUNTS = 64
@@ -24,9 +26,17 @@ MOST_COUNTS = 64
 @sweep_options
 @set_option
 @click.option("--plot", metavar="FILE", help="Draw time and energy over the number of GPUs, e.g. into sweep.svg.")
+@report_option
 @json_option
 def sweep(
-    model: str, *, counts: str, settings: tuple[str, ...], plot: str | None, as_json: bool, **options: Any
+    model: str,
+    *,
+    counts: str,
+    settings: tuple[str, ...],
+    plot: str | None,
+    report: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Plan MODEL on each number of GPUs and show where more of them stop paying."""
     numbers = parse_counts(counts)
@@ -34,12 +44,16 @@ def sweep(
     chosen = model_settings(model, settings, options)
     if plot is not None:
         check_plot()
-        check_writable(plot)
+        check_writable(plot, "--plot")
+    check_report(report, plot)
     with progress_line(as_json) as progress:
         found = sweep_model(model, chosen, request, numbers, progress)
+    title = f"{model} on {request.gpu or 'the default GPU'}"
     if plot is not None:
-        plot_sweep(found.planned, f"{model} on {request.gpu or 'the default GPU'}", plot)
+        plot_sweep(found.planned, title, plot)
     missing = tuple((point.num_gpus, point.reason) for point in found.points if point.plan is None)
+    if report is not None:
+        write_atomic(report, sweep_page(found.planned, missing, title))
     if as_json:
         print_json(sweep_json(found.planned, missing))
     else:

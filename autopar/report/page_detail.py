@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from autopar.ir.plan import Plan
 from autopar.ir.streams import PASSES, Span, Streams
@@ -17,17 +18,20 @@ from autopar.units import format_bytes, format_seconds
 MOST_RANKS = 32
 MOST_MARKS = 3000
 """Of the schedule, and again of its collectives."""
-MOST_OF_RANK = 200
-ACTIONS = {FORWARD: ("k0", "forward"), BACKWARD: ("k1", "backward"), STEP: ("k2", "once a step")}
-ROUNDING = 1e-9
+MOST_OF_RANK = 120
+ACTIONS = MappingProxyType({FORWARD: ("k0", "forward"), BACKWARD: ("k1", "backward"), STEP: ("k2", "once a step")})
 EXPOSED = "waiting for collectives"
+ROUNDING = 1e-9
+"""Share of a step below which a wait is none."""
 MERGED = "k5"
-COLLECTIVE = "k4"
-WORDS = {
+COLLECTIVE = "beside"
+WORDS = MappingProxyType({
     "forward": "forward", "backward": "backward", "gather": "gather parameters", "regather": "gather parameters again",
     "scatter": "scatter gradients", "sync": "synchronise gradients",
-}  # fmt: skip
-TIMES = 0.55
+})  # fmt: skip
+COLOURS_OF = MappingProxyType({"gather": "k8", "regather": "k2", "scatter": "k4", "sync": "k3"})
+"""Of collectives on a stream of their own."""
+LANE = 0.55
 """Share of a rank's lane that its actions take; its collectives take the rest."""
 
 
@@ -78,18 +82,18 @@ def chosen_ranks(num_ranks: int) -> list[int]:
 
 def timeline_section(plan: Plan, detail: StepDetail) -> Markup:
     """Rank by rank, what runs when."""
-    end, ranks = detail.timeline.makespan_s, chosen_ranks(detail.num_ranks)
+    end, ranks = detail.timeline.makespan_s or 1.0, chosen_ranks(detail.num_ranks)
     budget = min(max(8, MOST_MARKS // len(ranks)), MOST_OF_RANK)
     collectives = {rank: list(_collectives(detail, rank)) for rank in ranks}
     drawn = 0 < sum(map(len, collectives.values())) <= MOST_MARKS
     entries, num_left_out = [], 0
     for rank in ranks:
         intervals = detail.timeline.stages[rank]
-        marks, merged = _schedule(intervals, budget, TIMES if drawn else 1.0)
+        marks, merged = _schedule(intervals, budget, LANE if drawn else 1.0)
         num_left_out += merged
-        busy = detail.timeline.busy_s(rank) / end if end else 0.0
+        busy = detail.timeline.busy_s(rank) / end
         label = f"rank {rank}: {len(intervals)} actions, busy {busy:.0%} of the step"
-        picture = strip([*marks, *(collectives[rank] if drawn else ())], end or 1.0, label, height=24 if drawn else 18)
+        picture = strip([*marks, *(collectives[rank] if drawn else ())], end, label, height=24 if drawn else 18)
         entries.append((f"rank {rank}", picture, f"busy {busy:.0%}"))
     entries.append(("", ticks(end, format_seconds), ""))
     colours = list(ACTIONS.values())
@@ -168,7 +172,7 @@ def _collectives(detail: StepDetail, rank: int) -> Iterable[Mark]:
     for interval, streams in _with_streams(detail, rank):
         for start, stop, kinds in _merged(streams.communication):
             title = f"{kinds} during {interval.action}: {format_seconds(stop - start)}"
-            yield Mark(interval.start_s + start, interval.start_s + stop, COLLECTIVE, title, TIMES + 0.1)
+            yield Mark(interval.start_s + start, interval.start_s + stop, COLLECTIVE, title, LANE + 0.1)
 
 
 def _merged(spans: Sequence[Span]) -> Iterable[tuple[float, float, str]]:
@@ -190,7 +194,7 @@ def streams_section(detail: StepDetail) -> Markup:
     if not any(own[name].communication for name in PASSES):
         return Markup("")
     names = [name for name in PASSES if name != "last_backward" or own[name] != own["backward"]]
-    end = max(own[name].stop_s for name in names)
+    end = max(own[name].stop_s for name in names) or 1.0
     entries = []
     for name in names:
         for row in ("computation", "communication"):
@@ -199,8 +203,9 @@ def streams_section(detail: StepDetail) -> Markup:
             label = f"{row} stream in {name.replace('_', ' ')}: {len(spans)} spans"
             entries.append((f"{name.replace('_', ' ')}, {row}", strip(marks, end, label), _busy(spans, own[name])))
     entries.append(("", ticks(end, format_seconds), ""))
-    colours = [("k0", "computation, block by block"), ("k5", "every second block"), ("k8", "gather parameters"),
-               ("k4", "scatter gradients"), ("k3", "synchronise gradients")]  # fmt: skip
+    kinds = {span.kind for name in names for span in own[name].communication}
+    colours = [("k0", "computation"), ("k5", "computation of every second block")]
+    colours += [(COLOURS_OF[kind], WORDS[kind]) for kind in WORDS if kind in kinds]
     return section(
         f"Both streams of stage {stage} in one microbatch",
         "Which collectives run beside computation, and where computation waits for them, on the slowest stage.",
@@ -209,8 +214,7 @@ def streams_section(detail: StepDetail) -> Markup:
 
 
 def _block_mark(span: Span, index: int) -> Mark:
-    colours = {"gather": "k8", "regather": "k8", "scatter": "k4", "sync": "k3"}
-    colour = colours.get(span.kind, "k5" if index % 2 else "k0")
+    colour = COLOURS_OF.get(span.kind, "k5" if index % 2 else "k0")
     return Mark(span.start_s, span.stop_s, colour, f"{WORDS[span.kind]}, block {span.block}: {_span(span)}")
 
 
@@ -242,7 +246,7 @@ def memory_curves(detail: StepDetail, capacity_bytes: float) -> Markup:
 def _levels(points: Sequence[tuple[float, float]], end: float, most: int) -> list[tuple[float, float, float]]:
     """(start, stop, bytes); with more than `most` moments, the largest of several neighbours."""
     stops = [start for start, _ in points[1:]] + [end]
-    levels = [(start, stop, size) for (start, size), stop in zip(points, stops, strict=True)]
+    levels = [(start, stop, size) for (start, size), stop in zip(points, stops, strict=True) if stop > start]
     width = -(-len(levels) // most)
     groups = [levels[i : i + width] for i in range(0, len(levels), width)]
     return [(own[0][0], own[-1][1], max(size for *_, size in own)) for own in groups]
@@ -250,4 +254,4 @@ def _levels(points: Sequence[tuple[float, float]], end: float, most: int) -> lis
 
 def _level(start: float, stop: float, size: float, most: float) -> Mark:
     title = f"{format_bytes(size)} from {format_seconds(start)} to {format_seconds(stop)}"
-    return Mark(start, stop, "k0", title, 1.0 - size / most)
+    return Mark(start, stop, "area", title, 1.0 - size / most)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
 from autopar.ir.solution import Alternative
-from autopar.report.page_detail import EXPOSED, StepDetail, chosen_ranks, memory_curves
+from autopar.report.page_detail import EXPOSED, ROUNDING, StepDetail, chosen_ranks, memory_curves
 from autopar.report.page_html import Markup, joined, section, table, tag
 from autopar.report.page_svg import COLOURS, key, rows, stacked, strip, ticks
 from autopar.report.text import span_words
@@ -62,36 +62,42 @@ def _card(name: str, quantity: Quantity, show: Show, remark: str = "") -> Markup
     )
 
 
-def stage_section(plan: Plan) -> Markup:
+def stage_section(plan: Plan, detail: StepDetail | None) -> Markup:
     """The table of stages."""
-    heading = ("stage", "blocks", "GPUs", "recompute", "clock", "forward", "backward", "once a step", "memory", "label")
-    width, body = plan.decisions.mesh.num_devices, []
-    for i, (stage, figures) in enumerate(zip(plan.decisions.stages, plan.predicted.stages, strict=True)):
-        rank = i % plan.decisions.num_ranks
-        times = (figures.forward_s, figures.backward_s, figures.step_s)
-        labels = dict.fromkeys(quantity.label for quantity in (*times, figures.peak_memory_bytes))
-        body.append(
-            (
-                str(i),
-                span_words(stage.start, stage.stop - 1),
-                span_words(rank * width, (rank + 1) * width - 1) + (f" ({stage.gpu})" if stage.gpu else ""),
-                stage.recompute,
-                f"{stage.clock_hz / 1e6:.0f} MHz" if stage.clock_hz else "free",
-                *(_cell(quantity, format_seconds) for quantity in times),
-                _cell(figures.peak_memory_bytes, format_bytes),
-                ", ".join(labels),
-            )
-        )
+    spent = ("dynamic energy",) if detail is not None else ()
+    decided = ("blocks", "GPUs", "recompute", "clock") if _is_locked(plan) else ("blocks", "GPUs", "recompute")
+    heading = ("stage", "label", *decided, "forward", "backward", "once a step", "memory", *spent)
+    body = [_stage_row(plan, i, detail) for i in range(len(plan.decisions.stages))]
     chunks = plan.decisions.interleave
-    more = f" Every rank holds {chunks} stages; the memory is that of the rank." if chunks > 1 else ""
-    return section(
-        "Stages",
-        f"Seconds of one microbatch on each stage, and memory of each of its GPUs, with ranges.{more}",
-        table("Stages, predicted", heading, body, words=(0, 9)),
+    words = "Seconds of one microbatch on each stage, and memory of each of its GPUs, with their ranges"
+    words += "; joules of one step of all its GPUs, beyond what waiting draws." if spent else "."
+    words += f" Every rank holds {chunks} stages; the memory is that of the rank." if chunks > 1 else ""
+    return section("Stages", words, table("Stages, predicted", heading, body, words=(0, 1)))
+
+
+def _is_locked(plan: Plan) -> bool:
+    return any(stage.clock_hz for stage in plan.decisions.stages)
+
+
+def _stage_row(plan: Plan, index: int, detail: StepDetail | None) -> tuple[str, ...]:
+    stage, figures = plan.decisions.stages[index], plan.predicted.stages[index]
+    width, rank = plan.decisions.mesh.num_devices, index % plan.decisions.num_ranks
+    times = (figures.forward_s, figures.backward_s, figures.step_s)
+    return (
+        str(index),
+        ", ".join(dict.fromkeys(quantity.label for quantity in (*times, figures.peak_memory_bytes))),
+        span_words(stage.start, stage.stop - 1),
+        span_words(rank * width, (rank + 1) * width - 1) + (f" ({stage.gpu})" if stage.gpu else ""),
+        stage.recompute,
+        *([f"{stage.clock_hz / 1e6:.0f} MHz" if stage.clock_hz else "free"] if _is_locked(plan) else []),
+        *(quantity_cell(quantity, format_seconds) for quantity in times),
+        quantity_cell(figures.peak_memory_bytes, format_bytes),
+        *([format_joules(detail.dynamic_j[index])] if detail is not None else []),
     )
 
 
-def _cell(quantity: Quantity, show: Show) -> Markup:
+def quantity_cell(quantity: Quantity, show: Show) -> Markup:
+    """The value above its range."""
     words = range_words(quantity, show)
     return joined([show(quantity.value), *([tag("small", words)] if words else [])])
 
@@ -102,7 +108,12 @@ def memory_section(plan: Plan, detail: StepDetail | None) -> Markup:
     colours = _colours(memory, CAUSES)
     capacities = [_capacity_bytes(plan, rank) for rank in range(len(memory))]
     peaks = plan.predicted.peak_memory_bytes
-    end = max(1.0, *capacities, *(quantity.value for quantity in peaks), *(sum(own.values()) for own in memory))
+    end = max(
+        1.0,
+        *(1.02 * own for own in capacities),
+        *(quantity.value for quantity in peaks),
+        *(sum(own.values()) for own in memory),
+    )
     entries = []
     for rank in chosen_ranks(len(memory)):
         parts = [(name, memory[rank].get(name, 0.0), colour) for name, colour in colours.items()]
@@ -118,7 +129,7 @@ def memory_section(plan: Plan, detail: StepDetail | None) -> Markup:
     ]  # fmt: skip
     return section(
         "Memory per GPU",
-        "What fills the memory of each pipeline rank's GPUs at their worst moment; the black line is what is usable.",
+        "What fills the memory of each pipeline rank's GPUs at their worst moment; the upright line is what is usable.",
         key([(colour, name) for name, colour in colours.items()]),
         rows(entries),
         table("Memory by cause, predicted", heading, body, words=(0, len(heading) - 1)),
@@ -183,12 +194,13 @@ def _times_s(plan: Plan, rank: int, detail: StepDetail | None) -> dict[str, floa
             "backward": decisions.num_microbatches * sum(stage.backward_s.value for stage in own),
             "once a step": sum(stage.step_s.value for stage in own),
         }
-    parts["waiting for other ranks"] = max(0.0, plan.predicted.step_time_s.value - sum(parts.values()))
-    return parts
+    step_s = plan.predicted.step_time_s.value
+    waits_s = step_s - sum(parts.values())
+    return {**parts, "waiting for other ranks": waits_s if waits_s > ROUNDING * step_s else 0.0}
 
 
-def energy_section(plan: Plan, detail: StepDetail | None) -> Markup:
-    """Joules by cause beside the naive figure, and of each stage."""
+def energy_section(plan: Plan) -> Markup:
+    """Joules by cause beside the naive figure."""
     predicted = plan.predicted
     causes, naive = predicted.energy_by_cause, predicted.tdp_energy_j
     end = max(1e-12, naive, sum(causes.values()))
@@ -203,12 +215,6 @@ def energy_section(plan: Plan, detail: StepDetail | None) -> Markup:
     ]  # fmt: skip
     total, label = sum(causes.values()) or 1.0, predicted.energy_j.label
     body = [(name, format_joules(size), f"{size / total:.0%}", label) for name, size in sorted(causes.items())]
-    tables = [table("Energy by cause", ("cause", "energy", "share", "label"), body, words=(0, 3))]
-    if detail is not None and len(detail.dynamic_j) > 1:
-        stages = [(str(k), format_joules(j), f"{j / total:.1%}", label) for k, j in enumerate(detail.dynamic_j)]
-        tables.append(
-            table("Dynamic energy of each stage", ("stage", "energy", "share of all", "label"), stages, words=(0, 3))
-        )
     return section(
         "Where the energy goes",
         "The joules of one step: dynamic is what ops and collectives draw beyond waiting, blocked what GPUs draw while "
@@ -216,7 +222,7 @@ def energy_section(plan: Plan, detail: StepDetail | None) -> Markup:
         "whole step.",
         key([(colour, name) for name, colour in colours.items()]),
         rows(entries),
-        *tables,
+        table("Energy by cause", ("cause", "energy", "share", "label"), body, words=(0, 3)),
     )
 
 
@@ -242,21 +248,16 @@ def baselines_section(plan: Plan) -> Markup:
         return Markup("")
     mine = plan.predicted
     peak = max(mine.peak_memory_bytes, key=lambda quantity: quantity.value)
-    body: list[tuple[str, ...]] = [
-        ("this plan", str(plan.decisions.num_gpus), _cell(mine.step_time_s, format_seconds),
-         _cell(mine.energy_j, format_joules), _cell(peak, format_bytes), "x1", "x1", mine.step_time_s.label, ""),
-    ]  # fmt: skip
+    shown = (format_seconds, format_joules, format_bytes)
+    cells = map(quantity_cell, (mine.step_time_s, mine.energy_j, peak), shown)
+    body = [("this plan", str(plan.decisions.num_gpus), *cells, "x1", "x1", mine.step_time_s.label, "")]
     for own in plan.baselines:
-        figures = (
-            (own.step_time_s, format_seconds),
-            (own.energy_j, format_joules),
-            (own.peak_memory_bytes, format_bytes),
-        )
+        figures = zip((own.step_time_s, own.energy_j, own.peak_memory_bytes), shown, strict=True)
         body.append(
             (
                 own.name,
                 str(own.num_gpus) if own.num_gpus else "-",
-                *("-" if quantity is None else _cell(quantity, show) for quantity, show in figures),
+                *("-" if quantity is None else quantity_cell(quantity, show) for quantity, show in figures),
                 _ratio(own.step_time_s, mine.step_time_s),
                 _ratio(own.energy_j, mine.energy_j),
                 "-" if own.step_time_s is None else own.step_time_s.label,

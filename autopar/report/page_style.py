@@ -10,7 +10,7 @@ STYLE = """
 --k8:#9a8be0}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--text);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
-"DejaVu Sans",sans-serif;overflow-wrap:anywhere}
+"DejaVu Sans",sans-serif;overflow-wrap:break-word}
 main{max-width:1180px;margin:0 auto;padding:24px 20px 48px}
 h1{font-size:1.6rem;line-height:1.25;margin:0 0 4px}
 h2{font-size:1.2rem;margin:40px 0 4px;padding-top:16px;border-top:1px solid var(--line)}
@@ -30,12 +30,14 @@ dd{grid-column:2;margin:0}
 .scroll:focus-visible{outline:2px solid var(--k0)}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding:4px 0}
-th,td{padding:3px 18px 3px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);vertical-align:top}
+th,td{padding:3px 16px 3px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);vertical-align:top}
 th{font-weight:600}
 tbody th{font-weight:400}
 td small{display:block;color:var(--faint)}
-.word{text-align:left;white-space:normal;min-width:5em}
-td.word{min-width:10em}
+.word{text-align:left;white-space:normal}
+td.word{max-width:34em}
+td.word:last-child{min-width:9em}
+tbody th.word{min-width:4em;max-width:26em}
 .rows{display:grid;grid-template-columns:max-content minmax(0,1fr) max-content;gap:5px 12px;align-items:center;
 margin:12px 0;font-size:.85rem;font-variant-numeric:tabular-nums}
 .rows .end{text-align:right}
@@ -43,6 +45,8 @@ svg{display:block;width:100%}
 svg text{fill:var(--faint);font-size:12px}
 .key{list-style:none;display:flex;flex-wrap:wrap;gap:2px 18px;margin:8px 0;padding:0;font-size:.85rem}
 .key svg{display:inline-block;width:12px;height:12px;margin-right:6px;vertical-align:-1px}
+.area{fill:var(--k0)}
+.beside{fill:var(--k4)}
 .lane{fill:var(--lane)}
 .edge{fill:var(--text)}
 .grid{stroke:var(--line);stroke-width:1}
@@ -52,9 +56,13 @@ svg text{fill:var(--faint);font-size:12px}
 .s0{stroke:var(--k0);stroke-width:2}.s1{stroke:var(--k4);stroke-width:2;stroke-dasharray:6 4}
 .s7{stroke:var(--k7);stroke-width:1.5;stroke-dasharray:2 4}
 .plot{display:grid;grid-template-columns:76px minmax(0,1fr);margin:8px 0 16px}
+.plot svg{overflow:visible}
 footer{margin-top:40px;border-top:1px solid var(--line);padding-top:8px;color:var(--faint);font-size:.82rem}
 @media (max-width:560px){main{padding:16px 14px 32px}h1{font-size:1.3rem}dl{grid-template-columns:minmax(0,1fr)}
-dt,dd{grid-column:1}dd+dt{margin-top:6px}.rows{gap:5px 8px;font-size:.78rem}.cards{grid-template-columns:1fr 1fr}
+dt,dd{grid-column:1}dd+dt{margin-top:6px}.rows{grid-template-columns:minmax(0,1fr) max-content;
+grid-auto-flow:row dense;gap:2px 8px}.rows>svg{grid-column:1/-1;
+margin-bottom:4px}.rows>div:empty{display:none}
+.cards{grid-template-columns:1fr 1fr}
 .card{padding:8px 10px}.card b{font-size:1.15rem}.plot{grid-template-columns:64px minmax(0,1fr)}}
 @media print{:root{color-scheme:light;--page:#fff;--card:#f5f6f8;--text:#000;--faint:#444;--line:#bbb;--lane:#e9ecf0;
 --k0:#0072b2;--k1:#e69f00;--k2:#009e73;--k3:#cc79a7;--k4:#d55e00;--k5:#56b4e9;--k6:#b8a800;--k7:#8d959e;--k8:#5b4a9e}

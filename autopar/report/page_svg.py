@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from autopar.report.page_html import Markup, tag
+from autopar.units import format_bytes
 
 COLOURS = tuple(f"k{i}" for i in range(9))
 """Classes of the style sheet."""
 STRIP_HEIGHT = 18
 PLOT_HEIGHT = 260
-NUM_TICKS = 4
+NUM_TICKS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points joined by straight lines, or by stairs; `style` is the class of the lines."""
+    """Points joined by straight lines of class `style`, or by stairs, or not at all."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -42,6 +43,7 @@ class Series:
     colour: str = "k0"
     is_stair: bool = False
     has_dots: bool = True
+    is_joined: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +101,13 @@ def rows(entries: Iterable[tuple[str, Markup, str]]) -> Markup:
 
 
 def ticks(end: float, show: Callable[[float], str]) -> Markup:
-    """Words below strips that end at `end`."""
+    """Words below strips that end at `end`, at round values."""
+    step = _round_step(end / NUM_TICKS, is_binary=show is format_bytes)
     drawn = []
-    for i in range(NUM_TICKS + 1):
-        anchor = "start" if i == 0 else "end" if i == NUM_TICKS else "middle"
-        words = "0" if i == 0 else show(end * i / NUM_TICKS)
-        drawn.append(tag("text", words, x=_percent(i / NUM_TICKS), y="11", text_anchor=anchor))
+    for i in range(math.floor(end / step * (1 + 1e-9)) + 1):
+        share = i * step / end
+        anchor = "start" if i == 0 else "end" if share > 0.94 else "middle"
+        drawn.append(tag("text", show(i * step) if i else "0", x=_percent(share), y="11", text_anchor=anchor))
     return tag("svg", *drawn, height="14", aria_hidden="true")
 
 
@@ -180,7 +183,7 @@ def _curve(own: Series, x: Scale, y: Scale, show: Callable[[float, float], str])
             x2=_percent(x.share(b[0])),
             y2=_height(y, b[1]),
         )
-        for a, b in itertools.pairwise(corners)
+        for a, b in itertools.pairwise(corners if own.is_joined else ())
     ]
     for point in own.points if own.has_dots else ():
         title = tag("title", show(*point))
@@ -201,7 +204,10 @@ def _spread(x: Scale) -> list[tuple[float, str]]:
     return found
 
 
-def _round_step(step: float) -> float:
+def _round_step(step: float, is_binary: bool = False) -> float:
+    """The next power of two, or the next 1, 2 or 5 times a power of ten."""
+    if is_binary:
+        return 2.0 ** math.ceil(math.log2(step))
     power = 10.0 ** math.floor(math.log10(step))
     return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= step * (1 - 1e-9))
 
