@@ -38,16 +38,16 @@ OBJECTIVE = {"--energy-price", "--energy-weight", "--gap", "--gpu-hour-price", "
 OBJECTIVE |= {"--embodied-carbon", "--gpu-price", "--grid-carbon", "--lifetime", "--pue", "--steps", "--tariff"}
 OBJECTIVE |= {"--utilisation", "--window"}
 OPTIONS = {
-    "plan": PLANNING | {"--json", "--no-cache", "--out", "--set"},
+    "plan": PLANNING | {"--json", "--no-cache", "--out", "--report", "--set"},
     "run": {"--json", "--steps"},
     "verify": {"--json"},
-    "explain": {"--json", "--trace", "--why-not"},
+    "explain": {"--json", "--report", "--trace", "--why-not"},
     "estimate": PLANNING | {"--json", "--set"},
-    "frontier": PLANNING - OBJECTIVE | {"--json", "--out-dir", "--plot", "--points", "--set"},
+    "frontier": PLANNING - OBJECTIVE | {"--json", "--out-dir", "--plot", "--points", "--report", "--set"},
     "diff": {"--json"},
     "gpus": {"--json"},
     "profile": {"--batch", "--device", "--json", "--out", "--processes", "--quick", "--set"},
-    "sweep": PLANNING - {"--cluster", "--use-all"} | {"--json", "--plot", "--set"},
+    "sweep": PLANNING - {"--cluster", "--use-all"} | {"--json", "--plot", "--report", "--set"},
     "validate": {"--free", "--jobs", "--json", "--plot"},
 }
 

@@ -79,10 +79,12 @@ def _simulated(plan: Plan, detail: StepDetail | None, missing: str) -> Markup:
 
 
 def _search(plan: Plan) -> Markup:
-    solver = plan.solver
+    solver, predicted = plan.solver, plan.predicted
+    value = plan.objective.value(predicted.step_time_s.value, predicted.energy_j.value, plan.decisions.num_gpus)
     pairs = [
         ("Status", solver.status),
         ("Objective", f"{solver.objective:.6g} ({plan.objective.kind}, by the search's formula)"),
+        ("Simulated", f"{value:.6g} (the same of the figures above)"),
         ("Bound", f"{solver.bound:.6g}: no plan of the searched space is better than this"),
         ("Gap", f"{solver.gap:.2%}"),
         ("Solver", f"{solver.name}, {solver.wall_s:.1f} s"),
