@@ -48,6 +48,7 @@ OPTIONS = {
     "gpus": {"--json"},
     "profile": {"--batch", "--device", "--json", "--out", "--processes", "--quick", "--set"},
     "sweep": PLANNING - {"--cluster", "--use-all"} | {"--json", "--plot", "--report", "--set"},
+    "clocks": {"--deadline", "--json", "--out", "--straggler"},
     "validate": {"--free", "--jobs", "--json", "--plot"},
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import click
 
+from autopar.cli.clocks import clocks
 from autopar.cli.console import error_details, exit_code, report_error
 from autopar.cli.diff import diff
 from autopar.cli.estimate import estimate
@@ -33,7 +34,7 @@ def autopar() -> None:
     """Plan, price and run the parallelisation of a PyTorch model, by time and by energy."""
 
 
-for _command in (plan, estimate, frontier, sweep, validate, run, verify, explain, diff, gpus, profile):
+for _command in (plan, estimate, frontier, sweep, clocks, validate, run, verify, explain, diff, gpus, profile):
     autopar.add_command(_command)
 
 

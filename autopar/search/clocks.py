@@ -144,7 +144,7 @@ class ClockPlanner:
 
     def __init__(self, problem: ClockProblem, *, straggler_s: float = 0.0) -> None:
         self._useful = {key: _useful(problem, key) for key in {(i.stage, i.kind) for i in problem.instructions}}
-        self._problem = problem
+        self.problem = problem
         self._network = _network(problem, self._useful, straggler_s)
 
     @cached_property
@@ -257,7 +257,7 @@ class ClockPlanner:
         return plans
 
     def _describe(self, deadline_s: float, relaxed: Relaxed, choices: list[int]) -> ClockPlan:
-        instructions = self._problem.instructions
+        instructions = self.problem.instructions
         options = tuple(self._useful[i.stage, i.kind][c] for i, c in zip(instructions, choices, strict=True))
         energy_j = self._network.energy_j(choices)
         makespan_s = self._network.makespan_s(choices)

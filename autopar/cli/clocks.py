@@ -1,0 +1,43 @@
+"""`autopar clocks`: the clock of every instruction of a pipeline."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from autopar.cli.console import print_json, progress_line
+from autopar.cli.options import json_option
+from autopar.cli.quantities import parse_seconds
+from autopar.errors import InputError
+from autopar.ir.serialize import check_writable, load_plan, write_atomic
+from autopar.planner.clocks import plan_instruction_clocks
+from autopar.report.clocks import clocks_json, clocks_report
+
+
+@click.command()
+@click.argument("plan_file")
+@click.option("--deadline", metavar="TIME", help="Latest end of a step, e.g. 1.2s; default: that of the plan.")
+@click.option("--straggler", metavar="TIME", help="When a straggler lets the step end, however fast the others are.")
+@click.option("--out", metavar="FILE", help="Write clocks and figures there, as JSON.")
+@json_option
+def clocks(plan_file: str, deadline: str | None, straggler: str | None, out: str | None, as_json: bool) -> None:
+    """Choose the clock of every forward and backward of PLAN_FILE: least energy within a deadline."""
+    plan = load_plan(plan_file)
+    deadline_s = None if deadline is None else _seconds("--deadline", deadline)
+    straggler_s = 0.0 if straggler is None else _seconds("--straggler", straggler)
+    if out is not None:
+        check_writable(out)
+    with progress_line(as_json) as progress:
+        found = plan_instruction_clocks(plan, deadline_s=deadline_s, straggler_s=straggler_s, progress=progress)
+    content = clocks_json(found)
+    if out is not None:
+        write_atomic(out, json.dumps(content, indent=1) + "\n")
+    print_json(content) if as_json else click.echo(clocks_report(found))
+
+
+def _seconds(option: str, text: str) -> float:
+    try:
+        return parse_seconds(text)
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error

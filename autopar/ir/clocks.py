@@ -1,0 +1,44 @@
+"""Clocks of the instructions of a pipeline step, as planned: what `autopar clocks` prints and writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ClockPoint:
+    """A step within one deadline: bound_j <= least energy <= energy_j, of the GPUs alone."""
+
+    deadline_s: float
+    makespan_s: float
+    energy_j: float
+    bound_j: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageClocks:
+    """Clocks of one stage's forwards or backwards, in the order of its schedule; `microbatches` likewise."""
+
+    stage: int
+    kind: str
+    microbatches: tuple[int, ...]
+    clocks_mhz: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ClockedStep:
+    """A plan's step with a clock for every instruction.
+
+    Attributes:
+        fastest_s, highest_j: step at the highest clocks.
+        chosen, stages: within the deadline asked for.
+        points: one per deadline, ascending.
+    """
+
+    num_gpus: int
+    num_instructions: int
+    fastest_s: float
+    highest_j: float
+    chosen: ClockPoint
+    stages: tuple[StageClocks, ...]
+    points: tuple[ClockPoint, ...]

@@ -1,0 +1,83 @@
+"""Clocks of a pipeline's instructions, as a table and as JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from autopar.ir.clocks import ClockedStep, ClockPoint
+from autopar.report.text import table, wrapped
+from autopar.units import format_joules, format_seconds
+
+
+def clocks_report(found: ClockedStep) -> str:
+    """What lower clocks save at each deadline, and the clocks of every stage at the one asked for."""
+    highest = f"{format_seconds(found.fastest_s)}, {format_joules(found.highest_j)}"
+    lines = wrapped("Highest", f"{highest} a step at the highest clocks ({found.num_gpus} GPUs, without hosts)")
+    chosen = found.chosen
+    words = f"{format_seconds(chosen.makespan_s)}, {format_joules(chosen.energy_j)}: {_saving(found, chosen):.1%} less"
+    lines += wrapped("Chosen", f"{words}, within {format_seconds(chosen.deadline_s)}; modelled")
+    lines += wrapped("", f"no choice of clocks saves more than {1 - chosen.bound_j / found.highest_j:.1%}")
+    rows = [("deadline", "later", "energy", "saved", "gap")]
+    for point in found.points:
+        later, gap = point.deadline_s / found.fastest_s - 1, 1 - point.bound_j / point.energy_j
+        rows.append(
+            (
+                format_seconds(point.deadline_s),
+                f"{later:.0%}",
+                format_joules(point.energy_j),
+                f"{_saving(found, point):.1%}",
+                f"{gap:.2%}",
+            )
+        )
+    lines += ["", *table(rows), "", *_stage_table(found)]
+    return "\n".join(lines)
+
+
+def _saving(found: ClockedStep, point: ClockPoint) -> float:
+    return 1 - point.energy_j / found.highest_j
+
+
+def _stage_table(found: ClockedStep) -> list[str]:
+    rows = [("rank", "work", "lowest", "median", "highest")]
+    for own in found.stages:
+        clocks = own.clocks_mhz
+        figures = (min(clocks), statistics.median(clocks), max(clocks))
+        lowest, median, most = (f"{mhz:.0f} MHz" for mhz in figures)
+        rows.append((str(own.stage), own.kind, lowest, median, most))
+    return table(rows)
+
+
+def clocks_json(found: ClockedStep) -> dict[str, Any]:
+    """The schedule and the figures; energies are modelled, of the GPUs without hosts."""
+    return {
+        "num_gpus": found.num_gpus,
+        "num_instructions": found.num_instructions,
+        "highest_clocks": {"step_time_s": _modelled(found.fastest_s, "s"), "energy_j": _modelled(found.highest_j, "J")},
+        "chosen": _point_json(found, found.chosen),
+        "stages": [
+            {"stage": own.stage, "kind": own.kind, "microbatches": own.microbatches, "clocks_mhz": own.clocks_mhz}
+            for own in found.stages
+        ],
+        "points": _points_json(found, found.points),
+    }
+
+
+def _points_json(found: ClockedStep, points: Sequence[ClockPoint]) -> list[dict[str, Any]]:
+    return [_point_json(found, point) for point in points]
+
+
+def _point_json(found: ClockedStep, point: ClockPoint) -> dict[str, Any]:
+    return {
+        "deadline_s": point.deadline_s,
+        "step_time_s": _modelled(point.makespan_s, "s"),
+        "energy_j": _modelled(point.energy_j, "J"),
+        "bound_j": point.bound_j,
+        "saving": _saving(found, point),
+    }
+
+
+def _modelled(value: float, unit: str) -> dict[str, Any]:
+    """A quantity whose range is that of the plan's own figures, not known here: low and high are the value."""
+    return {"value": value, "unit": unit, "label": "modelled", "low": value, "high": value}
