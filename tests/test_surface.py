@@ -49,6 +49,9 @@ OPTIONS = {
     "profile": {"--batch", "--device", "--json", "--out", "--processes", "--quick", "--set"},
     "sweep": PLANNING - {"--cluster", "--use-all"} | {"--json", "--plot", "--report", "--set"},
     "clocks": {"--deadline", "--json", "--out", "--straggler"},
+    "replan": {"--clocks", "--compute", "--deadline", "--energy-budget", "--gpu-hour-price", "--gpus", "--grid-carbon"}
+    | {"--json", "--objective", "--out", "--peak-power", "--pin", "--power-cap", "--price", "--profile", "--pue"}
+    | {"--store"},
     "validate": {"--free", "--jobs", "--json", "--plot"},
 }
 

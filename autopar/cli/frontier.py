@@ -11,8 +11,10 @@ from autopar.cli.console import print_json, progress_line
 from autopar.cli.options import build_request, frontier_options, json_option, model_settings, set_option
 from autopar.cli.page import check_report, report_option
 from autopar.errors import InputError
-from autopar.ir.serialize import check_writable, save_plan, write_atomic
+from autopar.ir.serialize import check_writable, write_atomic
 from autopar.planner.frontier import trace_frontier
+from autopar.planner.request import choose_target
+from autopar.planner.store import remember, store_key, write_store
 from autopar.report.figure import check_plot
 from autopar.report.frontier import frontier_json, frontier_report, plot_frontier
 from autopar.report.page_curves import frontier_page
@@ -24,7 +26,7 @@ from autopar.report.page_curves import frontier_page
 @set_option
 @click.option("--points", default=32, show_default=True, metavar="N", help="Most plans to look for.")
 @click.option("--plot", metavar="FILE", help="Draw the frontier, e.g. into frontier.svg.")
-@click.option("--out-dir", metavar="DIR", help="Write the plan of every point into this directory.")
+@click.option("--out-dir", metavar="DIR", help="Write the plan of every point there, and an index for replan.")
 @report_option
 @json_option
 def frontier(
@@ -53,8 +55,11 @@ def frontier(
     title = f"{model} on up to {request.num_gpus} GPUs"
     if plot is not None:
         plot_frontier(found.plans, title, plot)
-    for i, plan in enumerate(found.plans if directory is not None else ()):
-        save_plan(plan, Path(out_dir or "") / f"plan_{i:02d}.json")
+    target = choose_target(request)
+    remember(found.plans, target)
+    if directory is not None and found.plans:
+        named = {f"plan_{i:02d}.json": plan for i, plan in enumerate(found.plans)}
+        write_store(directory, store_key(found.plans[0], target), named)
     shown = (found.plans, found.num_dropped, found.complete)
     if report is not None:
         write_atomic(report, frontier_page(*shown, title))

@@ -86,23 +86,28 @@ LIMIT_OPTIONS = (
 
 def request_options(command: F) -> F:
     """The options that `build_request` reads."""
-    return _with_options(command, COUNT_OPTIONS, SPACE_OPTIONS, OBJECTIVE_OPTIONS, LIMIT_OPTIONS)
+    return with_options(*COUNT_OPTIONS, *SPACE_OPTIONS, *OBJECTIVE_OPTIONS, *LIMIT_OPTIONS)(command)
 
 
 def sweep_options(command: F) -> F:
     """Those of `build_request`, without the number of GPUs and what would set it."""
-    return _with_options(command, SPACE_OPTIONS, OBJECTIVE_OPTIONS, LIMIT_OPTIONS)
+    return with_options(*SPACE_OPTIONS, *OBJECTIVE_OPTIONS, *LIMIT_OPTIONS)(command)
 
 
 def frontier_options(command: F) -> F:
     """Those of `build_request` that say nothing about the objective."""
-    return _with_options(command, COUNT_OPTIONS, SPACE_OPTIONS, LIMIT_OPTIONS)
+    return with_options(*COUNT_OPTIONS, *SPACE_OPTIONS, *LIMIT_OPTIONS)(command)
 
 
-def _with_options(command: F, *groups: tuple[Callable[[F], F], ...]) -> F:
-    for option in reversed([option for group in groups for option in group]):
-        command = option(command)
-    return command
+def with_options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """A decorator that adds options in this order."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def build_request(options: Mapping[str, Any]) -> PlanRequest:
@@ -123,7 +128,7 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
         network_bytes_per_s=_quantity(options, "network", parse_rate),
         gpu_power_limit_w=_quantity(options, "gpu_power_limit", parse_watts),
         objective=_objective(options, economy) if "objective" in options else Objective("energy"),
-        limits=_limits(options),
+        limits=limits_of(options),
         pins=pinned.pins,
         profile=options["profile"],
         batch_size=pinned.batch_size,
@@ -144,7 +149,8 @@ def _cluster(options: Mapping[str, Any]) -> ClusterDescription:
     return read_cluster(options["cluster"], parse_bytes)
 
 
-def _limits(options: Mapping[str, Any]) -> Limits:
+def limits_of(options: Mapping[str, Any]) -> Limits:
+    """What the options of `LIMIT_OPTIONS` allow. Raises InputError."""
     return Limits(
         deadline_s=_quantity(options, "deadline", parse_seconds),
         energy_j=_quantity(options, "energy_budget", parse_joules),

@@ -12,6 +12,8 @@ from autopar.cli.options import build_request, json_option, model_settings, set_
 from autopar.cli.page import check_report, report_option
 from autopar.errors import InputError
 from autopar.ir.serialize import check_writable, write_atomic
+from autopar.planner.request import choose_target
+from autopar.planner.store import remember
 from autopar.planner.sweep import sweep_model
 from autopar.report.figure import check_plot
 from autopar.report.page_curves import sweep_page
@@ -48,6 +50,7 @@ def sweep(
     check_report(report, plot)
     with progress_line(as_json) as progress:
         found = sweep_model(model, chosen, request, numbers, progress)
+    remember(found.planned, choose_target(request))
     title = f"{model} on {request.gpu or 'the default GPU'}"
     if plot is not None:
         plot_sweep(found.planned, title, plot)

@@ -37,6 +37,8 @@ def trace_frontier(
 ) -> Traced:
     """Trace the frontier of a model under the request's pins and limits; its objective is not used.
 
+    Each plan's objective is what its point was found by: energy, and time of the fastest.
+
     Raises:
         InputError, CaptureError: the model or a number is wrong.
         InfeasibleError: no plan fits or keeps the limits.
@@ -62,6 +64,8 @@ def trace_frontier(
         if not chooser.is_kept(candidate):
             return None
         plan = assemble_plan(captured.graph, reference, request, target, Choice(candidate, solution, ()))
+        if solution.objective_value == solution.time_s:
+            plan = replace(plan, objective=Objective("time"))
         return replace(plan, notes=(*plan.notes, *captured.notes))
 
     plans = [plan for solution in found.points if (plan := plan_of(solution)) is not None]

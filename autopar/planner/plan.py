@@ -32,6 +32,9 @@ from autopar.version import __version__
 if TYPE_CHECKING:
     from autopar.capture.model_source import ModelSource
 
+FEWER = "--use-all forces all of them"
+"""End of the note that says for which objective fewer GPUs are best."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -142,7 +145,7 @@ def assemble_plan(
     plan = Plan(
         schema_version=SCHEMA_VERSION,
         model=replace(reference, graph_hash=graph_hash(graph), batch_size=graph.batch_size),
-        cluster=_cluster_reference(request, target),
+        cluster=cluster_reference(request, target),
         objective=request.objective,
         limits=request.limits,
         decisions=choice.candidate.decisions,
@@ -161,7 +164,8 @@ def assemble_plan(
     return plan
 
 
-def _cluster_reference(request: PlanRequest, target: Target) -> ClusterReference:
+def cluster_reference(request: PlanRequest, target: Target) -> ClusterReference:
+    """What a plan remembers of the cluster it is for."""
     return ClusterReference(
         gpu=target.choice.name,
         num_gpus=request.num_gpus,
@@ -227,7 +231,7 @@ def _notes(graph: OpGraph, request: PlanRequest, target: Target, choice_made: Ch
     used = candidate.decisions.num_gpus
     if used < request.num_gpus:
         kind = request.objective.kind
-        notes.append(f"{used} of {request.num_gpus} GPUs are best for {kind}; --use-all forces all of them")
+        notes.append(f"{used} of {request.num_gpus} GPUs are best for {kind}; {FEWER}")
     locked = sorted({stage.clock_hz for stage in candidate.decisions.stages if stage.clock_hz})
     if locked:
         commands = ", ".join(f"sudo nvidia-smi --lock-gpu-clocks={hz / 1e6:.0f}" for hz in locked)

@@ -183,12 +183,13 @@ def _store(name: str, entry: _Entry) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, f"{hashlib.sha256(text).hexdigest()}\n{packed}")
-        _drop_oldest(path.parent)
+        drop_oldest(path.parent, MAX_ENTRIES)
     except (OSError, InputError):
         return
 
 
-def _drop_oldest(directory: Path) -> None:
+def drop_oldest(directory: Path, most: int) -> None:
+    """Delete all but the newest `most` files. Raises OSError."""
     times = {path: path.stat().st_mtime_ns for path in directory.iterdir() if not path.name.startswith(".")}
-    for path in sorted(times, key=lambda path: (times[path], path.name))[:-MAX_ENTRIES]:
+    for path in sorted(times, key=lambda path: (times[path], path.name))[:-most]:
         path.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ def header_words(plan: Plan) -> list[tuple[str, str]]:
     found.append(("Planned for", f"{gpus}, {memory} usable each"))
     if plan.cluster.origin != "flag" and plan.notes:
         found.append(("", plan.notes[0]))
-    found.append(("Objective", _objective(plan)))
+    found.append(("Objective", objective_words(plan)))
     limits = limits_words(plan)
     return [*found, ("Limits", limits)] if limits else found
 
@@ -90,7 +90,8 @@ def limits_words(plan: Plan) -> str:
     return ", ".join(f"{name} {show(most)}" for name, most, show in shown if most is not None)
 
 
-def _objective(plan: Plan) -> str:
+def objective_words(plan: Plan) -> str:
+    """`energy: least energy per step`."""
     objective = plan.objective
     words = {"time": "least step time", "energy": "least energy per step", "edp": "least energy x time"}
     if objective.kind in words:
