@@ -85,7 +85,7 @@ def _search(plan: Plan) -> Markup:
         ("Status", solver.status),
         ("Objective", f"{solver.objective:.6g} ({plan.objective.kind}, by the search's formula)"),
         ("Simulated", f"{value:.6g} (the same of the figures above)"),
-        ("Bound", f"{solver.bound:.6g}: no plan of the searched space is better than this"),
+        ("Bound", f"{solver.bound:.6g}: by the same formula no plan of the searched space is below"),
         ("Gap", f"{solver.gap:.2%}"),
         ("Solver", f"{solver.name}, {solver.wall_s:.1f} s"),
     ]

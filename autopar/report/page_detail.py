@@ -89,7 +89,7 @@ def timeline_section(plan: Plan, detail: StepDetail) -> Markup:
     entries, num_left_out = [], 0
     for rank in ranks:
         intervals = detail.timeline.stages[rank]
-        marks, merged = _schedule(intervals, budget, LANE if drawn else 1.0)
+        marks, merged = schedule_marks(intervals, budget, LANE if drawn else 1.0)
         num_left_out += merged
         busy = detail.timeline.busy_s(rank) / end
         label = f"rank {rank}: {len(intervals)} actions, busy {busy:.0%} of the step"
@@ -98,7 +98,11 @@ def timeline_section(plan: Plan, detail: StepDetail) -> Markup:
     entries.append(("", ticks(end, format_seconds), ""))
     colours = list(ACTIONS.values())
     colours += [(COLLECTIVE, "collectives on a stream of their own (lower lane)")] if drawn else []
-    colours += [(MERGED, "forwards and backwards, drawn as one block")] if num_left_out else []
+    colours += (
+        [(MERGED, "forwards and backwards, drawn as one block as high as their share of the time")]
+        if num_left_out
+        else []
+    )
     too_many = any(collectives.values()) and not drawn
     remarks = _price_remark(plan, detail) + _remarks(detail, len(ranks), num_left_out, too_many)
     return section(
@@ -129,7 +133,7 @@ def _price_remark(plan: Plan, detail: StepDetail) -> list[str]:
     return [f"At the prices of now the step takes {format_seconds(now)}, in the plan {format_seconds(then)}."]
 
 
-def _schedule(intervals: Sequence[Interval], most: int, bottom: float) -> tuple[list[Mark], int]:
+def schedule_marks(intervals: Sequence[Interval], most: int, bottom: float) -> tuple[list[Mark], int]:
     """Marks of a rank's actions, at most `most`; and how many actions stand in one block."""
     num_merged = 0 if len(intervals) <= most else len(intervals) - most + 1
     first = (len(intervals) - num_merged) // 2
@@ -138,10 +142,17 @@ def _schedule(intervals: Sequence[Interval], most: int, bottom: float) -> tuple[
         colour, name = ACTIONS[interval.action.kind]
         marks.append(Mark(interval.start_s, interval.stop_s, colour, f"{_name(interval, name)}: {_span(interval)}"))
     if middle:
-        counts = [sum(i.action.kind == kind for i in middle) for kind in (FORWARD, BACKWARD)]
-        title = f"{counts[0]} forwards and {counts[1]} backwards by turns"
-        marks.append(Mark(middle[0].start_s, middle[-1].stop_s, MERGED, title))
-    return [Mark(m.start, m.stop, m.colour, m.title, 0.0, bottom) for m in marks], num_merged
+        marks.append(_merged_mark(middle))
+    return [Mark(m.start, m.stop, m.colour, m.title, m.top * bottom, bottom) for m in marks], num_merged
+
+
+def _merged_mark(intervals: Sequence[Interval]) -> Mark:
+    """One block for many actions, as high as the share of the time in which anything runs."""
+    counts = [sum(i.action.kind == kind for i in intervals) for kind in (FORWARD, BACKWARD)]
+    length = intervals[-1].stop_s - intervals[0].start_s
+    busy = sum(i.stop_s - i.start_s for i in intervals) / length if length else 1.0
+    title = f"{counts[0]} forwards and {counts[1]} backwards by turns, busy {busy:.0%} of that time"
+    return Mark(intervals[0].start_s, intervals[-1].stop_s, MERGED, title, max(0.0, 1.0 - busy))
 
 
 def _name(interval: Interval, name: str) -> str:

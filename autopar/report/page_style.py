@@ -33,7 +33,7 @@ caption{text-align:left;font-weight:600;padding:4px 0}
 th,td{padding:3px 16px 3px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);vertical-align:top}
 th{font-weight:600}
 tbody th{font-weight:400}
-td small{display:block;color:var(--faint)}
+td small{display:block;color:var(--faint);font-size:.92em}
 .word{text-align:left;white-space:normal}
 td.word{max-width:34em}
 td.word:last-child{min-width:9em}
@@ -45,6 +45,7 @@ svg{display:block;width:100%}
 svg text{fill:var(--faint);font-size:12px}
 .key{list-style:none;display:flex;flex-wrap:wrap;gap:2px 18px;margin:8px 0;padding:0;font-size:.85rem}
 .key svg{display:inline-block;width:12px;height:12px;margin-right:6px;vertical-align:-1px}
+.dense rect{stroke:none}
 .area{fill:var(--k0)}
 .beside{fill:var(--k4)}
 .lane{fill:var(--lane)}
@@ -67,6 +68,7 @@ margin-bottom:4px}.rows>div:empty{display:none}
 @media print{:root{color-scheme:light;--page:#fff;--card:#f5f6f8;--text:#000;--faint:#444;--line:#bbb;--lane:#e9ecf0;
 --k0:#0072b2;--k1:#e69f00;--k2:#009e73;--k3:#cc79a7;--k4:#d55e00;--k5:#56b4e9;--k6:#b8a800;--k7:#8d959e;--k8:#5b4a9e}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}main{max-width:none;padding:0}body{font-size:11pt}
-.scroll{overflow:visible}th,td{white-space:normal}tr,.card,.rows>*,figure{break-inside:avoid}h2,h3{break-after:avoid}}
+.scroll{overflow:visible}table{font-size:7.5pt}th,td{white-space:normal;padding-right:8px}
+tr,.card,.rows>*,figure{break-inside:avoid}h2,h3,.about,.key,caption{break-after:avoid}}
 """
 """Contains no `<`, so it needs no escape."""

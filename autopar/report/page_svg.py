@@ -19,6 +19,8 @@ COLOURS = tuple(f"k{i}" for i in range(9))
 STRIP_HEIGHT = 18
 PLOT_HEIGHT = 260
 NUM_TICKS = 5
+MOST_OUTLINED = 60
+"""More marks in a strip have no gaps between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ def strip(
     if limit is not None and 0 < limit <= end:
         drawn.append(tag("rect", class_="edge", x=_percent(limit / end), y="0", width="2", height=str(height)))
     lane = tag("rect", class_="lane", width="100%", height=str(height))
-    return tag("svg", lane, *drawn, height=str(height), role="img", aria_label=label)
+    dense = {"class_": "dense"} if len(drawn) > MOST_OUTLINED else {}
+    return tag("svg", lane, *drawn, **dense, height=str(height), role="img", aria_label=label)
 
 
 def _rectangle(mark: Mark, end: float, height: int) -> Markup:

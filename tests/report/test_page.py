@@ -14,10 +14,10 @@ from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
 from autopar.ir.solution import Alternative, StageChoice
 from autopar.ir.streams import PASSES, BlockWork, Overlap, stage_times, stream_intervals
-from autopar.ir.timeline import simulate
+from autopar.ir.timeline import FORWARD, Action, Interval, simulate
 from autopar.report.page import plan_page
 from autopar.report.page_curves import frontier_page, sweep_page
-from autopar.report.page_detail import EXPOSED, MOST_MARKS, StepDetail
+from autopar.report.page_detail import EXPOSED, MERGED, MOST_MARKS, StepDetail, schedule_marks
 from autopar.report.page_html import POLICY
 from autopar.report.page_style import STYLE
 from autopar.report.sharding import BlockSplit
@@ -218,6 +218,17 @@ def test_the_timeline_draws_each_action_where_it_is(shape: tuple[int, int]) -> N
                           abs=2e-5)
             for i in intervals
         ]  # fmt: skip
+
+
+def test_what_is_drawn_as_one_block_is_as_high_as_its_share_of_the_time() -> None:
+    """One second of work every four: from the start of the first of 81 to the stop of the last, 321 s."""
+    intervals = [Interval(Action(FORWARD, m), 4.0 * m, 4.0 * m + 1.0) for m in range(100)]
+    marks, num_merged = schedule_marks(intervals, 20, 0.5)
+    assert (len(marks), num_merged) == (20, 81)
+    block = next(mark for mark in marks if mark.colour == MERGED)
+    assert (block.start, block.stop, block.bottom) == (36.0, 357.0, 0.5)
+    assert block.bottom - block.top == pytest.approx(0.5 * 81 / 321)
+    assert "81 forwards and 0 backwards" in block.title
 
 
 def test_times_by_cause_add_up_to_the_busy_time() -> None:
