@@ -6,18 +6,21 @@ and each says which flag or file it comes from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from autopar.errors import InputError
 from autopar.ir.plan import Plan, Prediction
 from autopar.ir.quantity import Quantity
-from autopar.ir.solution import Decisions
-from autopar.planner.choose import Candidate, describe
-from autopar.planner.objective import FLAGS, JOULES_PER_KWH, SECONDS_PER_HOUR, Economy
+from autopar.ir.solution import Decisions, Objective
+from autopar.planner.choose import Candidate, Choice, describe, value_of
+from autopar.planner.objective import FLAGS, JOULES_PER_KWH, SECONDS_PER_HOUR, Economy, objective_of
+from autopar.planner.request import PlanRequest
 from autopar.planner.tariff import Job, extreme_starts, mean_rate
 from autopar.units import format_joules, format_seconds
 
 MONEY, GRAMS = "currency", "gCO2e"
+MOST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,11 @@ def bill(
 
 @dataclass(frozen=True)
 class Start:
-    """A start of a job: hour of the day, and what the job then costs."""
+    """A start of a job: hour of the day, what the job then costs, and its mean price and gCO2e per kWh."""
 
     hour: float
     bill: Bill
+    rates: tuple[float | None, float | None]
 
 
 def starts(economy: Economy, job: Job, kind: str, prediction: Prediction, num_gpus: int) -> tuple[Start, Start]:
@@ -88,13 +92,53 @@ def starts(economy: Economy, job: Job, kind: str, prediction: Prediction, num_gp
     def start(hour: float) -> Start:
         flat = (economy.energy_price, economy.grid_carbon_g)
         price, carbon_g = (
-            otherwise if rates is None else mean_rate(rates, hour, hours)
-            for rates, otherwise in zip(columns, flat, strict=True)
+            otherwise if hourly is None else mean_rate(hourly, hour, hours)
+            for hourly, otherwise in zip(columns, flat, strict=True)
         )
-        return Start(hour, bill(economy, prediction, num_gpus, steps=job.steps, rates=(price, carbon_g)))
+        rates = (price, carbon_g)
+        return Start(hour, bill(economy, prediction, num_gpus, steps=job.steps, rates=rates), rates)
 
     best, worst = extreme_starts(decisive, job.window, hours)
     return start(best), start(worst)
+
+
+def settled(request: PlanRequest, choose: Callable[[PlanRequest], Choice]) -> tuple[PlanRequest, Choice]:
+    """What is planned, and the request with the objective that it was planned by.
+
+    How long a job lasts decides which hours it pays for, and what they cost decides the plan: the search is repeated at
+    the mean rates of the last plan's best start until they stay, at most MOST_ROUNDS times, and the plan whose job is
+    worth most at its own best start is taken.
+    """
+    economy, kind = request.economy, request.objective.kind
+    if economy is None or economy.job is None:
+        return request, choose(request)
+    job = economy.job
+
+    def best_start(choice: Choice) -> Start:
+        candidate = choice.candidate
+        return starts(economy, job, kind, candidate.prediction, candidate.decisions.num_gpus)[0]
+
+    def objective_at(start: Start) -> Objective:
+        price, carbon_g = start.rates
+        try:
+            return objective_of(kind, economy, (None if price is None else max(price, 0.0), carbon_g))
+        except InputError:
+            # Nothing costs anything in these hours: the day's mean tells plans apart.
+            return request.objective
+
+    start = best_start(choose(replace(request, with_baselines=False)))
+    found: list[tuple[float, PlanRequest, Choice]] = []
+    for _ in range(MOST_ROUNDS):
+        asked = replace(request, objective=objective_at(start))
+        choice, before = choose(asked), start
+        start = best_start(choice)
+        found.append(
+            (value_of(objective_at(start), choice.candidate.decisions, choice.candidate.prediction), asked, choice)
+        )
+        if start.rates == before.rates:
+            break
+    _, asked, choice = min(found, key=lambda entry: entry[0])
+    return asked, choice
 
 
 def economy_notes(plan: Plan, economy: Economy, rival: Candidate | None = None) -> tuple[str, ...]:

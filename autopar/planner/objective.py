@@ -3,8 +3,9 @@
     cost    GPUs * s / 3600 * (rental, or purchase price / (years * 8760 h * utilisation)) + PUE * kWh * price per kWh
     carbon  GPUs * s / 3600 * embodied g per GPU-hour + PUE * kWh * g per kWh
 
-kWh are those of GPUs and hosts, PUE makes them the facility's. With a tariff by hour, the mean of the day stands for
-price and carbon intensity. All of these numbers are the user's and therefore `assumed`.
+kWh are those of GPUs and hosts, PUE makes them the facility's. With a tariff by hour, its mean stands for price and
+carbon intensity: over the day, or over a job that starts at its best hour. All of these numbers are the user's and
+therefore `assumed`.
 """
 
 from __future__ import annotations
@@ -99,14 +100,18 @@ FLAGS = {
 """Where each number of an `Economy` comes from on the command line."""
 
 
-def objective_of(kind: str, economy: Economy) -> Objective:
+def objective_of(kind: str, economy: Economy, rates: tuple[float | None, float | None] | None = None) -> Objective:
     """The objective `cost` (currency) or `carbon` (gCO2e) of a step.
+
+    Args:
+        rates: price and gCO2e per kWh while the job runs; None: means of the day.
 
     Raises:
         InputError: a price or carbon intensity that it needs is missing, or all are 0.
     """
+    price, carbon_g = rates or (economy.mean_price, economy.mean_carbon_g)
     if kind == "cost":
-        hour, kwh = economy.gpu_rate, economy.mean_price
+        hour, kwh = economy.gpu_rate, price
         if hour is None or kwh is None:
             raise InputError(
                 "the objective cost needs both prices: of a GPU and hour (--gpu-hour-price, or --gpu-price to buy it) "
@@ -114,7 +119,7 @@ def objective_of(kind: str, economy: Economy) -> Objective:
             )
         wanted = "--gpu-hour-price and --energy-price must be at least 0, and one of them above 0"
     else:
-        hour, kwh = economy.embodied_g_per_gpu_hour or 0.0, economy.mean_carbon_g
+        hour, kwh = economy.embodied_g_per_gpu_hour or 0.0, carbon_g
         if kwh is None:
             raise InputError("the objective carbon needs gCO2e per kWh: --grid-carbon, or a --tariff that has it")
         wanted = "--grid-carbon and --embodied-carbon must be at least 0, and one of them above 0"

@@ -24,7 +24,7 @@ from autopar.ir.serialize_graph import graph_hash
 from autopar.ir.solution import Alternative, Objective
 from autopar.ir.verify import verify
 from autopar.planner.choose import Candidate, Choice, Chooser, describe
-from autopar.planner.economy import economy_notes
+from autopar.planner.economy import economy_notes, settled
 from autopar.planner.request import INTERRUPTED, PlanRequest, Progress, Target, choose_target, say_nothing
 from autopar.rules.strategies import has_rule
 from autopar.version import __version__
@@ -121,7 +121,8 @@ def plan_graph(
     """Plan a captured graph; `reference` says where it came from, its hash and batch size are filled in here."""
     chooser = Chooser(graph, request, target, progress or say_nothing)
     tables = chooser.tables(request.pins)
-    plan = assemble_plan(graph, reference, request, target, chooser.choose(tables))
+    asked, choice = settled(request, lambda asked: replace(chooser, request=asked).choose(tables))
+    plan = assemble_plan(graph, reference, asked, target, choice)
     if request.economy is None:
         return plan
     rival = _thriftiest(chooser, tables) if request.with_baselines else None

@@ -144,7 +144,7 @@ def replan(
     if means.compute is False and best is None:
         raise _nothing_stored(asked, found)
     if best is not None and not means.compute:
-        return answer(*_picked(plan, best.load(), asked))
+        return answer(*_picked(plan, best.load(), asked), _not_covered(asked, found))
     computed = _computed(plan, asked, progress)
     if best is not None and asked.value(best.entry) < _value(computed, asked) * (1 - EQUAL):
         return answer(*_picked(plan, best.load(), asked), ("a stored plan is better than the search's",))
@@ -266,6 +266,16 @@ def _value(plan: Plan, asked: _Asked) -> float:
 def _figure(entry: Entry, limit: str) -> float:
     figure: float = getattr(entry, FIGURES[limit])
     return figure
+
+
+def _not_covered(asked: _Asked, found: Sequence[Stored]) -> tuple[str, ...]:
+    """A remark where no plan at hand was looked for on as many GPUs as there are now."""
+    num_gpus = asked.request.num_gpus
+    if any(stored.entry.ceiling == num_gpus for stored in found):
+        return ()
+    return (
+        f"no stored plan was made for up to {num_gpus} GPUs: --compute, or a frontier or sweep there, may do better",
+    )
 
 
 def _nothing_stored(asked: _Asked, found: Sequence[Stored]) -> InfeasibleError:

@@ -62,6 +62,7 @@ class Entry:
     """One plan: its file beside the index, and the figures by which it is picked.
 
     Attributes:
+        ceiling: on the number of GPUs, for which it was found.
         has_clocks: it locks clocks.
         description: mesh, stages and clocks, for people.
     """
@@ -70,6 +71,7 @@ class Entry:
     sha256: str
     description: str
     num_gpus: int
+    ceiling: int
     has_clocks: bool
     step_time_s: float
     energy_j: float
@@ -238,6 +240,7 @@ def entry_of(name: str, plan: Plan, text: str) -> Entry:
         sha256=hashlib.sha256(text.encode()).hexdigest(),
         description=point_words(plan),
         num_gpus=plan.decisions.num_gpus,
+        ceiling=plan.cluster.num_gpus,
         has_clocks=any(stage.clock_hz for stage in plan.decisions.stages),
         step_time_s=predicted.step_time_s.value,
         energy_j=predicted.energy_j.value,

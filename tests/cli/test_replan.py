@@ -42,6 +42,8 @@ def test_frontier_then_pick_without_a_search(cli: Cli, monkeypatch: pytest.Monke
 def test_what_no_store_holds_is_computed_once(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     cli.write("wide.py", WIDE_MODEL)
     assert cli("plan", *ON, "--gpus", "2", "--use-all", "--clocks", "max", "--out", "two.json").code == 0
+    lazy = cli("replan", "two.json", "--objective", "energy", "--no-compute", "--json").json
+    assert (lazy["how"], lazy["remarks"]) == ("kept", [])
     first = cli("replan", "two.json", "--gpus", "1", "--out", "one.json", "--json").json
     assert (first["how"], first["num_gpus"]) == ("computed", 1)
     alone = cli("plan", *ON, "--gpus", "1", "--clocks", "max", "--json").json
@@ -49,7 +51,9 @@ def test_what_no_store_holds_is_computed_once(cli: Cli, monkeypatch: pytest.Monk
     assert cli("explain", "one.json").code == 0
     monkeypatch.setattr(replanning, "finished_plan", no_search)
     again = cli("replan", "two.json", "--gpus", "1", "--json").json
-    assert (again["how"], again["predicted"]) == ("picked", first["predicted"])
+    assert (again["how"], again["predicted"], again["remarks"]) == ("picked", first["predicted"], [])
+    more = cli("replan", "two.json", "--gpus", "4", "--no-compute", "--json").json
+    assert "up to 4 GPUs" in more["remarks"][0]
 
 
 def test_sweep_fills_the_store_for_fewer_gpus(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,8 +66,7 @@ def test_sweep_fills_the_store_for_fewer_gpus(cli: Cli, monkeypatch: pytest.Monk
 
 
 def test_infeasible_is_3_and_says_what_is_needed(cli: Cli) -> None:
-    cli.write("wide.py", WIDE_MODEL)
-    assert cli("plan", *ON, "--gpus", "2").code == 0
+    assert cli("plan", "model.py", "--gpu", "h100-sxm-80gb", "--gpus", "2").code == 0
     for more in ((), ("--no-compute",)):
         outcome = cli("replan", "plan.json", "--deadline", "1us", *more, "--json")
         assert outcome.code == 3

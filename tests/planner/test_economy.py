@@ -164,3 +164,29 @@ def test_contradictions_are_refused(case: str) -> None:
 def test_an_objective_needs_its_numbers(kind: str, economy: Economy, message: str) -> None:
     with pytest.raises(InputError, match=message):
         objective_of(kind, economy)
+
+
+def test_a_job_is_planned_at_the_rates_of_its_best_start() -> None:
+    tariff = Tariff(tuple(0.01 if hour < 3 else 5.0 for hour in range(HOURS)), None, "t.csv")
+    economy = Economy(gpu_hour_price=1.0, tariff=tariff, job=Job(1000))
+    short = made(objective_of("cost", economy), economy)
+    assert short.objective == objective_of("cost", economy, (0.01, None))
+    assert short.decisions == made(objective_of("cost", economy, (0.01, None))).decisions
+    long = replace(economy, job=Job(10**9))
+    assert long.job is not None
+    days = made(objective_of("cost", long), long)
+    assert days.objective.energy_weight == pytest.approx(objective_of("cost", long).energy_weight, rel=1e-2)
+    best, _ = starts(long, long.job, "cost", days.predicted, days.decisions.num_gpus)
+    time_s, energy_j = days.predicted.step_time_s.value, days.predicted.energy_j.value
+    expected = 10**9 * days.objective.value(time_s, energy_j, days.decisions.num_gpus)
+    assert best.bill.money == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("rental", [0.0, 1.0])
+def test_hours_with_a_negative_price_count_as_free(rental: float) -> None:
+    tariff = Tariff(tuple(-0.1 if hour < 3 else 5.0 for hour in range(HOURS)), None, "t.csv")
+    economy = Economy(gpu_hour_price=rental, tariff=tariff, job=Job(10))
+    found = made(objective_of("cost", economy), economy)
+    free = replace(found.objective, energy_weight=0.0)
+    assert found.objective == (free if rental else objective_of("cost", economy))
+    assert any("best start 00:00" in note for note in found.notes)
