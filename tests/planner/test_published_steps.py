@@ -1,4 +1,4 @@
-"""Step times against published runs, beside the checkout: medians of a sample of every table keep the project's targets.
+"""Step times against published runs, beside the checkout: medians of a sample of every table keep the targets.
 
 The 90th percentile takes all rows: `autopar validate`.
 """
