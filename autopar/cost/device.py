@@ -88,6 +88,7 @@ class DeviceSpec:
     of tf32 that is 0 is that of other GEMMs.
     `clock_control` is None where clocks cannot be locked; `clock_share` is the clock it is set to over the highest.
     `sustained_share` is the clock, over the highest, at which large GEMMs hold `limit_w`; rates are those there.
+    `memory_clock_share` of the dynamic power of memory traffic follows the clock.
     `power_limit_w` is the limit that somebody set; 0: nobody has, and `limit_w` holds.
     """
 
@@ -125,6 +126,7 @@ class DeviceSpec:
     clock_share: float = 1.0
     sustained_share: float = 1.0
     power_limit_w: float = 0.0
+    memory_clock_share: float = 0.0
     multiprocessors: float = 0.0
     gemm_depth: float = 0.0
     gemm_backward_efficiency: float = 0.0
@@ -190,7 +192,8 @@ def read_device(path: Path, measured: Sequence[MeasuredNumber] = ()) -> DeviceSp
         clock_min_hz=value("clock.min_hz"),
         clock_control=_clock_control(numbers),
         numbers=tuple(numbers[key] for key in sorted(numbers)),
-        sustained_share=numbers["clock.sustained_share"].value if "clock.sustained_share" in numbers else 1.0,
+        sustained_share=value("clock.sustained_share") if "clock.sustained_share" in numbers else 1.0,
+        memory_clock_share=value("power.memory_clock_share") if "power.memory_clock_share" in numbers else 0.0,
         **{key: numbers[f"kernels.{key}"].value for key in OPTIONAL_KERNELS if f"kernels.{key}" in numbers},
     )
 

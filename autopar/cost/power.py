@@ -19,7 +19,8 @@ apart: a GEMM draws in proportion to
 
 Many boards reach their limit below the highest clock: large GEMMs then run at `sustained_share` s of it, where the
 rates and shares of the device file were taken. eps_flop at x changes by (D(x) / x) / (D(s) / s), and above s not at
-all; eps_byte never does. Form and parameters: fits of the Perseus artifact's stage profiles (device files).
+all; of the power of memory traffic, `memory_clock_share` (caches and multiprocessors, not the memory itself) changes
+by D(x) / D(s). Form and parameters: fits of the Perseus artifact's stage profiles (device files).
 
 `stage_w` and `program_under_limit` are the same model without kernels: for stages whose times are known, and for
 programs of which only time and power under another limit are.
@@ -82,7 +83,13 @@ def _curve(control: ClockControl, share: float) -> float:
 
 def byte_energy_j(spec: DeviceSpec) -> float:
     """eps_byte of a byte read from or written to device memory."""
-    return spec.memory_share * rated_dynamic_w(spec) / memory_rate(spec)
+    return memory_w(spec) / memory_rate(spec)
+
+
+def memory_w(spec: DeviceSpec) -> float:
+    """Dynamic power of a streaming kernel at the device's clock."""
+    share = spec.memory_clock_share
+    return spec.memory_share * rated_dynamic_w(spec) * (1 - share + share * clock_power_factor(spec, spec.speed))
 
 
 def kernel_energy_j(spec: DeviceSpec, kind: str, dtype: str, flops: Array, num_bytes: Array) -> Array:
