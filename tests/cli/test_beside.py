@@ -77,7 +77,7 @@ def test_a_frontier_rises_in_time_and_falls_in_energy(cli: Cli) -> None:
     assert all(_figure(a, "step_time_s") < _figure(b, "step_time_s") for a, b in pairs)
     assert all(_figure(a, "energy_j") > _figure(b, "energy_j") for a, b in pairs)
     assert set(points[0]) == {*FIGURES, "num_gpus", "description", "gap"}
-    plans = [load_plan(path) for path in sorted(Path("plans").iterdir())]
+    plans = [load_plan(path) for path in sorted(Path("plans").glob("plan_*.json"))]
     assert [plan.predicted.energy_j.value for plan in plans] == [_figure(point, "energy_j") for point in points]
     best = cli("plan", *WIDE, "--json").json["predicted"]["step_time_s"]["value"]
     assert _figure(points[0], "step_time_s") == pytest.approx(best, rel=2e-3)
