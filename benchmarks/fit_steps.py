@@ -3,7 +3,7 @@
     python benchmarks/fit_steps.py rows.csv... --gpu a100-sxm-80gb --fit gemm_efficiency,attention_efficiency [--json]
 
 The CSVs have the schema of `autopar validate`. Each row that has a step time and whose configuration is known is
-planned once, and its plan priced again and again with other numbers, by the same `predict` that prints a plan's figures.
+planned once, and its plan priced again and again with other numbers, by the `predict` that prints a plan's figures.
 What is minimised is the mean of |log(predicted / measured)|, which outliers pull on little, by a golden-section search
 along one number after the other. Bounds keep every number physical. Nothing is written: put the result into the file
 of the device with this command as its source.
