@@ -57,7 +57,11 @@ def test_search_equals_brute_force(kind: str, source: FakeSource, pins: Pins, us
     check(source, OBJECTIVES[kind], pins, use_all=use_all)
 
 
-EVERY = {**OBJECTIVES, "cost": Objective("cost", energy_weight=0.3, gpu_second_weight=50.0)}
+EVERY = {
+    **OBJECTIVES,
+    "cost": Objective("cost", energy_weight=0.3, gpu_second_weight=50.0),
+    "carbon": Objective("carbon", energy_weight=0.3, gpu_second_weight=5.0, pue=1.2),
+}
 
 
 @st.composite
