@@ -31,6 +31,7 @@ from autopar.errors import InputError
 from autopar.ir.mesh import stage_mesh
 from autopar.ir.plan import Prediction
 from autopar.ir.solution import Decisions
+from autopar.planner.request import PlanRequest, choose_target
 from autopar.search.clocks import ClockOption, ClockProblem, frontier, pipeline_graph
 from tests.cost.decide import decide
 from tests.cost.devices import plain_cluster
@@ -178,6 +179,17 @@ def test_limits_that_no_board_takes_are_refused(limit_w: float) -> None:
         with_power_limit(plain_cluster(), limit_w)
 
 
+def test_a_request_sets_the_limit_on_every_gpu() -> None:
+    request = PlanRequest(num_gpus=2, gpu="v100-pcie-32gb", profile="none", gpu_power_limit_w=150.0)
+    cluster = choose_target(request).cluster
+    assert isinstance(cluster, Cluster)
+    assert dynamic_limit_w(cluster.spec) == 150.0 - cluster.blocked_w
+    free = choose_target(replace(request, gpu_power_limit_w=None)).cluster
+    assert free.input_hash != cluster.input_hash
+    with pytest.raises(InputError, match="power limit"):
+        choose_target(replace(request, gpu_power_limit_w=20.0))
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_tighter_deadline_never_lowers_energy(data: st.DataObject) -> None:
@@ -216,6 +228,17 @@ def test_published_iterations_from_their_stage_times(benchmark: ModuleType) -> N
     assert len(lines) >= 15
     assert statistics.median(abs(line.error) for line in lines) < 0.10
     assert all(abs(line.error) < abs(line.naive / line.measured - 1) for line in lines)
+
+
+@NEED_DATA
+def test_clocks_save_at_least_what_published_plans_save_on_the_same_profile(benchmark: ModuleType) -> None:
+    tables = benchmark.read_tables([DATA])
+    few = replace(tables, points=[row for row in tables.points if row["n_microbatches"] == "12"])
+    lines = list(benchmark.frontier_lines(few, True))
+    savings = [line for line in lines if line.kind == "saving"]
+    assert len(savings) == 1
+    assert all(line.predicted >= line.measured for line in savings)
+    assert all(abs(line.error) < 0.02 for line in lines if line.kind == "frontier")
 
 
 @NEED_DATA
