@@ -118,14 +118,32 @@ def reduce_scatter_dim(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
         return x
     chunks = torch.stack(x.chunk(axis.size, dim)).contiguous()
     mine = x.new_empty(chunks.shape[1:])
-    _reduce_scatter_single(mine.view(-1), chunks.view(-1), group=axis.process_group)
+    reduce_scatter_flat(mine.view(-1), chunks.view(-1), axis).wait()
     return mine
 
 
-def reduce_scatter_flat(mine: Tensor, parts: Tensor, axis: AxisGroup) -> dist.Work:
-    """Start: into mine[N], this rank's slice of the sum over ranks of parts[axis.size * N]."""
-    work: dist.Work = _reduce_scatter_single(mine, parts, group=axis.process_group, async_op=True)
-    return work
+class SliceOfSum:
+    """An all_reduce under way, of whose result a slice is wanted."""
+
+    def __init__(self, work: dist.Work, mine: Tensor, part: Tensor) -> None:
+        self._work, self._mine, self._part = work, mine, part
+
+    def wait(self) -> None:
+        """Until the slice is there; call once."""
+        self._work.wait()
+        self._mine.copy_(self._part)
+
+
+def reduce_scatter_flat(mine: Tensor, parts: Tensor, axis: AxisGroup) -> dist.Work | SliceOfSum:
+    """Start: into mine[N], this rank's slice of the sum over ranks of parts[axis.size * N], which are lost.
+
+    Gloo has no reduce_scatter of its own: it sums a copy everywhere. The copy is what is spared here.
+    """
+    if parts.device.type == "cpu":
+        work: dist.Work = dist.all_reduce(parts, group=axis.process_group, async_op=True)
+        return SliceOfSum(work, mine, parts.view(axis.size, -1)[axis.index])
+    found: dist.Work = _reduce_scatter_single(mine, parts, group=axis.process_group, async_op=True)
+    return found
 
 
 def all_gather_flat(parts: Tensor, mine: Tensor, axis: AxisGroup) -> dist.Work:

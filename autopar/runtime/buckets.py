@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autopar.program.collectives import AxisGroup, all_gather_flat, reduce_scatter_flat, slice_copy
+from autopar.program.collectives import AxisGroup, SliceOfSum, all_gather_flat, reduce_scatter_flat, slice_copy
 
 BUCKET_BYTES = 25 * 2**20
 
@@ -61,8 +61,8 @@ class Bucket:
     axes: Sequence[AxisGroup]
     missing: int = 0
     _present: list[Member] = field(default_factory=list)
-    _running: Generator[dist.Work, None, list[Tensor]] | None = None
-    _work: dist.Work | None = None
+    _running: Generator[dist.Work | SliceOfSum, None, list[Tensor]] | None = None
+    _work: dist.Work | SliceOfSum | None = None
     _result: list[Tensor] | None = None
 
     @property
@@ -103,7 +103,7 @@ def _taken(leaf: Tensor) -> Tensor:
 
 def reduce_together(
     gradients: list[Tensor], reductions: Sequence[Sequence[Reduction]], axes: Sequence[AxisGroup]
-) -> Generator[dist.Work, None, list[Tensor]]:
+) -> Generator[dist.Work | SliceOfSum, None, list[Tensor]]:
     """Reduce gradients whose steps differ in dims only; yields each collective, to be waited for before going on."""
     flat: Tensor | None = None
     for steps in zip(*reductions, strict=True):
