@@ -24,6 +24,7 @@ from autopar.ir.pipeline import effective_schedule
 from autopar.ir.solution import Decisions
 from autopar.program.stage import BoundaryTensor, StageProgram
 from autopar.runtime.buckets import BUCKET_BYTES
+from autopar.runtime.lean_stage import LeanStage
 from autopar.runtime.mesh import RankMesh, join_mesh, serial_mesh
 from autopar.runtime.pace import Pacer
 from autopar.runtime.parameters import ParameterStore, local_of, tied_stages
@@ -291,7 +292,7 @@ def _make_schedule(
 def _make_stage(runner: StageRunner, mesh: RankMesh, device: str) -> PipelineStage:
     program = runner.program
     loss = BoundaryTensor("loss", (), "float32", requires_grad=True)
-    return PipelineStage(
+    return LeanStage(
         runner,
         program.stage,
         program.num_stages,
