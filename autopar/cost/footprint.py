@@ -1,22 +1,26 @@
 """Footprint: bytes of a pipeline rank on one device, by cause, and over the simulated schedule.
 
-What a rank holds at its worst moment is
+What a rank holds at its worst moment is the largest of
 
-    state + largest sum of kept activations that the schedule reaches + largest workspace
+- state + largest sum of kept activations that the schedule reaches + largest workspace, as in the search's formula
+- during the last backward, block by block: state + activations that are left + the bucket that gradients are copied
+  into, which is filled while backward runs, or at its end
 
-as in the search's formula. State lasts (parameters, gradients, optimizer states with master copies); activations follow
-the schedule; the workspace is that of the hungriest node. For a parameter that is gathered, it is what its gather keeps
-beside the ops of its block: the part above the hungriest op is called buffers. Where software frees gradients, and a
-stage that is no chunk holds most during the first backward of a step, the gradients are those that this backward has
-made when the sum is largest: that sum is never above the search's formula. Where the allocator's reserve is
-metered, each of the moving parts holds a share of slack (`memory.slack_share`).
+State lasts (parameters, gradients, optimizer states with master copies); activations follow the schedule; the workspace
+is that of the hungriest node. For a parameter that is gathered, it is what its gather keeps beside the ops of its
+block: the part above the hungriest op is called buffers. So are buckets and, in interleaved pipelines whose engine
+waits for its sends at the end of a step alone, all that was sent. Where software frees gradients, and a stage that is
+no chunk holds most during the first backward of a step, the gradients are those that this backward has made when the
+sum is largest: that sum is never above the search's formula. Where the allocator's reserve is metered, each of the
+moving parts holds a share of slack (`memory.slack_share`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from autopar.cost.memory import slack_share
+from autopar.cost.memory import Synced, slack_share
 from autopar.cost.stages import STATE_CAUSES, StageCost
 from autopar.ir.pipeline import microbatches_in_flight
 from autopar.ir.software import Software
@@ -38,51 +42,77 @@ def memory_by_cause(
         software: for its meter.
     """
     own = costs[rank :: decisions.num_ranks]
-    actions = schedule_actions(
-        rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule, interleave=decisions.interleave
-    )
-    kept = most_held(actions, _kept_bytes(costs, rank, decisions))
-    workspace = max(cost.workspace_bytes for cost in own)
-    ops = max(cost.op_workspace_bytes for cost in own)
-    moving = {
-        "activations": kept + _largest_block_bytes(costs, rank, decisions),
-        "workspace": ops,
-        "buffers": workspace - ops,
-    }
+    worst = max(_moments(costs, rank, decisions, software), key=lambda moment: moment.total)
+    ops = min(worst.work, max(cost.op_workspace_bytes for cost in own))
+    moving = {"activations": worst.activations, "workspace": ops, "buffers": worst.work - ops + worst.buffers}
     slack = slack_share(software)
     used = {cause: size / (1.0 + slack) for cause, size in moving.items()}
     state = {cause: sum(cost.state[cause] for cost in own) for cause in STATE_CAUSES}
-    if software.frees_gradients and decisions.interleave == 1:
-        state["gradients"] -= _spared_bytes(own[0], rank, decisions)
+    state["gradients"] = worst.gradients
     used["slack"] = slack * sum(used.values())
     return {**state, **{cause: size for cause, size in used.items() if size or cause in ("activations", "workspace")}}
 
 
-def _spared_bytes(cost: StageCost, rank: int, decisions: Decisions) -> float:
-    """By how much a stage's peak lies below its formula, because gradients come while activations go.
+class Moment(NamedTuple):
+    """Bytes at one moment, without what never changes; `work` are workspaces and gathered parameters."""
 
-    The first backward starts with all that is kept and no gradients, and gives a block's activations for its gradients,
-    block by block; a further one starts with one microbatch less kept. With more microbatches than are in flight
-    everything is there at once again.
+    gradients: float
+    activations: float
+    work: float = 0.0
+    buffers: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def _moments(costs: Sequence[StageCost], rank: int, decisions: Decisions, software: Software) -> Iterator[Moment]:
+    """Moments of a step, of which one is the worst.
+
+    The first backward starts with all that is kept and, where they are freed, no gradients, and gives a block's
+    activations for its gradients, block by block; a further one starts with one microbatch less kept. With more
+    microbatches than are in flight everything is there at once again.
     """
+    own = costs[rank :: decisions.num_ranks]
+    gradients = sum(cost.state["gradients"] for cost in own)
+    synced = sum((cost.synced for cost in own), Synced())
+    grown = 1.0 + float(synced.parts / max(synced.scattered, 1.0))
+    bucket = min(float(synced.room), max(cost.bucket_limit_bytes for cost in own))
+    extra = _largest_block_bytes(costs, rank, decisions)
+    work = max(cost.workspace_bytes for cost in own)
+    if decisions.interleave > 1:
+        sent = _sent_bytes(costs, rank, decisions) if software.keeps_sent else 0.0
+        actions = schedule_actions(
+            rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule, interleave=decisions.interleave
+        )
+        yield Moment(gradients, most_held(actions, _kept_bytes(costs, rank, decisions)) + extra, work, sent)
+        yield Moment(gradients, 0.0, 0.0, bucket + sent)
+        return
+    (cost,), (kept,) = own, _kept_bytes(costs, rank, decisions)
     flying = microbatches_in_flight(rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule)
-    if decisions.num_microbatches > flying:
-        return 0.0
+    is_fresh = software.frees_gradients and decisions.num_microbatches <= flying
+    yield Moment(0.0 if is_fresh else gradients, flying * kept + extra, work)
+    if is_fresh and flying > 1:
+        yield Moment(gradients, (flying - 1) * kept + extra, work)
+    yield Moment(gradients, 0.0, 0.0, bucket)
+    limit = gradients + flying * kept + extra + max(work, cost.bucket_limit_bytes)
+    made, left = 0.0, (flying if is_fresh else 1) * kept
     redo = decisions.stages[rank].recompute == "full"
-    kept = cost.boundary_bytes if redo else cost.activation_bytes
-    extra = cost.largest_block_bytes if redo else 0.0
-    gradients = cost.state["gradients"]
-    formula = gradients + flying * kept + extra + cost.workspace_bytes
-    moments = [gradients]
-    if flying > 1:
-        moments.append(formula - kept)
-    made, left = 0.0, flying * kept
     for block in sorted(cost.memory, reverse=True):
-        own = cost.memory[block]
-        made += own.gradients
-        moments.append(made + left + extra + own.workspace)
-        left -= 0.0 if redo else own.activations
-    return min(gradients, formula - max(moments))
+        part = cost.memory[block]
+        made += part.gradients
+        filled = min(bucket, grown * made) if software.overlap_gradients else 0.0
+        now = made if is_fresh else gradients
+        spare = limit - now - left - extra - part.workspace
+        yield Moment(now, left + extra, part.workspace, max(0.0, min(filled, spare)))
+        left -= 0.0 if redo else part.activations
+
+
+def _sent_bytes(costs: Sequence[StageCost], rank: int, decisions: Decisions) -> float:
+    """Values and gradients that the chunks of a rank send in one step."""
+    chunks = range(rank, len(costs), decisions.num_ranks)
+    after = sum(costs[k + 1].received_bytes for k in chunks if k + 1 < len(costs))
+    return decisions.num_microbatches * (after + sum(costs[k].received_bytes for k in chunks))
 
 
 def memory_timeline(

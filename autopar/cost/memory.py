@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from autopar.errors import InputError
 from autopar.ir.graph import Value
 from autopar.ir.placement import Sharding
@@ -75,6 +77,68 @@ def held_bytes(num_bytes: Any, item_bytes: Any, states: int, software: Software)
     rewritten = 2 * master + weights if software.master_bytes else 2 * num_bytes
     reduced = num_bytes if software.reduce_bytes is None else count * software.reduce_bytes
     return Held(weights, gradient, state + master, reduced, rewritten + gradient + 2 * state)
+
+
+@dataclass(frozen=True)
+class Synced:
+    """Gradients of one device that are copied into buckets; numbers or arrays alike.
+
+    Attributes:
+        summed: bytes of those that are summed, smaller than a bucket: a larger one is summed where it lies.
+        scattered: bytes of those that are scattered, however large.
+        largest: bytes of the largest one that is scattered.
+        parts: bytes of what scattering leaves.
+    """
+
+    summed: Any = 0.0
+    scattered: Any = 0.0
+    largest: Any = 0.0
+    parts: Any = 0.0
+
+    @property
+    def room(self) -> Any:
+        """Bytes beyond all gradients at the worst moment.
+
+        That is when the largest bucket is filled and parts of others are there already; or, where only parts are left
+        of gradients, when updated parts lie side by side, gathered, and once more in gloo's copy.
+        """
+        bucket = np.maximum(self.largest, np.minimum(self.scattered, BUCKET_BYTES))
+        share = self.parts / np.maximum(self.scattered, 1.0)
+        gathering = self.parts - self.scattered + bucket * (2.0 + share)
+        return np.maximum(np.minimum(self.summed, BUCKET_BYTES), np.maximum(bucket + self.parts, gathering))
+
+    def __add__(self, other: Synced) -> Synced:
+        return Synced(
+            self.summed + other.summed,
+            self.scattered + other.scattered,
+            np.maximum(self.largest, other.largest),
+            self.parts + other.parts,
+        )
+
+
+def synced(gradient: Any, reduced: Any, scattered: Any, parts: Any, software: Software) -> Synced:
+    """Of one parameter with a local gradient of so many bytes.
+
+    Args:
+        gradient: bytes.
+        reduced, scattered: on some axis; a gradient that is scattered counts as such.
+        parts: into how many scattering cuts it.
+        software: that copies gradients or not.
+    """
+    if not software.copies_gradients:
+        return Synced(*(0.0 * gradient for _ in range(4)))
+    whole = np.where(scattered, gradient, 0.0)
+    summed = np.where(reduced & ~scattered & (gradient < BUCKET_BYTES), gradient, 0.0)
+    return Synced(summed, whole, whole, whole / parts)
+
+
+def synced_gradient(
+    gradient: float, strategy: ParameterStrategy, axis_sizes: Sequence[int], software: Software
+) -> Synced:
+    """As `synced`, of one parameter under its strategy."""
+    reduced, scattered = (any(axis.label == label for axis in strategy) for label in ("replicated", "zero1"))
+    parts = math.prod(size for axis, size in zip(strategy, axis_sizes, strict=True) if axis.label == "zero1")
+    return synced(gradient, np.bool_(reduced), np.bool_(scattered), parts, software)
 
 
 def parameter_bytes(

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from autopar.cost.memory import parameter_bytes
+from autopar.cost.memory import Synced, parameter_bytes, synced_gradient
 from autopar.cost.table import CostTables
 from autopar.errors import PlanMismatchError
 from autopar.ir.cost import CostNode, CostTable
 from autopar.ir.solution import Decisions
+from autopar.ir.strategy import ParameterStrategy
 from autopar.ir.streams import BlockWork, Overlap, stage_times
 from autopar.ir.timeline import StageTimes
 
@@ -38,9 +39,10 @@ class BlockBytes:
 class StageCost:
     """Sums of one stage on one device: of one microbatch, or once a step where the name says so.
 
-    Recompute is included in `backward_s` and `microbatch_j`. `workspace_bytes` is the largest of any node,
-    `op_workspace_bytes` that of any but parameters. `state` is by cause, `blocks` and `memory` by
-    index (SHARED first).
+    Recompute is included in `backward_s` and `microbatch_j`. `workspace_bytes` is the largest of any node but
+    parameters that are not gathered, `op_workspace_bytes` that of any but parameters. Of the others `synced` are the
+    gradients that buckets copy, `bucket_limit_bytes` what the search reckons those take. `state` is by cause, `blocks`
+    and `memory` by index (SHARED first).
     `times` are those of the streams that `blocks` run on.
     """
 
@@ -54,6 +56,8 @@ class StageCost:
     largest_block_bytes: float = 0.0
     workspace_bytes: float = 0.0
     op_workspace_bytes: float = 0.0
+    bucket_limit_bytes: float = 0.0
+    synced: Synced = field(default_factory=Synced)
     received_bytes: float = 0.0
     peak_w: float = 0.0
     state: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STATE_CAUSES, 0.0))
@@ -129,7 +133,10 @@ def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> t
         if block != SHARED:
             per_block[block] += float(table.nodes[index].activation_bytes[choice[index]])
         if table.nodes[index].kind == "param":
-            _add_state(stages[k], block, _held(tables, table, table.nodes[index], choice[index]))
+            strategy = table.nodes[index].choices[choice[index]]
+            held = _held(tables, table, table.nodes[index], strategy)
+            _add_state(stages[k], block, held)
+            stages[k].synced += synced_gradient(held[1], strategy, table.mesh.sizes, tables.software)
     for edge in table.edges:
         at = choice[edge.source], choice[edge.target]
         prices = (float(edge.forward_s[at]), float(edge.backward_s[at]), float(edge.microbatch_j[at]))
@@ -186,16 +193,19 @@ def _add_node(stage: StageCost, block: int, node: CostNode, p: int, redo: bool) 
     stage.boundary_bytes += float(node.boundary_bytes[p])
     own, workspace = stage.memory.setdefault(block, BlockBytes()), float(node.workspace_bytes[p])
     own.activations += float(node.activation_bytes[p])
+    if node.kind == "param" and all(axis.label != "zero3" for axis in node.choices[p]):
+        stage.bucket_limit_bytes = max(stage.bucket_limit_bytes, workspace)
+        return
     own.workspace = max(own.workspace, workspace)
     stage.workspace_bytes = max(stage.workspace_bytes, workspace)
     if node.kind != "param":
         stage.op_workspace_bytes = max(stage.op_workspace_bytes, workspace)
 
 
-def _held(tables: CostTables, table: CostTable, node: CostNode, p: int) -> tuple[float, ...]:
+def _held(tables: CostTables, table: CostTable, node: CostNode, strategy: ParameterStrategy) -> tuple[float, ...]:
     """Bytes of a parameter, by STATE_CAUSES."""
     value = tables.graph.values[node.names[0]]
-    sizes = parameter_bytes(value, node.choices[p], table.mesh.sizes, tables.optimizer_states, tables.software)
+    sizes = parameter_bytes(value, strategy, table.mesh.sizes, tables.optimizer_states, tables.software)
     return sizes if tables.training else (sizes[0], 0.0, 0.0)
 
 

@@ -79,7 +79,8 @@ class CostTables:
         self.fusion = make_fusion(self.run, self.software, [op for op in self.run.ops if op.name in representatives])
         self.again = recomputed(self.fusion.graph, keep)
         self.pricer = Pricer(cluster, training, self.software)
-        self.parameter_pricer = ParameterPricer(cluster, graph.optimizer, training, self.software)
+        self.trained_bytes = float(sum(v.meta.num_bytes for v in graph.parameters if v.requires_grad))
+        self.parameter_pricer = self._parameter_pricer(cluster)
         self.tensors = Tensors(graph, self.dims)
         self.edge_tensors = np.array([self.tensors.index[edge.value] for edge in self.skeleton.edges], dtype=np.int64)
         self.heads = tuple(_node_head(template) for template in self.skeleton.nodes)
@@ -108,9 +109,12 @@ class CostTables:
         other = copy.copy(self)
         other.cluster = cluster
         other.pricer = Pricer(cluster, self.training, self.software)
-        other.parameter_pricer = ParameterPricer(cluster, self.graph.optimizer, self.training, self.software)
+        other.parameter_pricer = self._parameter_pricer(cluster)
         other._tables = {}
         return other
+
+    def _parameter_pricer(self, cluster: Cluster) -> ParameterPricer:
+        return ParameterPricer(cluster, self.graph.optimizer, self.training, self.software, self.trained_bytes)
 
     def keeping(self, policy: str) -> CostTables:
         """The same tables with another of `ir.solution.KEPT`."""

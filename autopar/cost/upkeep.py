@@ -19,7 +19,7 @@ import numpy as np
 from autopar.cost.collective import LinearCost, collective_cost
 from autopar.cost.hardware import Cluster
 from autopar.cost.layouts import Codes, Mask
-from autopar.cost.memory import BUCKET_BYTES, held_bytes, optimizer_states
+from autopar.cost.memory import BUCKET_BYTES, Synced, held_bytes, optimizer_states, synced
 from autopar.cost.power import byte_energy_j
 from autopar.cost.pricing import NodePrice, free_node
 from autopar.cost.roofline import memory_rate
@@ -98,8 +98,12 @@ class Upkeep:
 class ParameterPricer:
     """Prices parameter nodes on one cluster, run by `software`."""
 
-    def __init__(self, cluster: Cluster, optimizer: str, training: bool, software: Software) -> None:
+    def __init__(
+        self, cluster: Cluster, optimizer: str, training: bool, software: Software, total_bytes: float
+    ) -> None:
+        """`total_bytes` are those of all trained parameters together."""
         self.cluster = cluster
+        self.total_bytes = total_bytes
         self.spec = cluster.spec
         self.training = training
         self.optimizer = optimizer
@@ -146,7 +150,8 @@ class ParameterPricer:
         scatter = np.where(trained, terms[:, 2] + held.whole * terms[:, 3], 0.0)
         price.backward_s = again + scatter
         price.microbatch_j = held.whole * terms[:, 4] + np.where(trained & moved, 0.5 * held.whole * terms[:, 4], 0.0)
-        price.workspace_bytes = np.where(moved, self._room(sheet, own, exposed, around), 0.0)
+        room = np.where(moved, self._room(sheet, own, exposed, around), 0.0)
+        price.workspace_bytes = np.maximum(room, self._bucket_room(held, sheet, found))
         price.state_bytes = held.weights + held.gradients + held.optimizer
         self._synchronise(price, (sheet.reduced[at], sheet.scattered[at]), mesh, held.reduced)
         sync = np.where(trained, price.step_s, 0.0)
@@ -173,6 +178,22 @@ class ParameterPricer:
         gradients = np.where(sheet.requires_grad[own] & self.training, gradients, 0.0)
         beside = np.where(around.makes_loss[own], np.maximum(work, gradients), work + gradients)
         room: Array = gathered + beside
+        return room
+
+    def _bucket_room(self, held: Upkeep, sheet: ParameterSheet, found: KeptParameters) -> Array:
+        """Bytes of the bucket of each gradient, at the most: as if all parameters were kept as this one is."""
+        at = found.stored.choices
+        parts = found.optimizer_parts[at] / found.stored.parts[at]
+        reduced, scattered = sheet.reduced[at].any(axis=1), sheet.scattered[at].any(axis=1)
+        own = synced(held.gradients, reduced, scattered, parts, self.software)
+        total = np.full(len(at), self.total_bytes)
+        everything = Synced(
+            np.where(own.summed > 0, total, 0.0),
+            np.where(own.scattered > 0, total, 0.0),
+            own.largest,
+            np.where(own.scattered > 0, total / parts, 0.0),
+        )
+        room: Array = everything.room
         return room
 
     def _update_s(self, held: Upkeep, optimizer_parts: Array) -> Array:

@@ -28,6 +28,8 @@ class Software:
         gradient_bytes, state_bytes: of a kept gradient, and of one optimizer state.
         frees_gradients: gradients are freed after the update, and are made anew by the first backward of a step.
         reduce_bytes: of a gradient while it is synchronised.
+        copies_gradients: gradients are copied into buckets of up to 25 MiB to be synchronised.
+        keeps_sent: an interleaved pipeline keeps what it sends until the end of the step.
         regathers_operands: under sequence parallelism a column-parallel product keeps its operand as it was before it
             was gathered, and gathers it again for backward, beside a product.
         overlap_gradients: gradients are synchronised in buckets while backward runs.
@@ -49,7 +51,9 @@ class Software:
     state_bytes: float | None = None
     frees_gradients: bool = True
     reduce_bytes: float | None = None
+    copies_gradients: bool = True
     regathers_operands: bool = False
+    keeps_sent: bool = False
     overlap_gradients: bool = False
     prefetch_parameters: bool = False
     overlap_tensor: bool = False

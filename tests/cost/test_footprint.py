@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from autopar.cost.footprint import MEMORY_CAUSES, memory_by_cause, memory_timeline
-from autopar.cost.memory import ALLOCATOR_SLACK
+from autopar.cost.memory import ALLOCATOR_SLACK, BUCKET_BYTES, Synced, synced
 from autopar.cost.predict import predict, timeline_of
 from autopar.cost.software import load_software, software_stacks
 from autopar.cost.stages import BlockBytes, StageCost, stage_costs
@@ -110,9 +111,10 @@ def test_predictions_never_exceed_what_the_search_reckons_with(
             causes = memory_by_cause(costs, k, decisions, software)
             assert set(causes) <= set(MEMORY_CAUSES)
             assert all(size >= 0 for size in causes.values())
-            if not software.frees_gradients:
+            if not software.frees_gradients and not software.copies_gradients:
                 assert sum(causes.values()) == pytest.approx(formula)
-            assert formula - costs[k].state["gradients"] <= sum(causes.values()) * (1 + 1e-9)
+            beyond = max(0.0, costs[k].bucket_limit_bytes - costs[k].workspace_bytes)
+            assert formula - beyond - costs[k].state["gradients"] <= sum(causes.values()) * (1 + 1e-9)
             assert sum(causes.values()) <= formula * (1 + 1e-9)
 
 
@@ -170,3 +172,43 @@ def test_a_loss_has_two_gradients_of_its_operand_at_work() -> None:
         assert table is not None
         work.append(next(float(n.workspace_bytes[0]) for n in table.nodes if n.name == "mse_loss"))
     assert work[1] - work[0] == 8 * 8 * 4
+
+
+def synced_stage(summed: float = 0.0, scattered: float = 0.0, largest: float = 0.0) -> StageCost:
+    cost = stage(10.0, workspace=4.0)
+    cost.state["gradients"] = summed + scattered
+    cost.synced = Synced(summed, scattered, largest, scattered / 2)
+    cost.bucket_limit_bytes = 1e9
+    return cost
+
+
+@pytest.mark.parametrize(
+    ("cost", "bucket"),
+    [
+        (synced_stage(summed=1000.0), 1000.0),
+        (synced_stage(summed=4.0 * BUCKET_BYTES), BUCKET_BYTES),
+        (synced_stage(scattered=1000.0, largest=400.0), 2000.0),
+        (synced_stage(scattered=4.0 * BUCKET_BYTES, largest=2.0 * BUCKET_BYTES), 4 * BUCKET_BYTES),
+    ],
+)
+def test_gradients_are_copied_into_buckets_and_parts_gathered_after_backward(cost: StageCost, bucket: float) -> None:
+    found = memory_by_cause([cost], 0, pipeline(1, 8), Software())
+    assert (found["activations"], found["workspace"], found["buffers"]) == (0.0, 0.0, bucket)
+
+
+def test_a_gradient_larger_than_a_bucket_is_summed_where_it_lies() -> None:
+    yes, no = np.bool_(True), np.bool_(False)
+    for size, room in ((BUCKET_BYTES - 1.0, BUCKET_BYTES - 1.0), (2.0 * BUCKET_BYTES, 0.0)):
+        assert synced(size, yes, no, 1, Software()).room == room
+    assert synced(2.0 * BUCKET_BYTES, no, yes, 4, Software()).room == 3 * BUCKET_BYTES
+    assert synced(100.0, yes, no, 1, Software(copies_gradients=False)).room == 0.0
+
+
+def test_interleaved_pipelines_keep_what_they_sent() -> None:
+    costs = [stage(10.0) for _ in range(4)]
+    for k, cost in enumerate(costs):
+        cost.received_bytes = 3.0 * (k > 0)
+    plan = pipeline(4, 8, interleave=2)
+    with_, without = (memory_by_cause(costs, 0, plan, Software(keeps_sent=kept)) for kept in (True, False))
+    # rank 0 has chunks 0 and 2: both send values on, chunk 2 sends gradients back
+    assert with_["buffers"] - without.get("buffers", 0.0) == 8 * 3 * 3.0
