@@ -95,7 +95,16 @@ MODELS = {
         },
     ),
 }
-QUICK = {"mlp": ("data", "tensor", "pipeline-m8", "zero3")}
+QUICK_MODEL = Model(
+    "benchmarks/plain_mlp.py",
+    {"width": "768", "layers": "4", "batch": "512"},
+    {
+        "data": Pins(**DATA, num_microbatches=1),
+        "tensor": Pins(**TENSOR, num_microbatches=1),
+        "pipeline-m4": Pins(**PIPELINE, num_microbatches=4),
+    },
+)
+QUICK_S = 6.0
 
 
 @dataclass(frozen=True)
@@ -139,8 +148,8 @@ def worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from autopar.planner.assemble import make_executor
-    from autopar.planner.execute import prepare
-    from autopar.runtime.executor import RunOptions, join_plan
+    from autopar.planner.execute import prepare, run_options
+    from autopar.runtime.executor import join_plan
 
     torch.set_num_threads(1)
     ready, found = {}, {}
@@ -150,7 +159,8 @@ def worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
         mesh = join_plan(prepared.captured.graph, plan.decisions, "cpu")
 
         def make(prepared: Any = prepared, plan: Plan = plan, mesh: Any = mesh) -> Any:
-            return make_executor(prepared.captured.graph, plan.decisions, prepared.state, mesh, RunOptions("cpu"))
+            options = run_options(plan, "cpu")
+            return make_executor(prepared.captured.graph, plan.decisions, prepared.state, mesh, options)
 
         found[name] = _peaks(make, prepared.batch)
         if arguments["seconds"]:
@@ -308,20 +318,17 @@ def summary(cases: Sequence[Case]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("--quick", action="store_true", help="four plans of one model")
+    parser.add_argument("--quick", action="store_true", help="three plans of a small model")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--profile", type=Path, help="rows to use; default: measure now")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to wait for calm steps of each model")
     arguments = parser.parse_args()
     chosen = {name: MODELS[name] for name in arguments.models or MODELS}
     if arguments.quick:
-        chosen = {
-            name: Model(MODELS[name].source, MODELS[name].options, {p: MODELS[name].plans[p] for p in plans})
-            for name, plans in QUICK.items()
-        }
+        chosen = {"mlp": QUICK_MODEL}
     cases: list[Case] = []
     for name, model in chosen.items():
-        seconds = 10.0 if arguments.quick else arguments.seconds
+        seconds = QUICK_S if arguments.quick else arguments.seconds
         for case in run_model(name, model, arguments.profile, is_quick=arguments.quick, seconds=seconds):
             cases.append(case)
             if not arguments.json:

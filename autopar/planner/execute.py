@@ -226,7 +226,7 @@ def _check_same_model(plan: Plan, captured: Captured, source: ModelSource) -> No
         raise PlanMismatchError(f"the model has other ops at the microbatch size than in the plan: {shown}")
 
 
-def _options(plan: Plan, device: str) -> RunOptions:
+def run_options(plan: Plan, device: str) -> RunOptions:
     """What the plan's figures assume of the program."""
     from autopar.runtime.executor import RunOptions
 
@@ -255,7 +255,7 @@ def verify_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     dtype = dtype_of(arguments["dtype"])
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in ready.state.items()}
     batch = [t.to(dtype) if t.is_floating_point() else t for t in ready.batch]
-    options = _options(plan, device)
+    options = run_options(plan, device)
     serial = make_serial_executor(graph, state, options, plan.decisions.num_microbatches)
     serial_loss = serial.compute_gradients(batch)
     mesh = join_plan(graph, plan.decisions, device_type())
@@ -316,7 +316,7 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     ready = prepare(plan, "cpu")
     graph, batch = ready.captured.graph, ready.batch
     mesh = join_plan(graph, plan.decisions, device_type())
-    options = _options(plan, device)
+    options = run_options(plan, device)
     executor = make_executor(graph, plan.decisions, ready.state, mesh, options)
     del ready  # the whole model; the executor has its own parts
     measured = measure_steps(executor, batch, int(arguments["steps"]))

@@ -7,9 +7,9 @@ from typing import Any
 
 from autopar.ir.serialize import parse_plan
 from autopar.planner.assemble import make_executor
-from autopar.planner.execute import prepare
+from autopar.planner.execute import prepare, run_options
 from autopar.profiler.live import LiveBytes
-from autopar.runtime.executor import RunOptions, join_plan
+from autopar.runtime.executor import join_plan
 
 
 def peaks(arguments: Mapping[str, Any]) -> list[int]:
@@ -20,7 +20,7 @@ def peaks(arguments: Mapping[str, Any]) -> list[int]:
         ready = prepare(plan, "cpu")
         graph, mesh = ready.captured.graph, join_plan(ready.captured.graph, plan.decisions, "cpu")
         with LiveBytes() as live:
-            executor = make_executor(graph, plan.decisions, ready.state, mesh, RunOptions("cpu"))
+            executor = make_executor(graph, plan.decisions, ready.state, mesh, run_options(plan, "cpu"))
             for _ in range(2):
                 executor.step(ready.batch)
         found.append(live.peak_bytes)
