@@ -182,7 +182,7 @@ def with_power_limit(cluster: Cluster, limit_w: float) -> Cluster:
     spec = cluster.spec
     if not spec.blocked_w < limit_w <= spec.limit_w:
         raise InputError(
-            f"the power limit of a {spec.name} lies above the {spec.blocked_w:g} W that it draws while it waits, and "
+            f"the power limit of {spec.name} lies above the {spec.blocked_w:g} W that it draws while it waits, and "
             f"is at most {spec.limit_w:g} W, found {limit_w:g} W"
         )
     return replace(cluster, spec=replace(spec, power_limit_w=limit_w))
