@@ -125,6 +125,8 @@ class Pricer:
         that are there again while backward works on the block.
 
         Every rank holds whole batch inputs. Shared results are counted where they are made, parameters elsewhere.
+        A product whose choice splits the work and reads an operand whole keeps that beside the part that the operand's
+        maker keeps.
         """
         facts, reruns = sheet.facts, sheet.reruns
         parts = kept.parts * np.where(sheet.gathers_again, np.asarray(mesh.sizes, float), 1.0).prod(axis=1)
@@ -132,6 +134,12 @@ class Pricer:
         own, again = (
             np.add.reduceat(root_bytes * share, sheet.row_starts)[kept.choices]
             for share in (sheet.kept_share, sheet.kept_share < 1.0)
+        )
+        own = (
+            own
+            + np.add.reduceat(sizes.num_bytes[sheet.rows.tensor] / kept.parts * sheet.copied, sheet.row_starts)[
+                kept.choices
+            ]
         )
         whole = np.zeros(len(facts.is_view))
         np.add.at(whole, facts.whole_saved[:, 0], sizes.num_bytes[facts.whole_saved[:, 1]])

@@ -128,6 +128,7 @@ class OpSheet:
         gradients: operands that need a gradient.
         saved_root: tensor whose storage is kept because of this row, or -1.
         kept_share: share of it that stays until backward.
+        copied: [row], 1 where the row itself is kept beside the value that it was gathered from, which its maker keeps.
         gathers_again: [row, axis], it stays cut over the axis, and is gathered again for backward.
         reruns: what backward computes again.
         splits_work: [choice, axis].
@@ -150,6 +151,7 @@ class OpSheet:
     gradients: Array
     saved_root: Codes
     kept_share: Array
+    copied: Array
     gathers_again: Mask
     reruns: Reruns
     splits_work: Mask
@@ -178,11 +180,14 @@ def make_op_sheet(
     *,
     training: bool,
     again: Mapping[str, Again],
+    kept_by_makers: frozenset[str] = frozenset(),
     regathers: bool = False,
 ) -> OpSheet:
     """The sheet of `ops`, whose choices are given in the same order; `kept_shared` as in `skeleton.Skeleton`, `moves`
-    by op, `again` as `recompute.recomputed` makes it; `regathers`: products keep operands as before they were gathered.
+    by op, `again` as `recompute.recomputed` makes it; `kept_by_makers`: results that the op that makes them keeps for
+    its own backward; `regathers`: products keep operands as before they were gathered.
     """
+    values = tensors.values
     blocks = [
         _rows_of(op, found, tensors, kept_shared, moves=moves[op.name], again=again.get(op.name))
         for op, found in zip(ops, choices, strict=True)
@@ -199,6 +204,14 @@ def make_op_sheet(
     ]
     if not training:
         weights[GRADIENTS] = 0.0
+    saved_root = np.concatenate([block.saved_root for block in blocks])
+    gathered = _gathers_again(ops, choices, widths, codes, tensors)
+    kept_apart = np.concatenate(
+        [
+            np.tile([values[name].root in kept_by_makers for name in (*op.inputs, *op.outputs)], count)
+            for op, count in zip(ops, counts, strict=True)
+        ]
+    )
     return OpSheet(
         facts=_facts(ops, tensors, kept_shared, moves, training=training),
         choices=tuple(choices),
@@ -210,9 +223,10 @@ def make_op_sheet(
         forward=weights[FORWARD], backward=weights[BACKWARD], accumulated=weights[ACCUMULATED],
         apart=weights[APART : APART + 3],
         written=weights[WRITTEN], gradients=weights[GRADIENTS],
-        saved_root=np.concatenate([block.saved_root for block in blocks]),
+        saved_root=saved_root,
         kept_share=np.concatenate([block.kept_share for block in blocks]),
-        gathers_again=_gathers_again(ops, choices, widths, codes, tensors) & regathers,
+        copied=np.where(gathered.any(axis=1) & kept_apart & (saved_root < 0) & ~np.bool_(regathers), 1.0, 0.0),
+        gathers_again=gathered & regathers,
         reruns=make_reruns(ops, again),
         splits_work=np.concatenate([found.splits_work for found in choices]),
         is_exchanged=np.concatenate([found.is_exchanged for found in choices]),

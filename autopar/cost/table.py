@@ -207,6 +207,7 @@ class CostTables:
             self.fusion.moves,
             training=self.training,
             again=self.again,
+            kept_by_makers=frozenset(name for op in self.fusion.graph.ops for name in op.saved if name in op.outputs),
             regathers=self.software.regathers_operands and self.pins.sequence is True,
         )
         nodes = tuple(i for i, template in enumerate(skeleton.nodes) if template.kind == "param")
