@@ -187,7 +187,6 @@ def make_op_sheet(
     by op, `again` as `recompute.recomputed` makes it; `kept_by_makers`: results that the op that makes them keeps for
     its own backward; `regathers`: products keep operands as before they were gathered.
     """
-    values = tensors.values
     blocks = [
         _rows_of(op, found, tensors, kept_shared, moves=moves[op.name], again=again.get(op.name))
         for op, found in zip(ops, choices, strict=True)
@@ -206,12 +205,7 @@ def make_op_sheet(
         weights[GRADIENTS] = 0.0
     saved_root = np.concatenate([block.saved_root for block in blocks])
     gathered = _gathers_again(ops, choices, widths, codes, tensors)
-    kept_apart = np.concatenate(
-        [
-            np.tile([values[name].root in kept_by_makers for name in (*op.inputs, *op.outputs)], count)
-            for op, count in zip(ops, counts, strict=True)
-        ]
-    )
+    kept_apart = _roots_in(kept_by_makers, ops, counts, tensors)
     return OpSheet(
         facts=_facts(ops, tensors, kept_shared, moves, training=training),
         choices=tuple(choices),
@@ -232,6 +226,13 @@ def make_op_sheet(
         is_exchanged=np.concatenate([found.is_exchanged for found in choices]),
         exchanged=np.array(exchanged, dtype=np.int64).reshape(-1, 3),
     )  # fmt: skip
+
+
+def _roots_in(names: frozenset[str], ops: Sequence[Op], counts: Sequence[int], tensors: Tensors) -> Mask:
+    """[row], the tensor is stored with one of these."""
+    slots = ([tensors.values[name].root in names for name in (*op.inputs, *op.outputs)] for op in ops)
+    found: Mask = np.concatenate([np.tile(own, count) for own, count in zip(slots, counts, strict=True)])
+    return found
 
 
 def _gathers_again(
