@@ -46,8 +46,8 @@ def frontier(
     if points < 1:
         raise InputError(f"--points must be at least 1, got {points}")
     if plot is not None:
-        check_plot()
         check_writable(plot, "--plot")
+        check_plot()
     check_report(report, plot)
     directory = None if out_dir is None else _make_directory(out_dir)
     with progress_line(as_json) as progress:

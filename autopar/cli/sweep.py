@@ -45,8 +45,8 @@ def sweep(
     request = build_request({**options, "gpus": max(numbers), "use_all": True, "cluster": None})
     chosen = model_settings(model, settings, options)
     if plot is not None:
-        check_plot()
         check_writable(plot, "--plot")
+        check_plot()
     check_report(report, plot)
     with progress_line(as_json) as progress:
         found = sweep_model(model, chosen, request, numbers, progress)

@@ -24,8 +24,8 @@ def validate(files: tuple[str, ...], *, plot: str | None, jobs: int | None, free
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs must be at least 1, got {jobs}")
     if plot is not None:
-        check_plot()
         check_writable(plot)
+        check_plot()
     with progress_line(as_json) as progress:
         found = validate_tables(files, jobs=jobs, free=free, progress=progress)
     if plot is not None:

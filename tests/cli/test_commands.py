@@ -115,7 +115,7 @@ def test_explain_says_where_it_goes_and_why_not(cli: Cli) -> None:
 def test_a_profile_is_preferred_and_said_so(cli: Cli) -> None:
     measured = cli("profile", "model.py", "--json")
     assert measured.json["num_rows"] == measured.json["num_measured"] > 0
-    on_cpu = ("plan", "model.py", "--gpus", "1", "--gpu", "cpu")
+    on_cpu = ("plan", "model.py", "--gpus", "1", "--gpu", "cpu", "--pin", "m=1")  # at the size that was measured
     content = cli(*on_cpu, "--json").json
     assert content["predicted"]["sources"]["measured"] > 0
     assert any("measured rows" in note for note in content["notes"])
