@@ -33,6 +33,7 @@ class ClockedStep:
         fastest_s, highest_j: step at the highest clocks.
         chosen, stages: within the deadline asked for.
         points: one per deadline, ascending.
+        time_range, energy_range: (low, high) of the plan's predicted figures over their values; they hold here too.
     """
 
     num_gpus: int
@@ -42,3 +43,5 @@ class ClockedStep:
     chosen: ClockPoint
     stages: tuple[StageClocks, ...]
     points: tuple[ClockPoint, ...]
+    time_range: tuple[float, float]
+    energy_range: tuple[float, float]

@@ -15,13 +15,14 @@ from autopar.cost.table import CostTables
 from autopar.errors import InputError
 from autopar.ir.clocks import ClockedStep, ClockPoint, StageClocks
 from autopar.ir.plan import Plan
+from autopar.ir.quantity import Quantity
 from autopar.ir.serialize_graph import graph_hash
-from autopar.ir.solution import KEPT, Decisions, Pins
+from autopar.ir.solution import Decisions
 from autopar.ir.timeline import BACKWARD, FORWARD, STEP, schedule_actions
 from autopar.planner.choose import Chooser
 from autopar.planner.plan import capture_graph
 from autopar.planner.request import Progress, choose_target, say_nothing
-from autopar.planner.rival import check_unchanged, request_of
+from autopar.planner.rival import check_unchanged, policy_pins, request_of
 from autopar.search.clocks import Arc, ClockOption, ClockPlan, ClockPlanner, ClockProblem, Instruction
 
 SHORTEST_S = 1e-9
@@ -49,15 +50,14 @@ def plan_instruction_clocks(
         raise InputError("clocks are planned for pipelines on one type of GPU")
     graph = capture_graph(plan.model.source, plan.model.options, plan.model.batch_size, progress).graph
     check_unchanged(plan, graph_hash(graph))
-    kept = sorted({stage.recompute for stage in decisions.stages} & set(KEPT[1:]))
-    request = replace(request_of(plan, Pins(recompute=kept[0] if kept else None)), clocks="auto")
+    request = replace(request_of(plan, policy_pins(plan)), clocks="auto")
     tables = Chooser(graph, request, choose_target(request), progress or say_nothing).tables(request.pins)
     if not isinstance(tables, CostTables) or len(tables.clocks_hz) == 1:
         raise InputError(f"the clocks of {plan.cluster.gpu} cannot be locked, or nothing is known of them")
     planner = ClockPlanner(clock_problem(tables, decisions), straggler_s=straggler_s)
     if deadline_s is None:
         deadline_s = max(_own_deadline(plan, tables), planner.fastest_s, straggler_s) * (1 + 1e-9)
-    return _planned(planner, deadline_s, straggler_s)
+    return _planned(planner, plan, deadline_s, straggler_s)
 
 
 def _own_deadline(plan: Plan, tables: CostTables) -> float:
@@ -65,7 +65,7 @@ def _own_deadline(plan: Plan, tables: CostTables) -> float:
     return predict(tables, replace(plan.decisions, pace_s=0.0)).step_time_s.value
 
 
-def _planned(planner: ClockPlanner, deadline_s: float, straggler_s: float) -> ClockedStep:
+def _planned(planner: ClockPlanner, plan: Plan, deadline_s: float, straggler_s: float) -> ClockedStep:
     problem, fastest_s = planner.problem, planner.fastest_s
     chosen = planner.plan(deadline_s)
     least_s = max(fastest_s, straggler_s) * (1 + 1e-12)
@@ -78,7 +78,13 @@ def _planned(planner: ClockPlanner, deadline_s: float, straggler_s: float) -> Cl
         _point(chosen),
         tuple(_stage_clocks(problem, chosen)),
         tuple(_point(point) for point in points),
+        _shares(plan.predicted.step_time_s),
+        _shares(plan.predicted.energy_j),
     )
+
+
+def _shares(quantity: Quantity) -> tuple[float, float]:
+    return quantity.low / quantity.value, quantity.high / quantity.value
 
 
 def _point(found: ClockPlan) -> ClockPoint:

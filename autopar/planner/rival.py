@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autopar.errors import PlanMismatchError
 from autopar.ir.plan import Plan
-from autopar.ir.solution import Pins
+from autopar.ir.solution import KEPT, Pins
 from autopar.planner.plan import plan_model
 from autopar.planner.request import PlanRequest, Progress
 
@@ -26,6 +26,12 @@ def request_of(plan: Plan, pins: Pins) -> PlanRequest:
         batch_size=plan.model.batch_size,
         software=plan.software,
     )
+
+
+def policy_pins(plan: Plan) -> Pins:
+    """Pins under which tables price what the plan's stages compute again."""
+    kept = sorted({stage.recompute for stage in plan.decisions.stages} & set(KEPT[1:]))
+    return Pins(recompute=kept[0] if kept else None)
 
 
 def make_rival(plan: Plan, pins: Pins, progress: Progress | None = None) -> Plan:

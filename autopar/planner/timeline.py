@@ -10,12 +10,11 @@ from autopar.cost.stages import overlap_of
 from autopar.ir.graph import OpGraph
 from autopar.ir.plan import Plan
 from autopar.ir.serialize_graph import graph_hash
-from autopar.ir.solution import KEPT, Pins
 from autopar.ir.streams import PASSES, stream_intervals
 from autopar.planner.choose import Chooser
 from autopar.planner.plan import capture_graph
 from autopar.planner.request import PlanRequest, Progress, choose_target, say_nothing
-from autopar.planner.rival import check_unchanged, request_of
+from autopar.planner.rival import check_unchanged, policy_pins, request_of
 from autopar.report.page_detail import StepDetail
 from autopar.report.sharding import block_splits
 
@@ -41,8 +40,7 @@ def make_detail(
         graph = capture_graph(plan.model.source, plan.model.options, plan.model.batch_size, progress).graph
     check_unchanged(plan, graph_hash(graph))
     decisions, count = plan.decisions, plan.decisions.num_microbatches
-    kept = sorted({stage.recompute for stage in decisions.stages} & set(KEPT[1:]))
-    pins = Pins(recompute=kept[0] if kept else None)
+    pins = policy_pins(plan)
     request = request_of(plan, pins) if request is None else replace(request, pins=pins)
     chooser = Chooser(graph, request, choose_target(request), progress or say_nothing)
     tables = chooser.tables(request.pins)

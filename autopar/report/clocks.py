@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from autopar.ir.clocks import ClockedStep, ClockPoint
+from autopar.ir.quantity import Quantity
+from autopar.ir.serialize import quantity_json
 from autopar.report.text import table, wrapped
 from autopar.units import format_joules, format_seconds
 
@@ -54,7 +56,10 @@ def clocks_json(found: ClockedStep) -> dict[str, Any]:
     return {
         "num_gpus": found.num_gpus,
         "num_instructions": found.num_instructions,
-        "highest_clocks": {"step_time_s": _modelled(found.fastest_s, "s"), "energy_j": _modelled(found.highest_j, "J")},
+        "highest_clocks": {
+            "step_time_s": _modelled(found.fastest_s, "s", found.time_range),
+            "energy_j": _modelled(found.highest_j, "J", found.energy_range),
+        },
         "chosen": _point_json(found, found.chosen),
         "stages": [
             {"stage": own.stage, "kind": own.kind, "microbatches": own.microbatches, "clocks_mhz": own.clocks_mhz}
@@ -71,13 +76,12 @@ def _points_json(found: ClockedStep, points: Sequence[ClockPoint]) -> list[dict[
 def _point_json(found: ClockedStep, point: ClockPoint) -> dict[str, Any]:
     return {
         "deadline_s": point.deadline_s,
-        "step_time_s": _modelled(point.makespan_s, "s"),
-        "energy_j": _modelled(point.energy_j, "J"),
+        "step_time_s": _modelled(point.makespan_s, "s", found.time_range),
+        "energy_j": _modelled(point.energy_j, "J", found.energy_range),
         "bound_j": point.bound_j,
         "saving": _saving(found, point),
     }
 
 
-def _modelled(value: float, unit: str) -> dict[str, Any]:
-    """A quantity whose range is that of the plan's own figures, not known here: low and high are the value."""
-    return {"value": value, "unit": unit, "label": "modelled", "low": value, "high": value}
+def _modelled(value: float, unit: str, shares: tuple[float, float]) -> dict[str, Any]:
+    return quantity_json(Quantity(value, unit, "modelled", value * shares[0], value * shares[1]))

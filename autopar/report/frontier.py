@@ -7,18 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from autopar.ir.plan import Plan
-from autopar.ir.quantity import Quantity
+from autopar.ir.serialize import quantity_json
 from autopar.report.figure import check_plot, save_figure
 from autopar.report.text import WIDTH, table
 from autopar.units import format_joules, format_seconds, format_watts
 
 FIGURES = ("step_time_s", "energy_j", "average_power_w", "peak_power_w")
 """Of a prediction, shown of every point."""
-
-
-def quantity_json(quantity: Quantity) -> dict[str, Any]:
-    """`{"value", "unit", "label", "low", "high"}`."""
-    return {name: getattr(quantity, name) for name in ("value", "unit", "label", "low", "high")}
 
 
 def point_words(plan: Plan) -> str:

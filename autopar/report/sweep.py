@@ -14,8 +14,9 @@ from typing import Any
 
 from autopar.errors import InputError
 from autopar.ir.plan import Plan
+from autopar.ir.serialize import quantity_json
 from autopar.report.figure import check_plot, save_figure
-from autopar.report.frontier import FIGURES, point_words, quantity_json
+from autopar.report.frontier import FIGURES, point_words
 from autopar.report.text import WIDTH, table, wrapped
 from autopar.units import format_joules, format_seconds, format_watts
 
