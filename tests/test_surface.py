@@ -39,7 +39,7 @@ OBJECTIVE |= {"--embodied-carbon", "--gpu-price", "--grid-carbon", "--lifetime",
 OBJECTIVE |= {"--utilisation", "--window"}
 OPTIONS = {
     "plan": PLANNING | {"--json", "--no-cache", "--out", "--report", "--set"},
-    "run": {"--json", "--steps"},
+    "run": {"--clip-norm", "--json", "--steps"},
     "verify": {"--json"},
     "explain": {"--json", "--report", "--trace", "--why-not"},
     "estimate": PLANNING | {"--json", "--set"},

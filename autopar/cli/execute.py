@@ -26,14 +26,19 @@ from autopar.units import format_joules, format_seconds
 @click.command()
 @click.argument("plan_file")
 @click.option("--steps", default=10, show_default=True, metavar="N", help="Optimizer steps.")
+@click.option(
+    "--clip-norm", type=float, metavar="X", help="Scale gradients so that their norm over all devices is at most X."
+)
 @json_option
-def run(plan_file: str, steps: int, as_json: bool) -> None:
+def run(plan_file: str, *, steps: int, clip_norm: float | None, as_json: bool) -> None:
     """Execute PLAN_FILE: starts local processes, or joins those of torchrun."""
     if steps < 1:
         raise InputError(f"--steps must be at least 1, got {steps}")
+    if clip_norm is not None and not 0 < clip_norm < float("inf"):
+        raise InputError(f"--clip-norm must be a positive number, got {clip_norm:g}")
     plan = load_plan(plan_file)
     with _speaker(as_json) as say:
-        report = run_plan(plan, steps=steps, progress=say)
+        report = run_plan(plan, steps=steps, clip_norm=clip_norm, progress=say)
     _answer(_run_json(plan, report) if as_json else _run_text(plan, report), as_json)
 
 

@@ -7,7 +7,7 @@ the plan's source, with seed 0 on every rank, and capture it at the microbatch s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autopar.errors import InputError, PlanMismatchError, VerifyError
@@ -125,14 +125,23 @@ def verify_plan(
     return report
 
 
-def run_plan(plan: Plan, *, steps: int = 10, progress: Callable[[str], None] | None = None) -> RunReport:
+def run_plan(
+    plan: Plan,
+    *,
+    steps: int = 10,
+    clip_norm: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> RunReport:
     """Train for some steps on the example batch.
+
+    Args:
+        clip_norm: scale the gradients of a step so that their common norm is at most this; None: as they are.
 
     Raises:
         PlanMismatchError: the plan was made for another model.
         WorkerError: a process died.
     """
-    arguments = {"plan": dump_plan(plan), "steps": steps}
+    arguments = {"plan": dump_plan(plan), "steps": steps, "clip_norm": clip_norm}
     found = _on_all_ranks(run_worker, arguments, plan.decisions.num_gpus, progress)
     energy = found["energy"]
     return RunReport(
@@ -307,7 +316,7 @@ def _eager_error(ready: Prepared, device: str) -> float | None:
 
 def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of `run_plan`; the fields of the report."""
-    from autopar.runtime.executor import join_plan
+    from autopar.runtime.executor import OptimizerOptions, join_plan
     from autopar.runtime.measure import measure_steps
     from autopar.runtime.processes import device_name, device_type
 
@@ -316,7 +325,7 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     ready = prepare(plan, "cpu")
     graph, batch = ready.captured.graph, ready.batch
     mesh = join_plan(graph, plan.decisions, device_type())
-    options = run_options(plan, device)
+    options = replace(run_options(plan, device), optimizer=OptimizerOptions(max_norm=arguments["clip_norm"]))
     executor = make_executor(graph, plan.decisions, ready.state, mesh, options)
     del ready  # the whole model; the executor has its own parts
     measured = measure_steps(executor, batch, int(arguments["steps"]))

@@ -161,7 +161,7 @@ class Executor:
 
     def update(self) -> None:
         """Clip and apply the gradients of `compute_gradients`."""
-        self._clip()
+        self.clip_gradients()
         self.optimizer.step()
         self.store.after_update()
 
@@ -214,19 +214,24 @@ class Executor:
             dist.all_reduce(total, group=self.mesh.pipeline)
         return float(total)
 
-    def _clip(self) -> None:
-        """Scale all gradients so that their common norm is at most `max_norm`."""
+    def clip_gradients(self) -> float | None:
+        """Scale all gradients so that their common norm is at most `max_norm`; the norm before, None without a limit.
+
+        As `torch.nn.utils.clip_grad_norm_` on one device; every rank must call.
+        """
         limit = self.options.optimizer.max_norm
         if limit is None:
-            return
+            return None
         squared = self.store.squared_norm().to(self.options.device)
         if not self.mesh.is_alone:
             dist.all_reduce(squared)
-        factor = float(limit / (squared.sqrt() + 1e-6))
+        norm = float(squared.sqrt())
+        factor = limit / (norm + 1e-6)
         if factor < 1:
             for parameter in self.store.boundary_parameters():
                 if parameter.grad is not None:
                     local_of(parameter.grad).mul_(factor)
+        return norm
 
     def sync_buffers(self) -> None:
         """Bring buffers that only some stages update to all stages that read them; every rank must call."""

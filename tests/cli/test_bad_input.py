@@ -106,6 +106,7 @@ CASES = {
     "no plan file": Case(("run", "nosuch.json"), "nosuch.json"),
     "plan file is no plan": Case(("verify", "model.py"), "JSON"),
     "no steps": Case(("run", "plan.json", "--steps", "0"), "at least 1"),
+    "no norm": Case(("run", "plan.json", "--clip-norm", "0"), "positive number"),
     "missing profile": Case(_plan("--gpus", "2", "--profile", "nosuch.jsonl"), "nosuch.jsonl"),
 }
 

@@ -16,7 +16,8 @@ EXAMPLES = ("gpt2", "llama", "bert", "vit", "resnet", "alexnet", "t5", "mixtral"
 
 def errors_on(num_processes: int, work: str, **arguments: Any) -> dict[str, float]:
     """Largest error of each case over all ranks."""
-    found = launch_local(Job(f"tests.dist.worker:{work}", arguments, num_processes), timeout_s=500)
+    entry = work if ":" in work else f"worker:{work}"
+    found = launch_local(Job(f"tests.dist.{entry}", arguments, num_processes), timeout_s=500)
     return {rows[0]["case"]: max(row["error"] for row in rows) for rows in zip(*found, strict=True)}
 
 

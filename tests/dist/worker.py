@@ -48,7 +48,7 @@ class Bench:
 
     def error_of(self, decisions: Decisions, options: RunOptions | None = None) -> float:
         """Largest relative error of loss, gradients and updated buffers."""
-        mesh = _mesh_of("", self.graph, decisions)
+        mesh = mesh_of("", self.graph, decisions)
         executor = make_executor(self.graph, decisions, self.state, mesh, options)
         loss = executor.compute_gradients(self.batch)
         executor.sync_buffers()
@@ -68,7 +68,7 @@ def _whole(parameter: Tensor) -> Tensor:
 _MESHES: dict[tuple[object, ...], RankMesh] = {}
 
 
-def _mesh_of(name: str, graph: OpGraph, decisions: Decisions) -> RankMesh:
+def mesh_of(name: str, graph: OpGraph, decisions: Decisions) -> RankMesh:
     """Process groups are made once for equal meshes and cuts of one name."""
     key = (name or graph.name, decisions.mesh, decisions.stages, decisions.interleave)
     if key not in _MESHES:
@@ -241,7 +241,7 @@ def prefetch_facts(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     decisions = data_parallel(bench.graph, stage_mesh(dist.get_world_size(), 1), "zero3", 1)
     results = []
     for prefetch, policy in itertools.product((False, True), ("none", "full")):
-        mesh = _mesh_of("", bench.graph, decisions)
+        mesh = mesh_of("", bench.graph, decisions)
         chosen = recomputing(decisions, policy)
         executor = make_executor(bench.graph, chosen, bench.state, mesh, RunOptions(prefetch_parameters=prefetch))
         order: list[int] = []
@@ -275,7 +275,7 @@ def bucket_facts(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     results = []
     for overlap, size in itertools.product((False, True), (1.0, 1e9)):
         options = RunOptions(overlap_gradients=overlap, bucket_bytes=size)
-        mesh = _mesh_of("", bench.graph, decisions)
+        mesh = mesh_of("", bench.graph, decisions)
         executor = make_executor(bench.graph, decisions, bench.state, mesh, options)
         started: list[str] = []
         finish, reduce = executor.store.sync_gradients, dist.all_reduce
@@ -320,7 +320,7 @@ def rule_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
         serial_loss = serial.compute_gradients([])
         for strategy in strategies_on(graph, mesh, rng, arguments["count"]):
             decisions = decisions_with(graph, mesh, strategy)
-            executor = make_executor(graph, decisions, state, _mesh_of("rules", graph, decisions))
+            executor = make_executor(graph, decisions, state, mesh_of("rules", graph, decisions))
             error = compare(executor, executor.compute_gradients([]), serial, serial_loss).largest_error
             buffers = [relative_error(executor.buffers[n], serial.buffers[n]) for n in executor.updated_buffers]
             label = "/".join(axis.label for axis in strategy)
@@ -342,7 +342,7 @@ def training_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
         expected = [serial.step(bench.batch) for _ in range(3)]
         for label, make in named_plans(dist.get_world_size()).items():
             decisions = make(bench.graph)
-            executor = make_executor(bench.graph, decisions, bench.state, _mesh_of("", bench.graph, decisions), options)
+            executor = make_executor(bench.graph, decisions, bench.state, mesh_of("", bench.graph, decisions), options)
             losses = [executor.step(bench.batch) for _ in range(3)]
             errors = [abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)]
             for parameter in executor.store.items if kind == "sgd" else ():
