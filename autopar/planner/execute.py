@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autopar.errors import InputError, PlanMismatchError, VerifyError
+from autopar.ir.graph import OpGraph
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
 from autopar.ir.serialize import dump_plan, parse_plan
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from autopar.capture.export import Captured
     from autopar.capture.source import ModelSource
-    from autopar.runtime.executor import RunOptions
+    from autopar.runtime.executor import Executor, RunOptions
 
 SEED = 0
 """Of the weights, the example batch and the random streams."""
@@ -248,42 +249,72 @@ def run_options(plan: Plan, device: str) -> RunOptions:
     )
 
 
-def verify_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """One rank of `verify_plan`; the fields of the report."""
+@dataclass(frozen=True)
+class Reference:
+    """The serial step of one model, batch and number of microbatches in one dtype: what plans are compared with.
+
+    Attributes:
+        graph: captured at the microbatch size.
+        state, batch: as every executor takes them.
+        serial: executor whose gradients are those of the step; `loss` is its loss.
+        eager_error: see `VerifyReport`.
+    """
+
+    dtype: str
+    graph: OpGraph
+    state: Mapping[str, torch.Tensor]
+    batch: tuple[torch.Tensor, ...]
+    serial: Executor
+    loss: float
+    eager_error: float | None
+
+
+def make_reference(plan: Plan, dtype: str, device: str) -> Reference:
+    """Build the plan's model and run its serial step; raises what `prepare` raises."""
     from autopar.capture.promote import promote
-    from autopar.runtime.compare import compare
-    from autopar.runtime.executor import join_plan
-    from autopar.runtime.processes import device_name, device_type
     from autopar.torch_adapter import dtype_of
 
-    plan = parse_plan(arguments["plan"])
-    device = device_name()
     ready = prepare(plan, device)
-    eager = _eager_error(ready, device)
-    graph = promote(ready.captured.graph, arguments["dtype"])
-    dtype = dtype_of(arguments["dtype"])
-    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in ready.state.items()}
-    batch = [t.to(dtype) if t.is_floating_point() else t for t in ready.batch]
-    options = run_options(plan, device)
-    serial = make_serial_executor(graph, state, options, plan.decisions.num_microbatches)
-    serial_loss = serial.compute_gradients(batch)
-    mesh = join_plan(graph, plan.decisions, device_type())
-    distributed = make_executor(graph, plan.decisions, state, mesh, options)
-    loss = distributed.compute_gradients(batch)
-    found = compare(distributed, loss, serial, serial_loss)
+    graph, wanted = promote(ready.captured.graph, dtype), dtype_of(dtype)
+    state = {name: t.to(wanted) if t.is_floating_point() else t for name, t in ready.state.items()}
+    batch = tuple(t.to(wanted) if t.is_floating_point() else t for t in ready.batch)
+    serial = make_serial_executor(graph, state, run_options(plan, device), plan.decisions.num_microbatches)
+    loss = serial.compute_gradients(batch)
+    return Reference(dtype, graph, state, batch, serial, loss, _eager_error(ready, device))
+
+
+def compare_with(reference: Reference, executor: Executor, tolerance: float = FLOAT64_TOLERANCE) -> dict[str, Any]:
+    """Run one step of a plan's executor beside the reference's; the fields of the report. Every rank must call."""
+    from autopar.runtime.compare import compare
+
+    loss = executor.compute_gradients(reference.batch)
+    found = compare(executor, loss, reference.serial, reference.loss)
     name, error = found.worst
     return {
-        "num_processes": plan.decisions.num_gpus,
-        "dtype": arguments["dtype"],
-        "tolerance": arguments["tolerance"],
+        "num_processes": executor.decisions.num_gpus,
+        "dtype": reference.dtype,
+        "tolerance": tolerance,
         "serial_loss": found.serial_loss,
         "distributed_loss": found.distributed_loss,
         "loss_error": found.loss_error,
-        "worst_parameter": graph.values[name].fqn if name else "",
+        "worst_parameter": reference.graph.values[name].fqn if name else "",
         "worst_gradient_error": error,
         "num_parameters": len(found.gradient_errors),
-        "eager_error": eager,
+        "eager_error": reference.eager_error,
     }
+
+
+def verify_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """One rank of `verify_plan`; the fields of the report."""
+    from autopar.runtime.executor import join_plan
+    from autopar.runtime.processes import device_name, device_type
+
+    plan = parse_plan(arguments["plan"])
+    device = device_name()
+    reference = make_reference(plan, arguments["dtype"], device)
+    mesh = join_plan(reference.graph, plan.decisions, device_type())
+    executor = make_executor(reference.graph, plan.decisions, reference.state, mesh, run_options(plan, device))
+    return compare_with(reference, executor, arguments["tolerance"])
 
 
 def _eager_error(ready: Prepared, device: str) -> float | None:
