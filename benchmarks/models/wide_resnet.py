@@ -1,12 +1,12 @@
 """Wide ResNet-101: bottlenecks whose inner convolutions are `factor` times as wide; for `benchmarks/energy.py`.
 
-Zagoruyko and Komodakis 2016, in the form of He et al. 2016.
+Zagoruyko and Komodakis 2016, in the form of He et al. 2016. With factor 1 it is a plain ResNet, of other sizes for
+`benchmarks/execution.py`: `depths` counts the bottlenecks of each group, `width` the channels of the first.
 """
 
 import torch
 from torch import Tensor, nn
 
-DEPTHS = (3, 4, 23, 3)
 EXPANSION = 4
 
 
@@ -35,17 +35,17 @@ class Bottleneck(nn.Module):
 class WideResNet(nn.Module):
     """Returns the loss."""
 
-    def __init__(self, factor: int, classes: int) -> None:
+    def __init__(self, factor: int, classes: int, depths: tuple[int, ...], width: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+            nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
         )
         blocks: list[nn.Module] = []
-        fed = 64
-        for group, depth in enumerate(DEPTHS):
+        fed = width
+        for group, depth in enumerate(depths):
             for place in range(depth):
-                blocks.append(Bottleneck(fed, 64 << group, factor, 2 if group and not place else 1))
-                fed = (64 << group) * EXPANSION
+                blocks.append(Bottleneck(fed, width << group, factor, 2 if group and not place else 1))
+                fed = (width << group) * EXPANSION
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(fed, classes)
 
@@ -54,8 +54,8 @@ class WideResNet(nn.Module):
         return nn.functional.cross_entropy(self.head(features), labels)
 
 
-def build_model(*, factor: int = 8, classes: int = 1000) -> nn.Module:
-    return WideResNet(factor, classes)
+def build_model(*, factor: int = 8, classes: int = 1000, depths: str = "3,4,23,3", width: int = 64) -> nn.Module:
+    return WideResNet(factor, classes, tuple(int(depth) for depth in depths.split(",")), width)
 
 
 def example_batch(*, batch: int = 64, image: int = 224, classes: int = 1000) -> dict[str, Tensor]:
