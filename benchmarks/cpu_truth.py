@@ -176,16 +176,20 @@ def worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _next_plan(steps: Mapping[str, Sequence[tuple[float, float]]], deadline: float) -> str | None:
-    """Rank 0 waits until the machine is idle and names the plan with the fewest calm steps; None ends it."""
+    """Rank 0 waits until the machine is idle and names the plan to run; None ends it.
+
+    That is the one with the fewest calm steps; past the deadline the one with the fewest steps.
+    """
     import torch.distributed as dist
 
     calm = {name: sum(share <= CALM for _, share in found) for name, found in steps.items()}
-    chosen = [min(steps, key=lambda name: (calm[name], len(steps[name])))]
+    chosen: list[str | None] = [None]
     if dist.get_rank() == 0:
         _wait_for_idle(deadline)
-        is_late = time.monotonic() > deadline and min(map(len, steps.values())) >= LEAST
-        if is_late or min(calm.values()) >= WANTED:
-            chosen = [None]
+        is_late = time.monotonic() > deadline
+        counts = {name: len(found) for name, found in steps.items()}
+        if min(calm.values()) < WANTED and not (is_late and min(counts.values()) >= LEAST):
+            chosen = [min(steps, key=lambda name: (0 if is_late else calm[name], counts[name]))]
     dist.broadcast_object_list(chosen, 0)
     return chosen[0]
 

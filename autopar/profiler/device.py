@@ -6,7 +6,7 @@ parameters. Every process of a run measures at the same time, so what they share
     rate      FLOPs or bytes of the best of a few large kernels over its median time
     launch    median time of an op on a few elements
     ramp      what a small GEMM takes beyond FLOPs / rate and its launch
-    transfer  a line through early times (lower quartiles) at several sizes, weighted by 1 / time
+    transfer  a line through median times at several sizes, weighted by 1 / time
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SOURCES = MappingProxyType(
     }
 )
 STREAM_BYTES = 32 * 2**20
-TRANSFER_BYTES = tuple(2**power for power in (10, 14, 16, 18, 20, 21, 22, 23, 24))
+TRANSFER_BYTES = tuple(2**power for power in (10, 14, 16, 18, 20, 21, 22, 23, 24, 25))
 UPDATE_BYTES = (2**12, 2**18, 2**20, 2**22)
 COLD_BUFFERS = 9
 """Transfers take turns on so many buffers, since in training each moves data that has left the cache."""
@@ -138,7 +138,7 @@ def measure_transfers(settings: Settings, sizes: Sequence[int] = TRANSFER_BYTES)
         points = []
         for size in sizes:
             buffers = torch.randn(COLD_BUFFERS, size // 4 // COLUMNS, COLUMNS, device=settings.device)
-            seconds = _early_s([partial(move, x) for x in buffers])
+            seconds = _together_s([partial(move, x) for x in buffers])
             points.append((float(size), seconds / (2 if kind == "send" else 1)))
         found.append(line(kind, ranks, points))
     return tuple(found)
@@ -155,15 +155,15 @@ def _pass_on(x: Tensor) -> None:
         dist.send(x, 0)
 
 
-def _early_s(runs: Sequence[Callable[[], Any]]) -> float:
-    """Lower quartile of seconds on the wall of runs that all processes begin together: late ones were disturbed."""
+def _together_s(runs: Sequence[Callable[[], Any]]) -> float:
+    """Median of seconds on the wall of runs that all processes begin together."""
     found = []
     for run in (runs[-1], *runs):
         dist.barrier()
         began = time.perf_counter()
         run()
         found.append(time.perf_counter() - began)
-    return sorted(found[1:])[len(runs) // 4]
+    return statistics.median(found[1:])
 
 
 def measure_update(settings: Settings, sizes: Sequence[int] = UPDATE_BYTES) -> tuple[MeasuredLine, ...]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from autopar.rules.strategies import axis_strategies, local_metas
 
 WARM_UPS = 2
 LEAST_REPEATS = 3
+COLD_BYTES, MOST_COPIES = 64 * 2**20, 8
+"""In training an operand was written long before it is read: on a processor, calls take turns on operands of so many
+bytes together, in at most so many copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,18 +138,14 @@ def _cuda_names() -> str:
 def _measure(
     key: ProfileKey, wants_grad: tuple[bool, ...], settings: Settings, provenance: Mapping[str, str]
 ) -> OpProfile:
-    generator = torch.Generator(device=settings.device).manual_seed(0)
-    inputs = [
-        _random(meta, key, index, generator, settings.device).requires_grad_(grad and meta.is_floating)
-        for index, (meta, grad) in enumerate(zip(key.inputs, wants_grad, strict=True))
-    ]
+    turns = cycle(_operands(key, wants_grad, settings.device))
 
-    def forward() -> Any:
+    def forward(inputs: Sequence[Tensor] | None = None) -> Any:
+        inputs = next(turns) if inputs is None else inputs
         kwargs = {name: _fill(value, inputs, settings.device) for name, value in key.kwargs}
         return torch_adapter.call(key.target, [_fill(arg, inputs, settings.device) for arg in key.args], kwargs)
 
-    leaves = [tensor for tensor in inputs if tensor.requires_grad]
-    backward = _backward(forward, leaves)
+    backward = _backward(forward, turns)
     peak = _peak_bytes(backward or forward, settings.device)
     forwards = timed_runs(forward, settings)
     both = timed_runs(backward, settings) if backward is not None else None
@@ -163,15 +163,32 @@ def _measure(
     )
 
 
-def _backward(forward: Callable[[], Any], leaves: Sequence[Tensor]) -> Callable[[], Any] | None:
+def _operands(key: ProfileKey, wants_grad: tuple[bool, ...], device: str) -> list[list[Tensor]]:
+    """Operands of a few calls, so many that the first have left the cache when their turn comes again."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    num_bytes = sum(meta.num_bytes for meta in key.inputs)
+    count = 1 if device != "cpu" else max(1, min(MOST_COPIES, COLD_BYTES // max(num_bytes, 1)))
+    return [
+        [
+            _random(meta, key, index, generator, device).requires_grad_(grad and meta.is_floating)
+            for index, (meta, grad) in enumerate(zip(key.inputs, wants_grad, strict=True))
+        ]
+        for _ in range(count)
+    ]
+
+
+def _backward(forward: Callable[..., Any], turns: Iterator[Sequence[Tensor]]) -> Callable[[], Any] | None:
     """Forward and backward as one function, or None where there is no gradient."""
-    results = [r for r in _tensors(forward()) if r.requires_grad]
-    if not leaves or not results:
+    inputs = next(turns)
+    results = [r for r in _tensors(forward(inputs)) if r.requires_grad]
+    if not any(tensor.requires_grad for tensor in inputs) or not results:
         return None
     gradients = [torch.rand_like(result) for result in results]
 
     def run() -> Any:
-        found = [r for r in _tensors(forward()) if r.requires_grad]
+        inputs = next(turns)
+        found = [r for r in _tensors(forward(inputs)) if r.requires_grad]
+        leaves = [tensor for tensor in inputs if tensor.requires_grad]
         return torch.autograd.grad(found, leaves, gradients, allow_unused=True)
 
     return run

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from autopar import errors
@@ -31,6 +32,11 @@ GRACE_S = 3.0
 """How long workers have to end on SIGTERM before SIGKILL."""
 SETTLE_S = 0.5
 """After one failure, how long to wait for others that failed at the same time and may know the cause."""
+KEEP_MEMORY: Mapping[str, str] = MappingProxyType(
+    {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**30)}
+)
+"""Settings of glibc's allocator, where the user has none: what a step frees stays for the next one. Given back to the
+system it is zeroed page by page again, which took a fifth of the step of a small GPT on a processor."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ def _start(rank: int, num_processes: int, directory: Path) -> subprocess.Popen[b
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
         "PYTHONPATH": os.pathsep.join([p for p in sys.path if p and os.path.isdir(p)]),
     }
+    environment = {**KEEP_MEMORY, **environment}
     environment.pop("MASTER_ADDR", None)  # of a launcher above this one, which must not be joined
     with (directory / f"output_{rank}.txt").open("wb") as output, (directory / f"log_{rank}.txt").open("wb") as log:
         return subprocess.Popen(
