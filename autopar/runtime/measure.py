@@ -51,14 +51,14 @@ def measure_steps(executor: Executor, batch: Sequence[Tensor], num_steps: int) -
     if num_steps > 1:
         step(0)
     first = len(losses)
-    with _node_meter(executor.options.device) as meter:
+    with node_meter(executor.options.device) as meter:
         if meter is not None:
             meter.start()
         for index in range(first, num_steps):
             step(index)
         reading = meter.stop() if meter is not None else None
     steady = seconds[first:]
-    energy, note = _energy_of_step(_readings(reading), len(steady))
+    energy, note = energy_of_step(readings_of(reading), len(steady))
     step_time = Quantity(statistics.median(steady), "s", "measured", min(steady), max(steady))
     return Measured(tuple(losses), step_time, energy, (note,) if note else ())
 
@@ -72,7 +72,7 @@ def _finish(device: str) -> None:
 
 
 @contextlib.contextmanager
-def _node_meter(device: str) -> Iterator[EnergyMeter | None]:
+def node_meter(device: str) -> Iterator[EnergyMeter | None]:
     """The meter of this node, on its first rank; None on the others."""
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         yield None
@@ -91,7 +91,7 @@ def _gpu_indices() -> list[int]:
     return listed[:count] if listed else list(range(count))
 
 
-def _readings(own: Reading | None) -> list[Reading]:
+def readings_of(own: Reading | None) -> list[Reading]:
     """Readings of all nodes, on every rank."""
     if not dist.is_initialized():
         return [own] if own is not None else []
@@ -100,7 +100,7 @@ def _readings(own: Reading | None) -> list[Reading]:
     return [reading for reading in found if reading is not None]
 
 
-def _energy_of_step(readings: Sequence[Reading], num_steps: int) -> tuple[Quantity | None, str]:
+def energy_of_step(readings: Sequence[Reading], num_steps: int) -> tuple[Quantity | None, str]:
     """Joules per step over all nodes and a note; without a value if any node has none."""
     missing = [reading.reason for reading in readings if reading.value_j is None]
     if missing or not readings:
