@@ -22,7 +22,7 @@ from autopar.cost.table import CostTables
 from autopar.errors import PlanMismatchError
 from autopar.ir.cost import CostTable
 from autopar.ir.plan import Prediction, StageFigures
-from autopar.ir.quantity import Quantity
+from autopar.ir.quantity import modelled
 from autopar.ir.solution import Decisions
 from autopar.ir.timeline import Timeline, simulate
 
@@ -162,18 +162,18 @@ def _prediction(
     peak_w = max(highest_w + blocked_w + host_w, energy_j / time_s)
     ranks = range(decisions.num_ranks)
     memory = [memory_by_cause(costs, k, decisions, each[k].software) for k in ranks]
-    peaks = tuple(_quantity(sum(memory[k].values()), "B", each[k].cluster.spec.memory_uncertainty) for k in ranks)
+    peaks = tuple(modelled(sum(memory[k].values()), "B", each[k].cluster.spec.memory_uncertainty) for k in ranks)
     wide = max(cluster.spec.time_uncertainty for cluster, _ in clusters)
     energy_wide = max(cluster.spec.energy_uncertainty for cluster, _ in clusters)
     return Prediction(
-        step_time_s=_quantity(time_s, "s", wide),
-        energy_j=_quantity(energy_j, "J", energy_wide),
-        average_power_w=_quantity(energy_j / time_s, "W", energy_wide),
-        peak_power_w=_quantity(peak_w, "W", energy_wide),
+        step_time_s=modelled(time_s, "s", wide),
+        energy_j=modelled(energy_j, "J", energy_wide),
+        average_power_w=modelled(energy_j / time_s, "W", energy_wide),
+        peak_power_w=modelled(peak_w, "W", energy_wide),
         peak_memory_bytes=peaks,
         stages=tuple(
             StageFigures(
-                _quantity(c.forward_s, "s", wide), _quantity(c.backward_s, "s", wide), _quantity(c.step_s, "s", wide),
+                modelled(c.forward_s, "s", wide), modelled(c.backward_s, "s", wide), modelled(c.step_s, "s", wide),
                 peaks[k % len(ranks)], memory[k % len(ranks)],
             )
             for k, c in enumerate(costs)
@@ -191,7 +191,3 @@ def _send_j_per_byte(tables: CostTables | MixedTables, decisions: Decisions, sta
         return _between_types(tables, decisions, stage).j_per_byte
     cluster = each[stage].cluster
     return send_cost(cluster, same_node=2 * decisions.mesh.num_devices <= cluster.gpus_per_node).j_per_byte
-
-
-def _quantity(value: float, unit: str, half_width: float) -> Quantity:
-    return Quantity(value, unit, "modelled", value * (1 - half_width), value * (1 + half_width))

@@ -28,6 +28,11 @@ class Quantity:
             raise ValueError(f"not low <= value <= high: {self.low}, {self.value}, {self.high}")
 
 
+def modelled(value: float, unit: str, half_width: float) -> Quantity:
+    """A modelled figure, uncertain by this share of it to either side."""
+    return Quantity(value, unit, "modelled", value * (1 - half_width), value * (1 + half_width))
+
+
 def weaker_label(first: str, second: str) -> str:
     """Label of a figure computed from two others: the less certain of both."""
     return max(first, second, key=LABELS.index)
