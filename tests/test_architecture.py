@@ -24,7 +24,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(BASE, ("errors", "units")),
     "ir": BASE,
     "rules": (*BASE, "ir"),
-    "meters": (*BASE, "ir"),
+    "nvml": BASE,
+    "meters": (*BASE, "ir", "nvml"),
+    "clocks": (*BASE, "ir", "nvml"),
     "torch_adapter": BELOW_STAGES,
     "capture": (*BELOW_STAGES, "torch_adapter"),
     "cost": BELOW_STAGES,
@@ -35,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # What a rank executes: rewrite builds programs, runtime runs them, profiler measures their redistributions.
     "program": (*BELOW_STAGES, "torch_adapter"),
     "runtime": (*BELOW_STAGES, "program", "meters", "torch_adapter"),
-    "planner": (*BELOW_STAGES, *STAGES, "meters", "torch_adapter"),
+    "planner": (*BELOW_STAGES, *STAGES, "clocks", "meters", "nvml", "torch_adapter"),
     "api": (*BELOW_STAGES, "planner", "report"),
     "cli": (*BELOW_STAGES, "planner", "report", "api"),
     "": (*BASE, "ir", "api"),
@@ -49,7 +51,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "transformers": ("capture",),
     "ortools": ("search",),
     "networkx": ("search", "ir", "cost", "capture"),
-    "pynvml": ("meters", "planner"),
+    "pynvml": ("nvml",),
     "click": ("cli",),
     "matplotlib": ("report",),
 }

@@ -1,17 +1,28 @@
-"""Meters with doubles: an unknown energy is never a zero."""
+"""Meters without a device, readings, windows of repeated work; the traps of real counters are in test_meter_traps."""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import create_autospec
 
 import pytest
 
 from autopar.errors import InputError
-from autopar.meters import Counter, NullMeter, NvmlMeter, RaplMeter, Reading, ReplayMeter, difference
+from autopar.meters import (
+    Counter,
+    NullMeter,
+    NvmlMeter,
+    Reading,
+    ReplayMeter,
+    WindowRules,
+    difference,
+    measure_repeated,
+)
+from autopar.nvml import NvmlError, open_nvml
+from tests import nvml_double
 
 
 class Clock:
@@ -23,218 +34,12 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-
-class FakeNvml:
-    """The part of `pynvml` that the meter calls. The counter steps every 100 ms, as on real boards.
-
-    Attributes:
-        watts: constant power of each GPU.
-        broken: names of functions that raise.
-        frozen: the counter stands still.
-    """
-
-    class NVMLError(Exception):
-        """Base of the binding's errors."""
-
-    def __init__(self, clock: Clock, watts: tuple[float, ...] = (300.0,), broken: tuple[str, ...] = ()) -> None:
-        self.clock = clock
-        self.watts = watts
-        self.broken = broken
-        self.frozen = False
-        self.offset_j = 0.0
-        self.is_open = False
-
-    def _check(self, name: str, message: str = "Not Supported") -> None:
-        if name in self.broken:
-            raise self.NVMLError(message)
-
-    def nvmlInit(self) -> None:  # noqa: N802 - the binding's name
-        self._check("nvmlInit", "Insufficient Permissions")
-        self.is_open = True
-
-    def nvmlShutdown(self) -> None:  # noqa: N802
-        self.is_open = False
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return len(self.watts)
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        return index
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
-        self._check("energy")
-        steps = 0 if self.frozen else int((self.clock.now + 1e-9) / 0.1)
-        return int(steps * 100 * self.watts[handle] + 1e3 * self.offset_j)
-
-    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:  # noqa: N802
-        self._check("power")
-        return int(1e3 * self.watts[handle])
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
 
 
-def measure(nvml: FakeNvml, clock: Clock, seconds: float) -> Reading:
-    with NvmlMeter(nvml=nvml, clock=clock) as meter:
-        meter.start()
-        clock.now += seconds
-        return meter.stop()
-
-
-def test_counter_window_is_within_its_own_bounds() -> None:
-    clock = Clock()
-    clock.now = 100.03
-    reading = measure(FakeNvml(clock, (300.0, 200.0)), clock, 5.04)
-    assert (reading.label, reading.source, reading.scope) == ("measured", "counter", "gpu")
-    assert reading.value_j == pytest.approx(500 * 5.04, rel=0.03)
-    assert reading.low_j is not None
-    assert reading.high_j is not None
-    assert reading.low_j <= 500 * 5.04 <= reading.high_j
-    assert reading.reason == ""
-
-
-def test_window_below_a_second_is_marked() -> None:
-    clock = Clock()
-    assert "below 1 s" in measure(FakeNvml(clock), clock, 0.5).reason
-
-
-def test_window_below_the_counter_step_is_unknown() -> None:
-    clock = Clock()
-    reading = measure(FakeNvml(clock), clock, 0.05)
-    assert reading.value_j is None
-    assert "shorter" in reading.reason
-
-
-def test_frozen_counter_is_unknown_not_zero() -> None:
-    clock = Clock()
-    nvml = FakeNvml(clock)
-    nvml.frozen = True
-    reading = measure(nvml, clock, 5)
-    assert (reading.value_j, reading.label) == (None, "unknown")
-    assert "did not move" in reading.reason
-
-
-def test_counter_that_runs_backwards_is_unknown() -> None:
-    clock = Clock()
-    nvml = FakeNvml(clock)
-    with NvmlMeter(nvml=nvml, clock=clock) as meter:
-        meter.start()
-        clock.now += 5
-        nvml.offset_j = -1e6
-        reading = meter.stop()
-    assert reading.value_j is None
-    assert "backwards" in reading.reason
-
-
-def test_missing_counter_falls_back_to_integrated_power_and_says_so() -> None:
-    nvml = FakeNvml(Clock(), (300.0,), broken=("energy",))
-    with NvmlMeter(nvml=nvml) as meter:
-        meter.start()
-        time.sleep(0.2)
-        reading = meter.stop()
-    assert (reading.label, reading.source) == ("measured", "integrated")
-    assert reading.value_j == pytest.approx(300 * reading.window_s, rel=0.2)
-
-
-def test_neither_counter_nor_power_is_unknown_with_both_reasons() -> None:
-    nvml = FakeNvml(Clock(), broken=("energy", "power"))
-    with NvmlMeter(nvml=nvml) as meter:
-        meter.start()
-        reading = meter.stop()
-    assert reading.value_j is None
-    assert "Not Supported" in reading.reason
-    assert "power cannot be read" in reading.reason
-
-
-def test_nvml_without_permission_is_unknown_with_the_reason() -> None:
-    clock = Clock()
-    reading = measure(FakeNvml(clock, broken=("nvmlInit",)), clock, 5)
-    assert reading.value_j is None
-    assert "Insufficient Permissions" in reading.reason
-
-
-def test_machine_without_gpus_is_unknown() -> None:
-    clock = Clock()
-    assert "no GPU" in measure(FakeNvml(clock, ()), clock, 5).reason
-
-
-def test_a_meter_that_is_not_open_or_not_started_knows_nothing() -> None:
-    clock = Clock()
-    meter = NvmlMeter(nvml=FakeNvml(clock), clock=clock)
-    meter.start()
-    assert "not open" in meter.stop().reason
-    with NvmlMeter(nvml=FakeNvml(clock), clock=clock) as opened:
-        assert "not started" in opened.stop().reason
-
-
-def test_nvml_is_closed_again() -> None:
-    clock = Clock()
-    nvml = FakeNvml(clock)
-    measure(nvml, clock, 5)
-    assert not nvml.is_open
-
-
-def test_binding_has_the_functions_that_the_double_has() -> None:
-    import pynvml
-
-    for name in dir(FakeNvml):
-        if name.startswith("nvml"):
-            create_autospec(getattr(pynvml, name))
-    assert issubclass(pynvml.NVMLError, Exception)
-
-
-def test_nvml_is_not_imported_before_a_meter_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    meter = NvmlMeter()
-    with meter as opened:
-        opened.start()
-        assert "nvidia-ml-py" in opened.stop().reason
-
-
-def zone(root: Path, name: str, kind: str, micro_joules: int) -> Path:
-    path = root / name
-    path.mkdir(parents=True)
-    (path / "name").write_text(kind + "\n")
-    (path / "energy_uj").write_text(f"{micro_joules}\n")
-    (path / "max_energy_range_uj").write_text("1000000000\n")
-    return path
-
-
-def test_rapl_sums_packages_and_memory_and_counts_one_wrap(tmp_path: Path) -> None:
-    package = zone(tmp_path, "intel-rapl:0", "package-0", 990_000_000)
-    dram = zone(tmp_path, "intel-rapl:0/intel-rapl:0:1", "dram", 5_000_000)
-    zone(tmp_path, "intel-rapl:0/intel-rapl:0:0", "core", 1)
-    clock = Clock()
-    meter = RaplMeter(tmp_path, clock)
-    meter.start()
-    clock.now += 2
-    (package / "energy_uj").write_text("40000000")
-    (dram / "energy_uj").write_text("8000000")
-    reading = meter.stop()
-    assert reading.value_j == pytest.approx(50 + 3)
-    assert reading.scope == "package"
-
-
-def test_rapl_absent_is_unknown(tmp_path: Path) -> None:
-    meter = RaplMeter(tmp_path)
-    meter.start()
-    assert "no RAPL" in meter.stop().reason
-
-
-def test_rapl_without_permission_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    zone(tmp_path, "intel-rapl:0", "package-0", 1)
-
-    def deny(self: Path, *_: object, **__: object) -> str:
-        raise PermissionError(str(self))
-
-    meter = RaplMeter(tmp_path)
-    monkeypatch.setattr(Path, "read_text", deny)
-    meter.start()
-    reading = meter.stop()
-    assert reading.value_j is None
-    assert "root" in reading.reason
-
-
-def test_one_standing_counter_of_several_makes_the_sum_unknown() -> None:
-    reading = difference(Counter((1.0, 2.0), 0.0), Counter((5.0, 2.0), 5.0), "gpu")
-    assert reading.value_j is None
+def reading(value_j: float, window_s: float = 1.0) -> Reading:
+    return Reading(value_j, "measured", "replay", "gpu", window_s)
 
 
 def test_null_meter_gives_its_reason() -> None:
@@ -242,8 +47,8 @@ def test_null_meter_gives_its_reason() -> None:
     meter = NullMeter("nothing here", clock)
     meter.start()
     clock.now += 3
-    reading = meter.stop()
-    assert (reading.value_j, reading.reason, reading.window_s) == (None, "nothing here", 3)
+    found = meter.stop()
+    assert (found.value_j, found.reason, found.window_s) == (None, "nothing here", 3)
 
 
 def test_replay_meter_returns_recorded_readings_then_ends(tmp_path: Path) -> None:
@@ -261,3 +66,110 @@ def test_a_file_that_is_no_recording_is_refused(tmp_path: Path) -> None:
     path.write_text('[{"joules": 1}]')
     with pytest.raises(InputError, match=r"readings\.json"):
         ReplayMeter.from_file(path)
+
+
+def test_one_standing_counter_of_several_makes_the_sum_unknown_and_is_named() -> None:
+    found = difference(Counter((1.0, 2.0), 0.0), Counter((5.0, 2.0), 5.0), "gpu", ("one", "two"))
+    assert found.value_j is None
+    assert "of two did not move" in found.reason
+
+
+def test_nvml_is_not_imported_before_a_meter_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    meter = NvmlMeter()
+    with meter as opened:
+        opened.start()
+        assert "nvidia-ml-py" in opened.stop().reason
+
+
+def test_binding_has_the_functions_constants_and_error_codes_that_double_and_adapter_use() -> None:
+    import pynvml
+
+    names = [name for name in dir(nvml_double.FakeNvml) if name.startswith("nvml")]
+    names += [f"nvmlDevice{name}" for name in dir(nvml_double.BoardFunctions) if name[0].isupper()]
+    assert len(names) > 20
+    for name in names:
+        create_autospec(getattr(pynvml, name))
+    assert issubclass(pynvml.NVMLError, Exception)
+    assert pynvml.NVMLError(4).value == 4
+    codes = ("NOT_SUPPORTED", "NO_PERMISSION", "NOT_FOUND", "DRIVER_NOT_LOADED", "FUNCTION_NOT_FOUND")
+    assert [getattr(pynvml, f"NVML_ERROR_{code}") for code in codes] == [3, 4, 6, 9, 13]
+    assert (pynvml.NVML_FI_DEV_POWER_AVERAGE, pynvml.NVML_FI_DEV_POWER_INSTANT) == (185, 186)
+    assert (pynvml.NVML_POWER_SCOPE_GPU, pynvml.NVML_POWER_SCOPE_MODULE) == (0, 1)
+    assert (pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM) == (1, 2)
+    assert (pynvml.NVML_RESTRICTED_API_SET_APPLICATION_CLOCKS, pynvml.NVML_GPU_VIRTUALIZATION_MODE_VGPU) == (0, 2)
+
+
+def test_an_older_binding_without_a_function_counts_as_not_supporting_it() -> None:
+    class Old:
+        NVMLError = nvml_double.NVMLError
+
+        def nvmlInit(self) -> None:  # noqa: N802
+            """Opens."""
+
+    with pytest.raises(NvmlError, match="nvmlDeviceGetCount") as caught:
+        open_nvml(Old()).boards()
+    assert caught.value.kind == "unsupported"
+
+
+class Work:
+    """Runs of 0.1 s each, and a meter that reads so many watts in each window in turn."""
+
+    def __init__(self, watts: tuple[float | None, ...]) -> None:
+        self.clock = Clock()
+        self.rests: list[float] = []
+        self._watts = iter(watts)
+        self._began = 0.0
+
+    def run(self) -> None:
+        self.clock.advance(0.1)
+
+    def rest(self, seconds: float) -> None:
+        self.rests.append(seconds)
+        self.clock.advance(seconds)
+
+    def start(self) -> None:
+        self._began = self.clock()
+
+    def stop(self) -> Reading:
+        window_s, watts = self.clock() - self._began, next(self._watts)
+        if watts is None:
+            return Reading(None, "unknown", "none", "gpu", window_s, reason="no counter")
+        joules = watts * window_s
+        return Reading(joules, "measured", "counter", "gpu", window_s, joules - watts * 0.1, joules + watts * 0.1)
+
+
+def measured(work: Work, rules: WindowRules) -> Iterator[float | None]:
+    found = measure_repeated(work.run, work, rules, clock=work.clock, sleep=work.rest)
+    yield from (found.reading.value_j, found.time_s, found.spread, found.count)
+
+
+def test_repeated_work_is_warmed_up_measured_in_whole_windows_and_rested() -> None:
+    work = Work((300.0, 310.0, 290.0))
+    joules, time_s, spread, count = measured(work, WindowRules(5.0, 3, 1.0, 5.0))
+    assert joules == pytest.approx(30.0, rel=1e-9)
+    assert time_s == pytest.approx(0.1)
+    assert spread == pytest.approx(20 / 300)
+    assert count == pytest.approx(3 * 50, abs=3)
+
+
+def test_trials_begin_at_different_phases_of_the_sensor() -> None:
+    work = Work((300.0,) * 4)
+    list(measured(work, WindowRules(1.0, 4, 0.0, 5.0)))
+    assert len({round(rest % 0.1, 6) for rest in work.rests}) == 3
+    assert all(rest >= 5.0 for rest in work.rests)
+
+
+def test_bounds_of_repeated_work_hold_every_trial() -> None:
+    work = Work((300.0, 330.0, 270.0))
+    found = measure_repeated(work.run, work, WindowRules(5.0, 3, 0.0, 0.0), clock=work.clock, sleep=work.rest)
+    assert found.reading.low_j is not None
+    assert found.reading.high_j is not None
+    assert found.reading.low_j < 27.0
+    assert found.reading.high_j > 33.0
+
+
+def test_one_unknown_trial_makes_the_energy_unknown_but_not_the_time() -> None:
+    joules, time_s, _, _ = measured(Work((300.0, None, 300.0)), WindowRules(1.0, 3, 0.0, 0.0))
+    assert joules is None
+    assert time_s == pytest.approx(0.1)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import pynvml
-
 from autopar.cost.hardware import list_gpus
+from autopar.nvml import NvmlError, open_nvml
 
 known_gpus = list_gpus
 """All devices that have a cost model, by name."""
@@ -66,20 +65,12 @@ def choose_gpu(named: str | None) -> GpuChoice:
 def detect_gpus() -> tuple[str, ...]:
     """NVML product names of the GPUs in this machine, in NVML order; () without a driver."""
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        with open_nvml() as nvml:
+            return tuple(board.name for board in nvml.boards())
+    except NvmlError:
         return ()
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return tuple(_text(pynvml.nvmlDeviceGetName(handle)) for handle in handles)
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def kebab_name(product: str) -> str | None:
     """Name in costmodels/ of an NVML product name, or None."""
     return next((name for pattern, name in _NAME_PATTERNS if re.search(pattern, product, re.IGNORECASE)), None)
-
-
-def _text(name: str | bytes) -> str:
-    return name.decode() if isinstance(name, bytes) else name

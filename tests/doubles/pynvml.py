@@ -1,0 +1,47 @@
+"""Stands for `pynvml` in processes that a test starts with this directory first on PYTHONPATH.
+
+The boards live in the JSON file that FAKE_NVML names; every call reads it, and those that set something write it, under
+a lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.nvml_double import FakeBoard, FakeNvml, NVMLError
+
+__all__ = ["NVMLError"]
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    if not name.startswith("nvml") or not hasattr(FakeNvml(FakeBoard()), name):
+        raise AttributeError(name)
+    return lambda *arguments: _call(name, arguments)
+
+
+def _call(name: str, arguments: tuple[Any, ...]) -> Any:
+    path = Path(os.environ["FAKE_NVML"])
+    with path.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        boards = [FakeBoard(**content) for content in json.load(file)]
+        nvml = FakeNvml(*boards)
+        found = getattr(nvml, name)(*arguments)
+        if "Set" in name or "Reset" in name:
+            write(path, boards)
+        return found
+
+
+def write(path: Path, boards: list[FakeBoard]) -> None:
+    """The file of these boards."""
+    text = json.dumps([asdict(board) for board in boards])
+    with path.open("r+" if path.exists() else "w") as file:
+        file.truncate()
+        file.write(text)
