@@ -1,4 +1,4 @@
-"""Meters without a device, readings, windows of repeated work; the traps of real counters are in test_meter_traps."""
+"""Meters without a device, readings, windows of repeated work; the traps of real counters are in the files beside."""
 
 from __future__ import annotations
 
