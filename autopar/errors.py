@@ -10,6 +10,7 @@ AutoparError                 exit code 1: our fault, unless a subclass says othe
 ├── ProfileError             exit 1: a measurement failed or cannot be trusted
 ├── RewriteError             exit 1: the plan cannot be turned into a program (a bug of ours)
 └── WorkerError              exit 1: a process of a run died, hung or raised; names the rank
+    └── NetworkError         exit 1: ranks lost each other; names who waited, in which collective, and for whom
 """
 
 from __future__ import annotations
@@ -113,3 +114,9 @@ class WorkerError(AutoparError):
     """A worker process died, hung or raised."""
 
     kind = "worker"
+
+
+class NetworkError(WorkerError):
+    """Ranks lost each other, or never met."""
+
+    kind = "network"

@@ -13,6 +13,9 @@
 | `strided_shard`     | `placement_types._StridedShard`            | DTensor's word for slicing a slice outside in  |
 | `intercept`         | `TorchDispatchMode`                        | documented, but lives in a private module      |
 | `allocation_events` | event tree of the profiler                 | public events carry no addresses               |
+| `collective_name`   | `Work._get_op_type`                        | a `Work` says its name nowhere else            |
+| `Store` and kinds   | `torch._C._distributed_c10d`               | documented, but has types in no public module  |
+| `limit_collectives` | `distributed_c10d.default_pg_*timeout`     | groups of a mesh take no timeout of their own  |
 
 `encode_constant` and `decode_constant` turn the torch constants of a call into the strings of `ir.graph.Arg` and back.
 """
@@ -21,14 +24,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeAlias
 
 import torch
+from torch._C import _distributed_c10d as c10d
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in (torch.strided,)}
+Store: TypeAlias = c10d.Store
+PrefixStore: TypeAlias = c10d.PrefixStore
+TCPStore: TypeAlias = c10d.TCPStore
 INPUT_DEVICE = "device:input"
 """Stands for the device on which the graph runs."""
 
@@ -213,6 +221,33 @@ def allocation_events(profiler: torch.profiler.profile) -> list[tuple[int, int]]
         if kind == _EventType.Allocation and fields.device.type == "cpu":
             found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
     return [(address, size) for _, address, size in sorted(found, key=lambda row: row[0])]
+
+
+COLLECTIVES = {
+    0: "broadcast", 1: "all_reduce", 3: "reduce", 4: "all_gather", 5: "all_gather", 7: "gather", 8: "scatter",
+    9: "reduce_scatter", 10: "all_to_all", 11: "all_to_all", 12: "send", 13: "recv", 14: "recv", 15: "barrier",
+    16: "reduce_scatter", 17: "batch_isend_irecv",
+}  # fmt: skip
+"""`c10d::OpType` -> function of `torch.distributed`."""
+
+
+def collective_name(work: Any) -> str:
+    """Name of the collective that a `torch.distributed.Work` stands for; `a collective` for kinds that have none."""
+    return COLLECTIVES.get(int(work._get_op_type()), "a collective")
+
+
+def connect_again(store: c10d.Store) -> c10d.Store:
+    """Another connection to the same store, for another thread."""
+    found: c10d.Store = store.clone()  # type: ignore[attr-defined]  # missing in the types of torch
+    return found
+
+
+def limit_collectives(timeout: timedelta) -> None:
+    """Give every process group made from now on this timeout, also for sends and receives."""
+    from torch.distributed import distributed_c10d
+
+    setattr(distributed_c10d, "default_pg_timeout", timeout)  # noqa: B010
+    setattr(distributed_c10d, "default_pg_nccl_timeout", timeout)  # noqa: B010
 
 
 class Faker:

@@ -1,30 +1,37 @@
-"""Local launch: N worker processes on this machine, one per rank, that live and die together.
+"""Launch: the worker processes of this host, one per rank, that live and die together; all ranks, or those of one host
+of several.
 
 The parent (which needs no torch) writes the job to a directory, starts `python -m autopar.runtime.worker` N times and
 waits. If a worker fails or is killed the others are ended and `WorkerError` names the first to fail; however the
 parent leaves, no worker stays behind (each also watches its parent and ends when that is gone).
 
 Files in the directory: `job.json`; by rank `result_R.json`, `error_R.json`, `output_R.txt` and `log_R.txt`
-(what it printed); `port` of the rendezvous.
+(what it printed).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from autopar import errors
-from autopar.errors import AutoparError, WorkerError
+from autopar.errors import AutoparError, NetworkError, WorkerError
+from autopar.ir.hosts import Hosts
+from autopar.runtime.hosts import listen, make_meeting
+from autopar.runtime.nccl_log import nccl_message
+from autopar.runtime.worker import LISTENER
 
 POLL_S = 0.05
 """How often the parent looks at its workers."""
@@ -56,43 +63,66 @@ class Job:
 
 
 def launch_local(
-    job: Job, *, timeout_s: float | None = None, on_line: Callable[[str], None] | None = None
+    job: Job,
+    *,
+    hosts: Hosts | None = None,
+    timeout_s: float | None = None,
+    on_line: Callable[[str], None] | None = None,
 ) -> list[Any]:
-    """Run the job and return the results by rank.
+    """Run the ranks of this host and return their results by rank.
 
     Args:
         job: see `Job`.
+        hosts: that take part; None: this one alone.
         timeout_s: end everything after this long; None: no limit.
-        on_line: called with each line that rank 0 prints.
+        on_line: called with each line that the first rank of this host prints.
 
     Raises:
         AutoparError: as raised by a worker, if on purpose; its message names the rank.
+        NetworkError: other ranks did not come, or did not answer.
         WorkerError: a worker died, raised anything else, or the time is over.
     """
+    hosts = hosts or Hosts()
+    ranks = hosts.local_ranks(job.num_processes)
     with tempfile.TemporaryDirectory(prefix="autopar-") as name:
         directory = Path(name)
-        (directory / "job.json").write_text(json.dumps({"entry": job.entry, "arguments": dict(job.arguments)}))
-        workers: list[subprocess.Popen[bytes]] = []
+        workers: dict[int, subprocess.Popen[bytes]] = {}
         try:
-            for rank in range(job.num_processes):
-                workers.append(_start(rank, job.num_processes, directory))
+            _start_all(job, hosts, directory, workers)
             _wait(workers, directory, timeout_s, on_line)
         finally:
-            _end(workers)
-        return [json.loads((directory / f"result_{rank}.json").read_text()) for rank in range(job.num_processes)]
+            _end(list(workers.values()))
+        return [json.loads((directory / f"result_{rank}.json").read_text()) for rank in ranks]
 
 
-def _start(rank: int, num_processes: int, directory: Path) -> subprocess.Popen[bytes]:
+def _start_all(job: Job, hosts: Hosts, directory: Path, workers: dict[int, subprocess.Popen[bytes]]) -> None:
+    """Write the job and start this host's ranks; `workers` holds those that run, also after an error."""
+    content = {"entry": job.entry, "arguments": dict(job.arguments)}
+    ranks = hosts.local_ranks(job.num_processes)
+    with contextlib.ExitStack() as until_started:
+        listener = until_started.enter_context(listen(hosts)) if hosts.node_rank == 0 else None
+        port = hosts.port if listener is None else listener.getsockname()[1]
+        meeting = make_meeting(hosts, port, content)
+        (directory / "job.json").write_text(json.dumps(content | {"meeting": asdict(meeting)}))
+        for rank in ranks:
+            workers[rank] = _start(rank, ranks, job.num_processes, directory, listener if rank == 0 else None)
+
+
+def _start(
+    rank: int, ranks: range, num_processes: int, directory: Path, listener: socket.socket | None
+) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     environment |= {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank - ranks.start),
         "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(len(ranks)),
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
         "PYTHONPATH": os.pathsep.join([p for p in sys.path if p and os.path.isdir(p)]),
     }
-    environment = {**KEEP_MEMORY, **environment}
     environment.pop("MASTER_ADDR", None)  # of a launcher above this one, which must not be joined
+    if listener is not None:
+        environment[LISTENER] = str(listener.fileno())
     with (directory / f"output_{rank}.txt").open("wb") as output, (directory / f"log_{rank}.txt").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "autopar.runtime.worker", str(directory)],
@@ -101,28 +131,29 @@ def _start(rank: int, num_processes: int, directory: Path) -> subprocess.Popen[b
             stdout=output,
             stderr=log,
             start_new_session=True,
+            pass_fds=() if listener is None else (listener.fileno(),),
         )
 
 
 def _wait(
-    workers: Sequence[subprocess.Popen[bytes]],
+    workers: Mapping[int, subprocess.Popen[bytes]],
     directory: Path,
     timeout_s: float | None,
     on_line: Callable[[str], None] | None,
 ) -> None:
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    shown = 0
+    shown, output = 0, directory / f"output_{min(workers)}.txt"
     while True:
-        codes = [worker.poll() for worker in workers]
-        shown = _show_lines(directory / "output_0.txt", shown, on_line)
-        if any(code not in (None, 0) for code in codes):
+        codes = {rank: worker.poll() for rank, worker in workers.items()}
+        shown = _show_lines(output, shown, on_line)
+        if any(code not in (None, 0) for code in codes.values()):
             time.sleep(SETTLE_S)
-            raise _failure([worker.poll() for worker in workers], directory)
-        if all(code == 0 for code in codes):
-            _show_lines(directory / "output_0.txt", shown, on_line)
+            raise _failure({rank: worker.poll() for rank, worker in workers.items()}, directory)
+        if all(code == 0 for code in codes.values()):
+            _show_lines(output, shown, on_line)
             return
         if deadline is not None and time.monotonic() > deadline:
-            running = ", ".join(str(rank) for rank, code in enumerate(codes) if code is None)
+            running = ", ".join(str(rank) for rank, code in codes.items() if code is None)
             raise WorkerError(f"no result after {timeout_s:g} s; still running: ranks {running}")
         time.sleep(POLL_S)
 
@@ -140,12 +171,15 @@ def _show_lines(path: Path, shown: int, on_line: Callable[[str], None] | None) -
     return shown + len(complete)
 
 
-def _failure(codes: Sequence[int | None], directory: Path) -> AutoparError:
+def _failure(codes: Mapping[int, int | None], directory: Path) -> AutoparError:
     """The error of the rank that failed first: a killed process before the others that then lost their peer."""
-    for rank, code in enumerate(codes):
+    for rank, code in codes.items():
         if code is not None and code < 0:
+            told_by_nccl = nccl_message((directory / f"log_{rank}.txt").read_text(errors="replace"), rank)
+            if told_by_nccl is not None:
+                return NetworkError(told_by_nccl)
             return WorkerError(f"rank {rank} was killed by {signal.Signals(-code).name}")
-    found = [(rank, _read_error(directory, rank)) for rank, code in enumerate(codes) if code]
+    found = [(rank, _read_error(directory, rank)) for rank, code in codes.items() if code]
     told = [(error["failed_at"], rank, error) for rank, error in found if error is not None]
     if not told:
         rank = found[0][0]

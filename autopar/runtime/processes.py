@@ -1,22 +1,65 @@
-"""Joining and leaving `torch.distributed`, as a local worker or under torchrun."""
+"""Joining and leaving `torch.distributed`: as a worker of a launch on one host or several, or under torchrun."""
 
 from __future__ import annotations
 
 import os
-import socket
-import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from autopar.errors import WorkerError
+from autopar import torch_adapter
+from autopar.errors import NetworkError
+from autopar.ir.hosts import DEFAULT_TIMEOUT_S
+from autopar.runtime.failures import is_network_failure, waiting_message
+from autopar.runtime.hosts import Meeting, external_meeting
+from autopar.runtime.liveness import Liveness
+from autopar.runtime.rendezvous import Peer, call_roll, choose_interface, open_external_store, open_store
+from autopar.torch_adapter import Store
 
-JOIN_TIMEOUT_S = 120.0
-"""How long a rank waits for the others to start."""
-COLLECTIVE_TIMEOUT = timedelta(minutes=15)
-"""How long a collective may take before it counts as hung."""
+REPORT_S = 3.0
+"""What a rank needs from the end of its wait to the message; collectives get so much less, but half at most."""
+
+
+@dataclass(frozen=True)
+class Membership:
+    """This rank's place in the run.
+
+    Attributes:
+        peers: of every rank.
+        liveness: of every rank; None where there is one only.
+        interface: over which gloo speaks; "" where the system chose.
+    """
+
+    rank: int
+    meeting: Meeting
+    peers: Mapping[int, Peer]
+    liveness: Liveness | None
+    interface: str
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Within the context, a failure is told to the other ranks, and one of the network becomes one message.
+
+        Raises:
+            NetworkError: other ranks did not answer.
+        """
+        try:
+            yield
+        except Exception as error:
+            is_network = is_network_failure(error)
+            reason = "" if is_network else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            if self.liveness is None:
+                raise
+            sight = self.liveness.sight(reason)
+            if not is_network:
+                raise
+            raise NetworkError(
+                waiting_message(error, sight, rank=self.rank, meeting=self.meeting, peers=self.peers)
+            ) from error
 
 
 def is_torchrun() -> bool:
@@ -24,47 +67,49 @@ def is_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
 
 
-def join_torchrun() -> None:
-    """Join the processes that torchrun started, if not done yet."""
-    if not dist.is_initialized():
-        _prepare_device()
-        dist.init_process_group(_backend(), timeout=COLLECTIVE_TIMEOUT)
-
-
-def join_local(rank: int, world_size: int, directory: Path) -> None:
-    """Join the processes of a local launch over the loopback interface.
-
-    Rank 0 listens on a port that the system chooses and writes it to `directory/port`.
+def join_torchrun(timeout_s: float = DEFAULT_TIMEOUT_S) -> Membership | None:
+    """Join the processes that torchrun, or another launcher with its variables, started; None if done before.
 
     Raises:
-        WorkerError: if rank 0 does not come up.
+        NetworkError: some rank does not come.
     """
-    if "lo" in {name for _, name in socket.if_nameindex()}:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-        partial = directory / "port.partial"
-        partial.write_text(str(store.port))
-        partial.replace(directory / "port")
-    else:
-        store = dist.TCPStore("127.0.0.1", _port(directory), world_size, is_master=False)  # type: ignore[attr-defined]
-    _prepare_device()
-    dist.init_process_group(_backend(), store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    if dist.is_initialized():
+        return None
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    meeting = external_meeting(os.environ, timeout_s)
+    return _join(open_external_store(meeting, rank, os.environ), meeting, rank, world_size)
 
 
-def _port(directory: Path) -> int:
-    deadline = time.monotonic() + JOIN_TIMEOUT_S
-    while not (directory / "port").exists():
-        if time.monotonic() > deadline:
-            raise WorkerError(f"rank 0 did not start within {JOIN_TIMEOUT_S:g} s")
-        time.sleep(0.01)
-    return int((directory / "port").read_text())
+def join(meeting: Meeting, rank: int, world_size: int, listener: int | None = None) -> Membership:
+    """Join the processes of a launch; rank 0 has inherited the descriptor of the listening socket.
+
+    Raises:
+        NetworkError: some rank does not come.
+        InputError: the hosts were given different jobs.
+    """
+    return _join(open_store(meeting, rank, listener), meeting, rank, world_size)
 
 
-def leave() -> None:
+def _join(store: Store, meeting: Meeting, rank: int, world_size: int) -> Membership:
+    interface = choose_interface(meeting)
+    peers = call_roll(store, meeting, rank, world_size)
+    liveness = Liveness(store, rank, world_size) if world_size > 1 else None
+    membership = Membership(rank, meeting, peers, liveness, interface)
+    with membership.telling():
+        limit = timedelta(seconds=meeting.timeout_s - min(REPORT_S, meeting.timeout_s / 2))
+        torch_adapter.limit_collectives(limit)
+        store.set_timeout(limit)
+        _prepare_device()
+        dist.init_process_group(_backend(), store=store, rank=rank, world_size=world_size, timeout=limit)
+    return membership
+
+
+def leave(membership: Membership) -> None:
     """Leave the group after everybody has arrived here."""
     if dist.is_initialized():
         dist.barrier()
+        if membership.liveness is not None:
+            membership.liveness.stop()
         dist.destroy_process_group()
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 PARENT_POLL_S = 1.0
 """How often a worker checks that its parent lives."""
+LISTENER = "AUTOPAR_LISTENER"
+"""Environment variable: descriptor of the listening socket that rank 0 inherits."""
 
 
 def main(directory: Path) -> int:
@@ -21,13 +23,18 @@ def main(directory: Path) -> int:
     rank = int(os.environ["RANK"])
     try:
         job = json.loads((directory / "job.json").read_text())
-        from autopar.runtime.processes import join_local, leave
+        from autopar.runtime.hosts import Meeting
+        from autopar.runtime.processes import join, leave
 
-        join_local(rank, int(os.environ["WORLD_SIZE"]), directory)
-        module, _, name = job["entry"].partition(":")
-        result = getattr(importlib.import_module(module), name)(job["arguments"])
-        _write(directory / f"result_{rank}.json", json.dumps(result))
-        leave()
+        listener = os.environ.pop(LISTENER, None)
+        membership = join(
+            Meeting(**job["meeting"]), rank, int(os.environ["WORLD_SIZE"]), None if listener is None else int(listener)
+        )
+        with membership.telling():
+            module, _, name = job["entry"].partition(":")
+            result = getattr(importlib.import_module(module), name)(job["arguments"])
+            _write(directory / f"result_{rank}.json", json.dumps(result))
+            leave(membership)
     except Exception as error:  # the parent reports whatever it is and exits accordingly
         report = {
             "type": type(error).__name__,

@@ -1,0 +1,115 @@
+"""One message for a collective that does not end: who waited, in which collective, for whom, what to look at.
+
+Gloo raises `RuntimeError` with a text of its own in the rank that waited (NCCL: see `nccl_log`). It does not say which
+rank is missing: that is what `liveness` knows.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+
+from autopar import torch_adapter
+from autopar.runtime.hosts import Meeting
+from autopar.runtime.liveness import Sight
+from autopar.runtime.rendezvous import Peer
+
+WAITED = re.compile(r"Timed out waiting|Application timeout|wait timeout after|timed out after", re.IGNORECASE)
+LOST = re.compile(
+    r"Connection (?:closed|reset|refused)|Broken pipe|No route to host|Network is unreachable|Connection timed out|"
+    r"Connection was likely closed|recv, len: 0|(?:Read|Write) error|connectFullMesh failed|network error",
+    re.IGNORECASE,
+)
+COLLECTIVES_FILE = "distributed_c10d.py"
+
+
+def is_network_failure(error: BaseException) -> bool:
+    """Whether the error says that other ranks did not answer, rather than that something is wrong here."""
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return isinstance(error, RuntimeError) and bool(WAITED.search(str(error)) or LOST.search(str(error)))
+
+
+def place_of(error: BaseException) -> str:
+    """The collective and the function of ours that waited for it, e.g. `all_reduce (Bucket.finish in buckets.py)`."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [index for index, frame in enumerate(frames) if _is_ours(frame)]
+    last = own[-1] if own else 0
+    after = [frame for frame in frames[last:] if frame.f_code.co_filename.endswith(COLLECTIVES_FILE)]
+    name = after[0].f_code.co_name if after else _awaited(frames[last:])
+    code = frames[last].f_code
+    where = getattr(code, "co_qualname", code.co_name)  # of Python 3.11
+    return f"{name} ({where} in {Path(code.co_filename).name})"
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "autopar"
+
+
+def _awaited(frames: Sequence[FrameType]) -> str:
+    """Name of the collective whose `Work` the innermost of these frames holds."""
+    for frame in reversed(frames):
+        local = frame.f_locals
+        for value in (*local.values(), *getattr(local.get("self"), "__dict__", {}).values()):
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(item, dist.Work):
+                    return torch_adapter.collective_name(item)
+    return "a collective"
+
+
+def waiting_message(
+    error: BaseException, sight: Sight, *, rank: int, meeting: Meeting, peers: Mapping[int, Peer]
+) -> str:
+    """What to tell the user.
+
+    Args:
+        error: a network failure of this rank.
+        sight: of the other ranks at that moment.
+        rank: of this process.
+        meeting, peers: of the run.
+    """
+    timed_out = WAITED.search(str(error)) is not None
+    how = f"waited {meeting.timeout_s:g} s" if timed_out else "lost its connection"
+    return f"rank {rank} {how} in {place_of(error)}: {_cause(error, sight, rank, meeting, peers)}"
+
+
+def _cause(error: BaseException, sight: Sight, rank: int, meeting: Meeting, peers: Mapping[int, Peer]) -> str:
+    failed = {other: reason for other, reason in sight.reasons.items() if reason}
+    if failed:
+        first = min(failed)
+        return f"{_named([first], peers)} failed: {failed[first]}"
+    if sight.store_silent_s is not None:
+        return f"{_named([0], peers)} has been silent at {meeting.where} for {sight.store_silent_s:.0f} s; " + _look_at(
+            [0], peers, rank
+        )
+    if sight.silent:
+        gone = sorted(sight.silent)
+        return f"{_named(gone, peers)} silent for {max(sight.silent.values()):.0f} s; " + _look_at(gone, peers, rank)
+    busy = [other for other in peers if other != rank and other not in sight.reasons]
+    if busy:
+        return f"{_named(busy, peers)} lives but did not come to it: hung, or slower than --timeout allows"
+    closed = re.search(r"by peer \[?([^\]\s]+)", str(error))
+    return f"every rank lives and waits{f' (peer {closed[1]})' if closed else ''}: they disagree on what comes next"
+
+
+def _named(ranks: Sequence[int], peers: Mapping[int, Peer]) -> str:
+    """`rank 2, 3 on node 1 (10.0.0.2)`, node by node."""
+    parts = []
+    for node in sorted({peers[rank].node for rank in ranks}):
+        here = [rank for rank in ranks if peers[rank].node == node]
+        place = peers[here[0]].address or peers[here[0]].host
+        parts.append(f"rank {', '.join(map(str, here))} on node {node} ({place})")
+    return " and ".join(parts)
+
+
+def _look_at(ranks: Sequence[int], peers: Mapping[int, Peer], rank: int) -> str:
+    nodes = sorted({peers[other].node for other in ranks})
+    if nodes == [peers[rank].node]:
+        return "the process is stopped or was killed: look at its log and at the host's memory"
+    places = sorted({peers[other].address or peers[other].host for other in ranks})
+    return f"its host or the link to it is down: look at 'ping {places[0]}' and at what node {nodes[0]} printed"

@@ -1,0 +1,105 @@
+"""Who is still there: each rank counts up a number in the store, and sees the others' numbers rise.
+
+A rank whose number stands still is stopped, cut off, or gone. A rank that fails writes down why, so that the others can
+name the cause rather than its effect on themselves. All of it runs on threads with a connection of their own, because a
+store that is cut off does not answer at all.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from autopar.torch_adapter import Store, connect_again
+
+BEAT_S = 0.5
+"""Between two beats of up to `BEAT_RANKS` ranks; more ranks beat less often, so that the store keeps its load."""
+BEAT_RANKS = 32
+SILENT_BEATS = 6
+"""After so many beats without news a rank counts as gone."""
+SETTLE_S = 1.0
+"""How long a failing rank waits for what the others, which fail at the same time, have to say."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a failing rank knows of the others.
+
+    Attributes:
+        silent: seconds since the last sign of life, by rank, of those that count as gone.
+        reasons: why other ranks failed; by rank, "" for ranks that wait as well.
+        store_silent_s: seconds since the store last answered, if it is silent, else None.
+    """
+
+    silent: Mapping[int, float]
+    reasons: Mapping[int, str]
+    store_silent_s: float | None
+
+
+class Liveness:
+    """Beats of this rank, and the others' as seen from here."""
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        """Every rank must make one; the store must answer."""
+        self._store, self._rank, self._world_size = store, rank, world_size
+        self._period_s = BEAT_S * max(1.0, world_size / BEAT_RANKS)
+        self._over = threading.Event()
+        self._answered_s = time.monotonic()
+        self._numbers: list[bytes] = [b""] * world_size
+        self._changed_s = [self._answered_s] * world_size
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="liveness")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No more beats."""
+        self._over.set()
+        self._thread.join(2 * self._period_s)
+
+    def sight(self, reason: str) -> Sight:
+        """Tell the others that this rank fails (`reason`: "" if it waited in vain), and hear what they have to say."""
+        heard: dict[int, str] = {}
+        asking = threading.Thread(target=self._exchange, args=(reason, heard), daemon=True, name="last words")
+        asking.start()
+        asking.join(2 * SETTLE_S)
+        now, limit_s = time.monotonic(), SILENT_BEATS * self._period_s
+        if asking.is_alive() or now - self._answered_s > limit_s:
+            return Sight({}, dict(heard), now - self._answered_s)
+        silent = {
+            rank: now - then
+            for rank, then in enumerate(self._changed_s)
+            if rank != self._rank and now - then > limit_s and rank not in heard
+        }
+        return Sight(silent, dict(heard), None)
+
+    def _beat(self) -> None:
+        keys = [f"beat/{rank}" for rank in range(self._world_size)]
+        count = 0
+        try:
+            own = connect_again(self._store)
+            while not self._over.wait(self._period_s):
+                count += 1
+                own.set(keys[self._rank], str(count))
+                there = [rank for rank, key in enumerate(keys) if own.check([key])]
+                numbers = own.multi_get([keys[rank] for rank in there])
+                self._answered_s = time.monotonic()
+                for rank, number in zip(there, numbers, strict=True):
+                    if number != self._numbers[rank]:
+                        self._numbers[rank], self._changed_s[rank] = number, self._answered_s
+        except dist.DistError:
+            return  # the store is gone: its silence says so
+
+    def _exchange(self, reason: str, heard: dict[int, str]) -> None:
+        try:
+            own = connect_again(self._store)
+            own.set(f"last/{self._rank}", json.dumps(reason))
+            time.sleep(SETTLE_S)
+            for rank in range(self._world_size):
+                if rank != self._rank and own.check([f"last/{rank}"]):
+                    heard[rank] = json.loads(own.get(f"last/{rank}"))
+        except dist.DistError:
+            return
