@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from autopar.cli.console import print_json
+from autopar.cli.hosts import host_options, hosts_of
 from autopar.cli.options import json_option
 from autopar.errors import InputError
 from autopar.ir.plan import Plan
@@ -29,16 +30,21 @@ from autopar.units import format_joules, format_seconds
 @click.option(
     "--clip-norm", type=float, metavar="X", help="Scale gradients so that their norm over all devices is at most X."
 )
+@host_options
 @json_option
-def run(plan_file: str, *, steps: int, clip_norm: float | None, as_json: bool) -> None:
-    """Execute PLAN_FILE: starts local processes, or joins those of torchrun."""
+def run(plan_file: str, *, steps: int, clip_norm: float | None, as_json: bool, **meeting: Any) -> None:
+    """Execute PLAN_FILE: starts the processes of this host, or joins those of torchrun.
+
+    Over several hosts, run the same command on each, with its own --node-rank.
+    """
     if steps < 1:
         raise InputError(f"--steps must be at least 1, got {steps}")
     if clip_norm is not None and not 0 < clip_norm < float("inf"):
         raise InputError(f"--clip-norm must be a positive number, got {clip_norm:g}")
     plan = load_plan(plan_file)
+    hosts = hosts_of(**meeting)
     with _speaker(as_json) as say:
-        report = run_plan(plan, steps=steps, clip_norm=clip_norm, progress=say)
+        report = run_plan(plan, steps=steps, clip_norm=clip_norm, hosts=hosts, progress=say)
     _answer(_run_json(plan, report) if as_json else _run_text(plan, report), as_json)
 
 

@@ -6,12 +6,14 @@ the plan's source, with seed 0 on every rank, and capture it at the microbatch s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autopar.errors import InputError, PlanMismatchError, VerifyError
 from autopar.ir.graph import OpGraph
+from autopar.ir.hosts import Hosts
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
 from autopar.ir.serialize import dump_plan, parse_plan
@@ -131,19 +133,22 @@ def run_plan(
     *,
     steps: int = 10,
     clip_norm: float | None = None,
+    hosts: Hosts | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> RunReport:
     """Train for some steps on the example batch.
 
     Args:
         clip_norm: scale the gradients of a step so that their common norm is at most this; None: as they are.
+        hosts: that take part, each of which must call this; None: this one alone.
 
     Raises:
         PlanMismatchError: the plan was made for another model.
+        NetworkError: ranks did not meet, or lost each other.
         WorkerError: a process died.
     """
     arguments = {"plan": dump_plan(plan), "steps": steps, "clip_norm": clip_norm}
-    found = _on_all_ranks(run_worker, arguments, plan.decisions.num_gpus, progress)
+    found = _on_all_ranks(run_worker, arguments, plan.decisions.num_gpus, progress, hosts)
     energy = found["energy"]
     return RunReport(
         num_processes=found["num_processes"],
@@ -159,18 +164,25 @@ def _on_all_ranks(
     arguments: Mapping[str, Any],
     num_processes: int,
     progress: Callable[[str], None] | None,
+    hosts: Hosts | None = None,
 ) -> dict[str, Any]:
-    """Result of rank 0 of a worker function of this module."""
+    """Result of a worker function of this module, of this host's first rank (under torchrun: of this rank)."""
     from autopar.runtime.launch import Job, launch_local
     from autopar.runtime.processes import is_torchrun, join_torchrun
 
+    hosts = hosts or Hosts()
     if is_torchrun():
-        join_torchrun()
-        return worker(arguments)
+        if hosts.num_nodes > 1:
+            raise InputError("--nodes is for runs without torchrun, which has started the processes already")
+        membership = join_torchrun(hosts.timeout_s)
+        with contextlib.nullcontext() if membership is None else membership.telling():
+            return worker(arguments)
     if progress is not None:
-        progress(f"starting {num_processes} local processes")
+        ranks = hosts.local_ranks(num_processes)
+        others = f" ({ranks[0]} to {ranks[-1]} of {num_processes})" if hosts.num_nodes > 1 else ""
+        progress(f"starting {len(ranks)} local processes{others}")
     job = Job(f"{worker.__module__}:{worker.__name__}", arguments, num_processes)
-    results: list[dict[str, Any]] = launch_local(job, on_line=progress)
+    results: list[dict[str, Any]] = launch_local(job, hosts=hosts, on_line=progress)
     return results[0]
 
 
