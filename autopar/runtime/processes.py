@@ -40,6 +40,13 @@ class Membership:
     liveness: Liveness | None
     interface: str
 
+    @property
+    def place(self) -> str:
+        """For people: which host this is, where it meets the others, and over which interface."""
+        meeting, own = self.meeting, self.peers[self.rank]
+        over = f" over {self.interface}" if self.interface else ""
+        return f"node {own.node} of {meeting.num_nodes} ({own.address}) meets the others at {meeting.where}{over}"
+
     @contextmanager
     def telling(self) -> Iterator[None]:
         """Within the context, a failure is told to the other ranks, and one of the network becomes one message.

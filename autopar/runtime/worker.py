@@ -30,6 +30,8 @@ def main(directory: Path) -> int:
         membership = join(
             Meeting(**job["meeting"]), rank, int(os.environ["WORLD_SIZE"]), None if listener is None else int(listener)
         )
+        if membership.meeting.num_nodes > 1 and os.environ["LOCAL_RANK"] == "0":
+            print(membership.place, flush=True)
         with membership.telling():
             module, _, name = job["entry"].partition(":")
             result = getattr(importlib.import_module(module), name)(job["arguments"])
