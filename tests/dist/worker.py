@@ -55,12 +55,12 @@ class Bench:
         buffers = [relative_error(executor.buffers[n].double(), self.serial.buffers[n].double())
                    for n in executor.updated_buffers]  # fmt: skip
         boundary = [
-            relative_error(_whole(item.boundary), self.state[name]) for name, item in executor.store.items.items()
+            relative_error(whole_of(item.boundary), self.state[name]) for name, item in executor.store.items.items()
         ]
         return max(compare(executor, loss, self.serial, self.serial_loss).largest_error, *buffers, *boundary, 0.0)
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def whole_of(parameter: Tensor) -> Tensor:
     """What the DTensor says that the whole parameter is: its placements must describe how it was sliced."""
     return parameter.full_tensor().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
@@ -84,7 +84,7 @@ def random_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
             bench = Bench(name, num_microbatches)
             for index in range(arguments["count"]):
                 rng = random.Random(f"{arguments['seed']}/{name}/{num_microbatches}/{index}")
-                mesh, num_stages = _random_shape(rng, len(bench.graph.blocks))
+                mesh, num_stages = random_shape(rng, len(bench.graph.blocks))
                 decisions = random_decisions(
                     bench.graph, mesh, rng, num_microbatches=num_microbatches, num_stages=num_stages
                 )
@@ -95,7 +95,7 @@ def random_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
-def _random_shape(rng: random.Random, num_blocks: int) -> tuple[StageMesh, int]:
+def random_shape(rng: random.Random, num_blocks: int) -> tuple[StageMesh, int]:
     """A mesh and a number of stages that use every rank."""
     world = dist.get_world_size()
     shapes = [(s, d) for s in range(1, world + 1) if world % s == 0 and s <= num_blocks
