@@ -220,7 +220,7 @@ def prepare(plan: Plan, device: str) -> Prepared:
         raise InputError(f"a batch of {batch_size} does not divide into {count} microbatches")
     source = load_source(plan.model.source, plan.model.options)
     torch.manual_seed(SEED)
-    captured = capture_for_run(source, batch_size=batch_size // count, device=device)
+    captured = capture_for_run(source, batch_size=batch_size // count, device=device, num_microbatches=count)
     _check_same_model(plan, captured, source)
     torch.manual_seed(SEED + 1)
     batch = sized_batch(source, batch_size, device)

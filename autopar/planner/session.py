@@ -173,7 +173,8 @@ def _start(
 
     if batch_size % num_microbatches:
         raise InputError(f"a batch of {batch_size} does not divide into {num_microbatches} microbatches")
-    captured = capture_for_run(source, batch_size=batch_size // num_microbatches, device=device_name())
+    size = batch_size // num_microbatches
+    captured = capture_for_run(source, batch_size=size, device=device_name(), num_microbatches=num_microbatches)
     state = _state(captured)
     optimizer = OptimizerOptions(training.optimizer, training.learning_rate, training.weight_decay, training.max_norm)
     options = RunOptions(device_name(), training.seed, optimizer)
