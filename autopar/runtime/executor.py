@@ -27,7 +27,7 @@ from autopar.runtime.buckets import BUCKET_BYTES
 from autopar.runtime.lean_stage import LeanStage
 from autopar.runtime.mesh import RankMesh, join_mesh, serial_mesh
 from autopar.runtime.pace import Pacer
-from autopar.runtime.parameters import ParameterStore, local_of, tied_stages
+from autopar.runtime.parameters import ParameterStore, tied_stages
 from autopar.runtime.stage_runner import StageRunner
 from autopar.torch_adapter import dtype_of
 
@@ -57,6 +57,7 @@ class RunOptions:
         overlap_gradients: sum gradients over ranks while backward still runs.
         prefetch_parameters: gather the parameters of a block while its neighbour computes.
         bucket_bytes: of parameters whose gradients are summed together, at most.
+        master: dtype of the copy of narrower parameters that the optimizer updates; "": it updates the parameters.
     """
 
     device: str = "cpu"
@@ -65,6 +66,7 @@ class RunOptions:
     overlap_gradients: bool = False
     prefetch_parameters: bool = False
     bucket_bytes: float = BUCKET_BYTES
+    master: str = ""
 
 
 class Executor:
@@ -102,6 +104,7 @@ class Executor:
             tied=_tied(graph, decisions),
             device=device,
             bucket_bytes=options.bucket_bytes,
+            master=dtype_of(options.master) if options.master else None,
         )
         if options.overlap_gradients:
             readers = Counter(name for program in programs for name in program.parameters)
@@ -142,12 +145,17 @@ class Executor:
         Args:
             batch: the whole global batch, one tensor per batch input of the graph in graph order, on any device.
         """
-        loss = self.compute_gradients(batch)
-        self.update()
+        loss = self._compute(batch)
+        self._update()
         return loss
 
     def compute_gradients(self, batch: Sequence[Tensor]) -> float:
         """Forward and backward of all microbatches; gradients are finished but nothing is updated."""
+        loss = self._compute(batch)
+        self.store.expose_gradients()
+        return loss
+
+    def _compute(self, batch: Sequence[Tensor]) -> float:
         self._pacer.wait()
         self.store.zero_gradients()
         microbatches = self._microbatches(batch)
@@ -161,6 +169,10 @@ class Executor:
 
     def update(self) -> None:
         """Clip and apply the gradients of `compute_gradients`."""
+        self.store.take_gradients()
+        self._update()
+
+    def _update(self) -> None:
         self.clip_gradients()
         self.optimizer.step()
         self.store.after_update()
@@ -228,9 +240,9 @@ class Executor:
         norm = float(squared.sqrt())
         factor = limit / (norm + 1e-6)
         if factor < 1:
-            for parameter in self.store.boundary_parameters():
+            for parameter in self.store.updated_parameters():
                 if parameter.grad is not None:
-                    local_of(parameter.grad).mul_(factor)
+                    parameter.grad.mul_(factor)
         return norm
 
     def sync_buffers(self) -> None:
@@ -269,11 +281,12 @@ def _tied(graph: OpGraph, decisions: Decisions) -> dict[str, tuple[int, ...]]:
 
 
 def _make_optimizer(store: ParameterStore, options: OptimizerOptions) -> torch.optim.Optimizer:
-    parameters = store.boundary_parameters() or [torch.nn.Parameter(torch.zeros(()))]
+    """Over plain tensors and in one kernel: DTensors would cost a dispatch of each op on each parameter."""
+    parameters = store.updated_parameters() or [torch.nn.Parameter(torch.zeros(()))]
     if options.kind == "adamw":
-        return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+        return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     if options.kind == "sgd":
-        return torch.optim.SGD(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+        return torch.optim.SGD(parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     raise InputError(f"unknown optimizer {options.kind!r}: adamw or sgd")
 
 

@@ -3,7 +3,8 @@
 Each parameter has one *leaf*, a plain local tensor in its storage placement, which the program reads and into which
 autograd accumulates the gradients of all microbatches, and one *boundary* parameter, a DTensor for `torch.optim`,
 clipping and checkpoints. Both share memory: the boundary's local tensor is the leaf or, for zero1, this rank's part
-of it, after whose update the leaf is gathered again.
+of it, after whose update the leaf is gathered again. With a `master` dtype, leaves of a narrower one have a boundary of
+their own in it, from which they are cast after the update; their gradients are then added up in the master's dtype.
 """
 
 from __future__ import annotations
@@ -50,13 +51,15 @@ class StoredParameter:
         value: its graph value.
         strategy: by mesh axis.
         leaf: what the program reads.
-        boundary: what the optimizer updates (a DTensor on a mesh, else the leaf itself).
+        updated: what the optimizer updates: the rank's own part, as a plain tensor.
+        boundary: the same memory as the world sees it: a DTensor on a mesh, else `updated` itself.
         tied: stages that share it, if more than one.
     """
 
     value: Value
     strategy: ParameterStrategy
     leaf: Tensor
+    updated: nn.Parameter
     boundary: nn.Parameter
     tied: tuple[int, ...]
 
@@ -91,6 +94,7 @@ class ParameterStore:
         tied: Mapping[str, tuple[int, ...]],
         device: str,
         bucket_bytes: float = BUCKET_BYTES,
+        master: torch.dtype | None = None,
     ) -> None:
         """Slice this rank's part of every parameter.
 
@@ -102,8 +106,10 @@ class ParameterStore:
             tied: stages that read a parameter, for parameters read by several.
             device: of the run; only this rank's parts are moved there.
             bucket_bytes: of parameters that share a collective, at most.
+            master: dtype of what the optimizer updates where the parameter's own is narrower; None: the parameter's.
         """
         self._mesh = mesh
+        self._master = master
         self._device = device
         self.items: dict[str, StoredParameter] = {}
         for value in values:
@@ -129,21 +135,27 @@ class ParameterStore:
         shard = leaf
         for i, dim in _optimizer_cuts(strategy):
             shard = slice_dim(shard, self._mesh.axes[i], dim)
-        boundary = nn.Parameter(self._at_boundary(shard, strategy, whole), requires_grad=value.requires_grad)
-        return StoredParameter(value, strategy, leaf.requires_grad_(value.requires_grad), boundary, tied)
+        leaf.requires_grad_(value.requires_grad)
+        if value.requires_grad and _is_narrower(leaf.dtype, self._master):
+            shard = shard.detach().to(self._master)
+            leaf.grad_dtype = self._master
+        updated = nn.Parameter(shard.detach(), requires_grad=value.requires_grad)
+        boundary = self._at_boundary(updated, strategy, whole)
+        return StoredParameter(value, strategy, leaf, updated, boundary, tied)
 
-    def _at_boundary(self, shard: Tensor, strategy: ParameterStrategy, whole: Tensor) -> Tensor:
+    def _at_boundary(self, updated: nn.Parameter, strategy: ParameterStrategy, whole: Tensor) -> nn.Parameter:
         mesh = self._mesh.stage_mesh
         if mesh is None:
-            return shard
-        return DTensor.from_local(
-            shard,
+            return updated
+        made = DTensor.from_local(
+            updated.detach(),
             mesh,
             boundary_placements(strategy, tuple(axis.size for axis in self._mesh.axes)),
             run_check=False,
             shape=whole.shape,
             stride=whole.contiguous().stride(),
         )
+        return nn.Parameter(made, requires_grad=updated.requires_grad)
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -151,13 +163,17 @@ class ParameterStore:
         return {name: item.leaf for name, item in self.items.items()}
 
     def boundary_parameters(self) -> list[nn.Parameter]:
-        """Parameters for `torch.optim`, frozen ones left out."""
+        """Parameters for the user, frozen ones left out."""
         return [item.boundary for item in self.items.values() if item.value.requires_grad]
+
+    def updated_parameters(self) -> list[nn.Parameter]:
+        """Plain tensors over the memory of `boundary_parameters`, in the same order: no dispatch in the optimizer."""
+        return [item.updated for item in self.items.values() if item.value.requires_grad]
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the last step."""
         for item in self.items.values():
-            item.leaf.grad = item.boundary.grad = None
+            item.leaf.grad = item.updated.grad = item.boundary.grad = None
         if self._overlap is not None:
             self._overlap.begin()
 
@@ -170,7 +186,7 @@ class ParameterStore:
         self._overlap = Overlap(self._buckets, uses)
 
     def sync_gradients(self) -> None:
-        """After the last microbatch: finish the pending sums and hand every gradient to its boundary parameter.
+        """After the last microbatch: finish the pending sums and hand every gradient to what the optimizer updates.
 
         The leaf's own gradient is given up, so that a gradient that is split ends with its part alone in memory.
         Collectives run in the same order on every rank. A parameter without gradient keeps none.
@@ -189,11 +205,24 @@ class ParameterStore:
 
     def _hand_over(self, item: StoredParameter, gradient: Tensor) -> None:
         item.leaf.grad = None
-        item.boundary.grad = self._at_boundary_like(item, gradient)
+        item.updated.grad = gradient
+
+    def expose_gradients(self) -> None:
+        """After `sync_gradients`: let boundary parameters have the gradients too, in the same memory."""
+        for item in self.items.values():
+            if item.updated.grad is not None and item.boundary is not item.updated:
+                item.boundary.grad = self._at_boundary_like(item, item.updated.grad)
+
+    def take_gradients(self) -> None:
+        """Before the update: take the gradients that the user has put at boundary parameters."""
+        for item in self.items.values():
+            if item.boundary.grad is not None and item.boundary is not item.updated:
+                item.updated.grad = local_of(item.boundary.grad)
 
     def _tied_gradient(self, item: StoredParameter) -> Tensor:
         """The sum over the pipeline ranks that share the parameter; a rank may have no term of it."""
-        gradient = torch.zeros_like(item.leaf) if item.leaf.grad is None else item.leaf.grad.contiguous()
+        gradient = item.leaf.grad
+        gradient = torch.zeros_like(item.leaf, dtype=item.updated.dtype) if gradient is None else gradient.contiguous()
         alone = Bucket((Member(item.value.name, item.leaf, self._reductions(item)),), self._mesh.axes)
         item.leaf.grad = gradient
         alone.start()
@@ -229,10 +258,13 @@ class ParameterStore:
         )
 
     def after_update(self) -> None:
-        """After the optimizer: gather the parts that zero1 ranks updated. Call once a step on every rank."""
+        """After the optimizer: cast masters, gather the parts that zero1 ranks updated. Once a step on every rank."""
         with torch.no_grad():
+            for item in self.items.values():
+                if item.updated.dtype != item.leaf.dtype and not self._cuts(item):
+                    item.leaf.copy_(item.updated)
             for group in self._cut_groups:
-                parts = [local_of(item.boundary).detach() for item in group]
+                parts = [item.updated.detach().to(item.leaf.dtype) for item in group]
                 leaves = [item.leaf for item in group]
                 gather_together(parts, [self._cuts(item) for item in group], leaves, self._mesh.axes)
 
@@ -253,9 +285,9 @@ class ParameterStore:
     def whole_gradient(self, name: str) -> Tensor | None:
         """The full gradient after `sync_gradients`, or None where there is none; all ranks of the stage must call."""
         item = self.items[name]
-        if item.boundary.grad is None:
+        if item.updated.grad is None:
             return None
-        return self._joined(local_of(item.boundary.grad), (*item.storage_cuts, *item.optimizer_cuts))
+        return self._joined(item.updated.grad, (*item.storage_cuts, *item.optimizer_cuts))
 
     def squared_norm(self) -> Tensor:
         """This rank's share of the squared norm of all gradients: the sum over all ranks of the run is the whole.
@@ -264,8 +296,8 @@ class ParameterStore:
         """
         total = torch.zeros((), dtype=torch.float64)
         for item in self.items.values():
-            if item.boundary.grad is not None and self._counts(item):
-                total += local_of(item.boundary.grad).double().square().sum().cpu()
+            if item.updated.grad is not None and self._counts(item):
+                total += item.updated.grad.double().square().sum().cpu()
         return total
 
     def _counts(self, item: StoredParameter) -> bool:
@@ -273,6 +305,10 @@ class ParameterStore:
             return False
         pairs = zip(self._mesh.axes, item.strategy, strict=True)
         return all(strategy.optimizer.is_shard or axis.index == 0 for axis, strategy in pairs)
+
+
+def _is_narrower(dtype: torch.dtype, master: torch.dtype | None) -> bool:
+    return master is not None and dtype.is_floating_point and dtype.itemsize < master.itemsize
 
 
 def local_of(tensor: Tensor) -> Tensor:
