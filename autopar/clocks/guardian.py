@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from autopar.clocks.restore import restore
-from autopar.clocks.state import read_state
+from autopar.clocks.state import locked, read_state
 from autopar.errors import AutoparError
 from autopar.nvml import NvmlError, open_nvml
 
@@ -48,8 +48,9 @@ def main(path: Path) -> int:
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             for _ in range(TRIES):
-                if not path.exists() or not restore(read_state(path), nvml).failures:
-                    return 0
+                with locked(path.parent):  # or a next run could set what this one then undoes
+                    if not path.exists() or not restore(read_state(path), nvml).failures:
+                        return 0
                 time.sleep(PAUSE_S)
     except (NvmlError, AutoparError):
         return 1

@@ -29,19 +29,12 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
 def _call(name: str, arguments: tuple[Any, ...]) -> Any:
     path = Path(os.environ["FAKE_NVML"])
-    with path.open("r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        boards = [FakeBoard(**content) for content in json.load(file)]
-        nvml = FakeNvml(*boards)
-        found = getattr(nvml, name)(*arguments)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        boards = [FakeBoard(**content) for content in json.loads(path.read_text())]
+        found = getattr(FakeNvml(*boards), name)(*arguments)
         if "Set" in name or "Reset" in name:
-            write(path, boards)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps([asdict(board) for board in boards]))
+            partial.replace(path)
         return found
-
-
-def write(path: Path, boards: list[FakeBoard]) -> None:
-    """The file of these boards."""
-    text = json.dumps([asdict(board) for board in boards])
-    with path.open("r+" if path.exists() else "w") as file:
-        file.truncate()
-        file.write(text)
