@@ -20,12 +20,14 @@ from autopar.errors import InputError
 from autopar.ir.cluster import ClusterDescription
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import load_plan
+from autopar.ir.software import PRECISION_OPTION
 from autopar.ir.solution import Limits, Objective, Pins
 from autopar.planner.detect import choose_gpu
 from autopar.planner.objective import Economy, objective_of
 from autopar.planner.plan import plan_model, plan_source
-from autopar.planner.request import PlanRequest
+from autopar.planner.request import OWN_SOFTWARE, PlanRequest
 from autopar.planner.session import Session, TrainingOptions, open_session
+from autopar.planner.software import chosen_software
 from autopar.planner.sources import source_of, step_source
 
 Model: TypeAlias = Any
@@ -52,6 +54,7 @@ def plan(
     energy_price: float | None = None,
     use_all: bool = False,
     clocks: str = "auto",
+    precision: str | None = None,
     cluster: ClusterDescription | None = None,
     time_limit_s: float | None = None,
 ) -> Plan:
@@ -67,6 +70,7 @@ def plan(
         constraints: regex -> label: ops whose name or module path it matches whole take the label, as `op:` of --pin.
         limits: deadline, energy budget and power caps of a step.
         clocks: `auto`: the plan may lock GPU clocks; `max`: it leaves them alone.
+        precision: `bf16`: of a source file's model, beside a float32 copy; None: the model's own.
         gpu_hour_price, energy_price: for the objective `cost`: per GPU and hour, and per kWh.
 
     Raises:
@@ -87,9 +91,18 @@ def plan(
         use_all=use_all,
         clocks=clocks,
         time_limit_s=time_limit_s,
+        software=chosen_software(OWN_SOFTWARE, {}, precision),
     )
+    return _planned(model, options or {}, example_batch, precision, request)
+
+
+def _planned(
+    model: Model, options: Mapping[str, str], example_batch: Any, precision: str | None, request: PlanRequest
+) -> Plan:
     if isinstance(model, str):
-        return plan_model(model, options or {}, request)
+        return plan_model(model, options if precision is None else {**options, PRECISION_OPTION: precision}, request)
+    if precision is not None:
+        raise InputError("a precision is for a model of a source file, which other processes can build again")
     source = source_of(model, example_batch)
     return plan_source(source, request, name=source.text).plan
 

@@ -33,13 +33,14 @@ PLANNING |= {"--deadline", "--energy-budget", "--energy-price", "--gpu-hour-pric
 PLANNING |= {"--embodied-carbon", "--gpu-price", "--grid-carbon", "--lifetime", "--pue", "--steps", "--tariff"}
 PLANNING |= {"--utilisation", "--window"}
 PLANNING |= {"--clocks", "--cluster", "--network", "--pin", "--profile", "--time-limit", "--time-weight", "--use-all"}
-PLANNING |= {"--gpu-power-limit"}
+PLANNING |= {"--gpu-power-limit", "--precision"}
 OBJECTIVE = {"--energy-price", "--energy-weight", "--gap", "--gpu-hour-price", "--objective", "--time-weight"}
 OBJECTIVE |= {"--embodied-carbon", "--gpu-price", "--grid-carbon", "--lifetime", "--pue", "--steps", "--tariff"}
 OBJECTIVE |= {"--utilisation", "--window"}
+HOSTS = {"--master-addr", "--master-port", "--node-rank", "--nodes", "--timeout"}
 OPTIONS = {
     "plan": PLANNING | {"--json", "--no-cache", "--out", "--report", "--set"},
-    "run": {"--clip-norm", "--json", "--steps"},
+    "run": {"--clip-norm", "--json", "--steps"} | HOSTS,
     "verify": {"--json"},
     "explain": {"--json", "--report", "--trace", "--why-not"},
     "estimate": PLANNING | {"--json", "--set"},

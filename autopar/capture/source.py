@@ -34,6 +34,7 @@ import torch
 from autopar.capture.families import load_family
 from autopar.capture.hf_source import load_hf_source
 from autopar.capture.model_source import ModelSource, as_arguments, convert_option
+from autopar.capture.precision import in_precision, without_precision
 from autopar.capture.user_code import user_errors
 from autopar.errors import InputError
 from autopar.ir.families import FAMILIES
@@ -49,7 +50,12 @@ def load_source(text: str, options: Mapping[str, str] | None = None) -> ModelSou
     Raises:
         InputError: file missing, not Python, raises at import, without a model, or an unknown or bad option.
     """
-    options = dict(options or {})
+    own, precision = without_precision(options or {})
+    source = _load(text, own)
+    return source if precision is None else in_precision(source, precision)
+
+
+def _load(text: str, options: dict[str, str]) -> ModelSource:
     if text.startswith("hf:"):
         return load_hf_source(text, options)
     if text in FAMILIES:

@@ -12,6 +12,7 @@ from autopar.cli.pins import parse_pins, pinned_options
 from autopar.cli.quantities import parse_bytes, parse_joules, parse_rate, parse_seconds, parse_watts
 from autopar.errors import InputError
 from autopar.ir.cluster import ClusterDescription
+from autopar.ir.software import PRECISION_OPTION, PRECISIONS
 from autopar.ir.solution import OBJECTIVES, Limits, Objective
 from autopar.planner.cluster_file import read_cluster
 from autopar.planner.detect import detect_gpus
@@ -54,6 +55,11 @@ SPACE_OPTIONS = (
         "pin_text",
         metavar="KEY=VALUE,...",
         help="Fix parts of the plan and of the software, e.g. dp=2,tp=4,mbs=1,sp=on; an unknown KEY lists all.",
+    ),
+    click.option(
+        "--precision",
+        metavar="|".join(PRECISIONS),
+        help="Compute in 16 bits; loss, gradients and a copy for the optimizer in 32. Default: the model's own.",
     ),
     click.option(
         "--clocks",
@@ -132,7 +138,7 @@ def build_request(options: Mapping[str, Any]) -> PlanRequest:
         pins=pinned.pins,
         profile=options["profile"],
         batch_size=pinned.batch_size,
-        software=chosen_software(pinned.software, pinned.switches),
+        software=chosen_software(pinned.software, pinned.switches, options["precision"]),
         use_all=options["use_all"],
         clocks=options["clocks"],
         time_limit_s=_quantity(options, "time_limit", parse_seconds),
@@ -185,8 +191,14 @@ def _objective(options: Mapping[str, Any], economy: Economy | None) -> Objective
 
 
 def model_settings(model: str, settings: tuple[str, ...], options: Mapping[str, Any]) -> dict[str, str]:
-    """Options of the model: those of `--set`, and what `--pin` says of it. Raises InputError."""
-    return pinned_options(model, parse_settings(settings), parse_pins(options["pin_text"] or "", options["batch"]))
+    """Options of the model: those of `--set`, what `--pin` says of it, and `--precision`. Raises InputError."""
+    found = pinned_options(model, parse_settings(settings), parse_pins(options["pin_text"] or "", options["batch"]))
+    precision = options["precision"]
+    if precision is None:
+        return found
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}")
+    return {**found, PRECISION_OPTION: precision}
 
 
 def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:

@@ -79,6 +79,12 @@ def held_bytes(num_bytes: Any, item_bytes: Any, states: int, software: Software)
     return Held(weights, gradient, state + master, reduced, rewritten + gradient + 2 * state)
 
 
+def gradient_bytes(value: Value, software: Software) -> float:
+    """Bytes of the whole gradient of a trained parameter."""
+    item_bytes = BYTES_BY_DTYPE[value.meta.dtype]
+    return float(held_bytes(value.meta.num_bytes, item_bytes, 0, software).gradient)
+
+
 @dataclass(frozen=True)
 class Synced:
     """Gradients of one device that are copied into buckets; numbers or arrays alike.

@@ -22,7 +22,7 @@ from autopar.cost.hardware import Cluster
 from autopar.cost.kernels import as_run_by
 from autopar.cost.layouts import Codes
 from autopar.cost.measured import OpLookup, apply_profile
-from autopar.cost.memory import optimizer_states, slack_share
+from autopar.cost.memory import gradient_bytes, optimizer_states, slack_share
 from autopar.cost.pricing import NodePrice, Pricer, free_node, rerun
 from autopar.cost.recompute import recomputed
 from autopar.cost.roofline import flop_rate
@@ -79,7 +79,7 @@ class CostTables:
         self.fusion = make_fusion(self.run, self.software, [op for op in self.run.ops if op.name in representatives])
         self.again = recomputed(self.fusion.graph, keep)
         self.pricer = Pricer(cluster, training, self.software)
-        self.trained_bytes = float(sum(v.meta.num_bytes for v in graph.parameters if v.requires_grad))
+        self.gradient_bytes = sum(gradient_bytes(v, self.software) for v in graph.parameters if v.requires_grad)
         self.parameter_pricer = self._parameter_pricer(cluster)
         self.tensors = Tensors(graph, self.dims)
         self.edge_tensors = np.array([self.tensors.index[edge.value] for edge in self.skeleton.edges], dtype=np.int64)
@@ -114,7 +114,7 @@ class CostTables:
         return other
 
     def _parameter_pricer(self, cluster: Cluster) -> ParameterPricer:
-        return ParameterPricer(cluster, self.graph.optimizer, self.training, self.software, self.trained_bytes)
+        return ParameterPricer(cluster, self.graph.optimizer, self.training, self.software, self.gradient_bytes)
 
     def keeping(self, policy: str) -> CostTables:
         """The same tables with another of `ir.solution.KEPT`."""

@@ -101,7 +101,7 @@ class ParameterPricer:
     def __init__(
         self, cluster: Cluster, optimizer: str, training: bool, software: Software, total_bytes: float
     ) -> None:
-        """`total_bytes` are those of all trained parameters together."""
+        """`total_bytes` are those of all gradients together."""
         self.cluster = cluster
         self.total_bytes = total_bytes
         self.spec = cluster.spec

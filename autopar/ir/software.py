@@ -6,8 +6,14 @@ they have run can be priced: which kernels are fused, in which precision paramet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
+PRECISIONS: Mapping[str, str] = MappingProxyType({"bf16": "bfloat16"})
+"""What a model may compute in beside a float32 copy that the optimizer updates: name -> dtype."""
+PRECISION_OPTION = "autopar:precision"
+"""Key of the precision among a model's options; no option of a model's own can be called so."""
 FUSIONS = ("eager", "fused", "compiled")
 MEMORY_METERS = ("allocated", "reserved")
 
@@ -66,3 +72,10 @@ class Software:
             raise ValueError(f"unknown fusion {self.fusion!r}; one of {', '.join(FUSIONS)}")
         if self.meter not in MEMORY_METERS:
             raise ValueError(f"unknown memory meter {self.meter!r}; one of {', '.join(MEMORY_METERS)}")
+
+
+def with_master(software: Software) -> Software:
+    """Beside parameters of 16 bits a float32 copy; gradients, their sums and states in float32. Others' own stays."""
+    if software.master_bytes:
+        return software
+    return replace(software, master_bytes=4.0, gradient_bytes=4.0, state_bytes=4.0, reduce_bytes=4.0)

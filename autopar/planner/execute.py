@@ -258,6 +258,7 @@ def run_options(plan: Plan, device: str) -> RunOptions:
         SEED,
         overlap_gradients=software.overlap_gradients,
         prefetch_parameters=software.prefetch_parameters,
+        master="float32" if software.master_bytes else "",
     )
 
 

@@ -16,6 +16,7 @@ from autopar.ir.serialize import dump_plan, parse_plan
 from autopar.ir.serialize_graph import graph_hash
 from autopar.planner.assemble import make_executor, make_serial_executor
 from autopar.planner.cache import cached_plan
+from autopar.planner.execute import run_options
 from autopar.planner.request import PlanRequest, choose_target
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ def _start(
     captured = capture_for_run(source, batch_size=size, device=device_name(), num_microbatches=num_microbatches)
     state = _state(captured)
     optimizer = OptimizerOptions(training.optimizer, training.learning_rate, training.weight_decay, training.max_norm)
-    options = RunOptions(device_name(), training.seed, optimizer)
+    base = RunOptions(device_name()) if plan is None else run_options(plan, device_name())
+    options = replace(base, seed=training.seed, optimizer=optimizer)
     if plan is None or not is_torchrun():
         executor = make_serial_executor(captured.graph, state, options, num_microbatches)
     else:

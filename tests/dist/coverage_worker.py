@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from autopar.planner.assemble import make_executor
+from autopar.capture.model_source import ModelSource
+from autopar.capture.precision import in_precision
+from autopar.ir.graph import OpGraph
+from autopar.planner.assemble import make_executor, make_serial_executor
+from autopar.planner.materialise import capture_for_run, sized_batch
 from autopar.runtime.compare import relative_error
-from autopar.runtime.executor import OptimizerOptions, RunOptions
-from tests.dist.models import BATCH, as_double, captured
-from tests.dist.worker import Bench, mesh_of, named_plans
+from autopar.runtime.executor import Executor, OptimizerOptions, RunOptions
+from tests.dist.models import BATCH, as_double, captured, source
+from tests.dist.worker import Bench, mesh_of, named_plans, whole_of
 
 
 def clip_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -41,3 +48,57 @@ def _clipped_by_torch(name: str, bench: Bench, limit: float) -> tuple[dict[str, 
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
     return {value.name: found.tensor(value.name).grad for value in bench.graph.parameters}, float(norm)
+
+
+def precision_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Training in bfloat16 under known plans, with and without a copy in float32, beside serial training in float32.
+
+    For each: the largest relative distance of a loss, and how far parameters end from those of float32, relative to how
+    far those have moved.
+    """
+    results = []
+    for name, rate in itertools.product(arguments["models"], arguments["rates"]):
+        single = source(name)
+        wide, narrow = _training(single), _training(in_precision(single, "bf16"))
+        optimizer = OptimizerOptions(learning_rate=rate, weight_decay=0.0)
+        reference = make_serial_executor(wide.graph, wide.state, RunOptions(optimizer=optimizer), 4)
+        expected = [reference.step(wide.batch) for _ in range(arguments["steps"])]
+        for (label, make), master in itertools.product(named_plans(dist.get_world_size()).items(), ("", "float32")):
+            options = RunOptions(optimizer=optimizer, master=master, overlap_gradients=True, bucket_bytes=4000.0)
+            decisions = make(narrow.graph)
+            mesh = mesh_of(f"{name} bf16", narrow.graph, decisions)
+            executor = make_executor(narrow.graph, decisions, narrow.state, mesh, options)
+            losses = [executor.step(narrow.batch) for _ in range(arguments["steps"])]
+            apart = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
+            strayed = _strayed(executor, reference, wide.state)
+            results.append({"case": [name, label, rate, master], "loss": apart, "strayed": strayed})
+    return results
+
+
+@dataclass(frozen=True)
+class _Training:
+    graph: OpGraph
+    state: dict[str, torch.Tensor]
+    batch: tuple[torch.Tensor, ...]
+
+
+def _training(model: ModelSource) -> _Training:
+    torch.manual_seed(0)
+    found = capture_for_run(model, batch_size=BATCH // 4, device="cpu")
+    outside = [v.name for v in found.graph.values.values() if v.origin in ("parameter", "buffer", "constant")]
+    torch.manual_seed(1)
+    state = {name: found.tensor(name).detach().clone() for name in outside}
+    return _Training(found.graph, state, sized_batch(model, BATCH, "cpu"))
+
+
+def _strayed(executor: Executor, reference: Executor, start: dict[str, torch.Tensor]) -> float:
+    """Distance of the boundary parameters that this rank has from the reference's, over the way from the start."""
+    apart = moved = 0.0
+    by_fqn = {item.value.fqn: name for name, item in reference.store.items.items()}
+    for item in executor.store.items.values():
+        name = by_fqn[item.value.fqn]
+        found, wanted = whole_of(item.boundary).double(), reference.store.whole_parameter(name).double()
+        begun = start[name].to(torch.bfloat16).double()
+        apart += float((found - begun - (wanted - start[name].double())).square().sum())
+        moved += float((wanted - start[name].double()).square().sum())
+    return math.sqrt(apart / moved)

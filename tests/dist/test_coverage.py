@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from autopar.capture.precision import in_precision
+from autopar.runtime.launch import Job, launch_local
+from tests.dist.models import source
 from tests.dist.test_decisions import check, errors_on
 
 pytestmark = pytest.mark.dist
@@ -12,3 +16,27 @@ pytestmark = pytest.mark.dist
 @pytest.mark.parametrize("limit", [1e-3, 1e6])
 def test_clipping_over_shards_is_that_of_torch_on_one_device(limit: float) -> None:
     check(errors_on(2, "coverage_worker:clip_cases", models=("toy/transformer", "toy/skip"), limit=limit), at_least=14)
+
+
+def test_bf16_with_a_copy_in_float32_follows_float32_and_without_it_small_updates_are_lost() -> None:
+    (rows, _) = launch_local(
+        Job("tests.dist.coverage_worker:precision_cases", {"models": ["gpt2"], "rates": [1e-5], "steps": 20}, 2),
+        timeout_s=300,
+    )
+    copied = [row for row in rows if row["case"][-1]]
+    assert len(copied) == len(rows) / 2 == 7
+    assert max(row["loss"] for row in copied) < 1e-3
+    assert max(row["strayed"] for row in copied) < 0.06
+    assert min(row["strayed"] for row in rows if row not in copied) > 0.8
+
+
+def test_bf16_keeps_batch_norms_in_float32() -> None:
+    model = in_precision(source("toy/conv"), "bf16").build_model()
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert {dtype for name, dtype in dtypes.items() if "norms" in name} == {torch.float32, torch.int64}
+    assert {dtype for name, dtype in dtypes.items() if "norms" not in name} == {torch.bfloat16}
+    (rows, _) = launch_local(
+        Job("tests.dist.coverage_worker:precision_cases", {"models": ["toy/conv"], "rates": [1e-3], "steps": 4}, 2),
+        timeout_s=300,
+    )
+    assert max(row["loss"] for row in rows if row["case"][-1]) < 1e-2

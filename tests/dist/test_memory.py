@@ -8,9 +8,11 @@ import pytest
 
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import dump_plan
+from autopar.ir.software import PRECISION_OPTION
 from autopar.ir.solution import Pins
 from autopar.planner.plan import plan_model
 from autopar.planner.request import PlanRequest
+from autopar.planner.software import chosen_software
 from autopar.runtime.launch import Job, launch_local
 
 pytestmark = pytest.mark.dist
@@ -30,6 +32,8 @@ CASES = {
     "buckets": (WIDE, Pins(dp=2, tp=1, pp=1, num_microbatches=1, zero=0)),
     "buckets, four microbatches": (WIDE, Pins(dp=2, tp=1, pp=1, num_microbatches=4, zero=0)),
     "buckets, zero1": (WIDE, Pins(dp=2, tp=1, pp=1, num_microbatches=2, zero=1)),
+    "bf16": ({**WIDE, PRECISION_OPTION: "bf16"}, Pins(dp=2, tp=1, pp=1, num_microbatches=2, zero=0)),
+    "bf16, zero1": ({**WIDE, PRECISION_OPTION: "bf16"}, Pins(dp=2, tp=1, pp=1, num_microbatches=2, zero=1)),
     "first stage of eight microbatches": (WIDE, Pins(dp=1, tp=1, pp=2, num_microbatches=8)),
 }
 
@@ -37,7 +41,10 @@ CASES = {
 @pytest.fixture(scope="module")
 def plans() -> dict[str, Plan]:
     def plan(options: dict[str, str], pins: Pins) -> Plan:
-        request = PlanRequest(2, gpu="cpu", use_all=True, pins=pins, profile="none", with_baselines=False)
+        software = chosen_software("autopar", {}, options.get(PRECISION_OPTION))
+        request = PlanRequest(
+            2, gpu="cpu", use_all=True, pins=pins, profile="none", with_baselines=False, software=software
+        )
         return plan_model(MODEL, options, request)
 
     return {name: plan(*case) for name, case in CASES.items()}
