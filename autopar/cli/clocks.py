@@ -18,22 +18,38 @@ from autopar.report.clocks import clocks_json, clocks_report
 @click.command()
 @click.argument("plan_file")
 @click.option("--deadline", metavar="TIME", help="Latest end of a step, e.g. 1.2s; default: that of the plan.")
-@click.option("--straggler", metavar="TIME", help="When a straggler lets the step end, however fast the others are.")
+@click.option(
+    "--straggler",
+    metavar="TIME|FACTOR",
+    help="When a straggler lets the step end, however fast the others are: a time, or 1.2x as long as the plan's step.",
+)
 @click.option("--out", metavar="FILE", help="Write clocks and figures there, as JSON.")
 @json_option
 def clocks(plan_file: str, deadline: str | None, straggler: str | None, out: str | None, as_json: bool) -> None:
     """Choose the clock of every forward and backward of PLAN_FILE: least energy within a deadline."""
     plan = load_plan(plan_file)
     deadline_s = None if deadline is None else _seconds("--deadline", deadline)
-    straggler_s = 0.0 if straggler is None else _seconds("--straggler", straggler)
+    late = _straggler(straggler)
     if out is not None:
         check_writable(out)
     with progress_line(as_json) as progress:
-        found = plan_instruction_clocks(plan, deadline_s=deadline_s, straggler_s=straggler_s, progress=progress)
+        found = plan_instruction_clocks(plan, deadline_s=deadline_s, **late, progress=progress)
     content = clocks_json(found)
     if out is not None:
         write_atomic(out, json.dumps(content, indent=1) + "\n")
     print_json(content) if as_json else click.echo(clocks_report(found))
+
+
+def _straggler(text: str | None) -> dict[str, float]:
+    """The option as `straggler_s` or `straggler_ratio`."""
+    if text is None:
+        return {}
+    if not text.endswith("x"):
+        return {"straggler_s": _seconds("--straggler", text)}
+    try:
+        return {"straggler_ratio": float(text.removesuffix("x"))}
+    except ValueError as error:
+        raise InputError(f"--straggler: expected a time such as 1.5s or a factor such as 1.2x, got {text!r}") from error
 
 
 def _seconds(option: str, text: str) -> float:

@@ -30,7 +30,10 @@ class ClockedStep:
     """A plan's step with a clock for every instruction.
 
     Attributes:
-        fastest_s, highest_j: step at the highest clocks.
+        fastest_s, highest_j: step at the highest clocks; behind a straggler, joules of waiting for it included.
+        own_s, own_j: step at the plan's own clocks, likewise.
+        straggler_s: the step does not end before; 0: nobody waits. The straggler's own joules are counted as if it were
+            one of the others.
         chosen, stages: within the deadline asked for.
         points: one per deadline, ascending.
         time_range, energy_range: (low, high) of the plan's predicted figures over their values; they hold here too.
@@ -40,6 +43,9 @@ class ClockedStep:
     num_instructions: int
     fastest_s: float
     highest_j: float
+    own_s: float
+    own_j: float
+    straggler_s: float
     chosen: ClockPoint
     stages: tuple[StageClocks, ...]
     points: tuple[ClockPoint, ...]

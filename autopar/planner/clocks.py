@@ -6,80 +6,149 @@ forwards and backwards of its own for each chunk: `F`, `F.1`, ...
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from autopar.cost.predict import predict, transfers_s
 from autopar.cost.stages import StageCost, stage_costs
 from autopar.cost.table import CostTables
 from autopar.errors import InputError
 from autopar.ir.clocks import ClockedStep, ClockPoint, StageClocks
-from autopar.ir.plan import Plan
+from autopar.ir.graph import OpGraph
+from autopar.ir.plan import Plan, Prediction
 from autopar.ir.quantity import Quantity
 from autopar.ir.serialize_graph import graph_hash
 from autopar.ir.solution import Decisions
-from autopar.ir.timeline import BACKWARD, FORWARD, STEP, schedule_actions
+from autopar.ir.timeline import BACKWARD, FORWARD, STEP
 from autopar.planner.choose import Chooser
 from autopar.planner.plan import capture_graph
-from autopar.planner.request import Progress, choose_target, say_nothing
+from autopar.planner.request import PlanRequest, Progress, choose_target, say_nothing
 from autopar.planner.rival import check_unchanged, policy_pins, request_of
-from autopar.search.clocks import Arc, ClockOption, ClockPlan, ClockPlanner, ClockProblem, Instruction
+from autopar.search.clocks import ClockOption, ClockPlan, ClockPlanner, ClockProblem, pipeline_graph, work_name
 
 SHORTEST_S = 1e-9
 """Stands for work of no time, which an instruction cannot have."""
 SLACKS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Shares by which deadlines lie beyond the fastest step."""
+LAST = " last"
+"""Ends the kind of the backward of the last microbatch."""
 
 
 def plan_instruction_clocks(
-    plan: Plan, *, deadline_s: float | None = None, straggler_s: float = 0.0, progress: Progress | None = None
+    plan: Plan,
+    *,
+    deadline_s: float | None = None,
+    straggler_s: float = 0.0,
+    straggler_ratio: float | None = None,
+    progress: Progress | None = None,
 ) -> ClockedStep:
     """Choose the clock of every instruction of a plan.
 
     Args:
-        deadline_s: latest end of the step; None: that of the plan at its own clocks.
+        deadline_s: latest end of the step; None: that of the plan at its own clocks, or the straggler's end if later.
         straggler_s: the step does not end before this time.
+        straggler_ratio: likewise, as a multiple of the plan's step at its own clocks; at least 1.
 
     Raises:
-        InputError: the plan's GPUs cannot be locked, or are of several types.
+        InputError: the plan's GPUs cannot be locked, or are of several types; or the ratio is below 1.
         InfeasibleError: the deadline is shorter than the fastest step.
         PlanMismatchError: the model is no longer the one that the plan was made for.
     """
-    decisions = plan.decisions
+    if straggler_ratio is not None and not 1 <= straggler_ratio < math.inf:
+        raise InputError(f"a straggler takes at least as long as the others: expected 1 or more, got {straggler_ratio}")
     if plan.cluster.description is not None:
         raise InputError("clocks are planned for pipelines on one type of GPU")
     graph = capture_graph(plan.model.source, plan.model.options, plan.model.batch_size, progress).graph
     check_unchanged(plan, graph_hash(graph))
-    request = replace(request_of(plan, policy_pins(plan)), clocks="auto")
+    pass_ = ClockPass.of(clock_tables(graph, request_of(plan, policy_pins(plan)), progress), plan.decisions)
+    straggler_s = max(straggler_s, (straggler_ratio or 0.0) * pass_.own.step_time_s.value)
+    return _planned(pass_, deadline_s, straggler_s)
+
+
+def clock_tables(graph: OpGraph, request: PlanRequest, progress: Progress | None = None) -> CostTables:
+    """Prices at every clock, under the request's pins. Raises InputError where clocks cannot be locked."""
+    request = replace(request, clocks="auto")
     tables = Chooser(graph, request, choose_target(request), progress or say_nothing).tables(request.pins)
     if not isinstance(tables, CostTables) or len(tables.clocks_hz) == 1:
-        raise InputError(f"the clocks of {plan.cluster.gpu} cannot be locked, or nothing is known of them")
-    planner = ClockPlanner(clock_problem(tables, decisions), straggler_s=straggler_s)
-    if deadline_s is None:
-        deadline_s = max(_own_deadline(plan, tables), planner.fastest_s, straggler_s) * (1 + 1e-9)
-    return _planned(planner, plan, deadline_s, straggler_s)
+        raise InputError(f"the clocks of {request.gpu} cannot be locked, or nothing is known of them")
+    return tables
 
 
-def _own_deadline(plan: Plan, tables: CostTables) -> float:
-    """The step that the plan promises at its own clocks, without pacing."""
-    return predict(tables, replace(plan.decisions, pace_s=0.0)).step_time_s.value
+@dataclass(frozen=True)
+class ClockPass:
+    """The choice of clocks for the instructions of one plan.
+
+    Joules of a `ClockProblem` are those of the GPUs but for sends between stages, which no clock changes.
+
+    Attributes:
+        own: figures of the plan at its own clocks, its steps not paced.
+        own_j: the part of its joules that the problem counts.
+    """
+
+    planner: ClockPlanner
+    own: Prediction
+    own_j: float
+
+    @staticmethod
+    def of(tables: CostTables, decisions: Decisions) -> ClockPass:
+        """The pass for a plan. Raises InputError if the batch does not divide."""
+        own = predict(tables, replace(decisions, pace_s=0.0))
+        own_j = highest_energy_j(clock_problem(tables, decisions, free=False), own.step_time_s.value)
+        return ClockPass(ClockPlanner(clock_problem(tables, decisions)), own, own_j)
+
+    def deadline_s(self, straggler_s: float = 0.0) -> float:
+        """The end of the plan's step at its own clocks, or the straggler's, a rounding error later."""
+        return max(self.own.step_time_s.value, self.planner.fastest_s, straggler_s) * (1 + 1e-9)
+
+    def choose(self, deadline_s: float, pace_s: float = 0.0) -> tuple[float, float]:
+        """Seconds and joules (GPUs and hosts) of a step with a clock per instruction.
+
+        Args:
+            deadline_s: latest end, or that at the plan's own clocks if it is later.
+            pace_s: between the starts of two steps at least.
+        """
+        planner = ClockPlanner(self.planner.problem, straggler_s=pace_s) if pace_s else self.planner
+        chosen = planner.plan(max(deadline_s, self.deadline_s(pace_s)))
+        step_s = max(chosen.makespan_s, pace_s)
+        return step_s, self.energy_j(step_s, chosen.energy_j)
+
+    def own_figures(self, pace_s: float = 0.0) -> tuple[float, float]:
+        """Seconds and joules of a step at the plan's own clocks, the steps `pace_s` apart."""
+        own_s, problem = self.own.step_time_s.value, self.planner.problem
+        step_s = max(own_s, pace_s)
+        waiting_w = problem.blocked_w_per_gpu * sum(problem.gpus_per_stage)
+        return step_s, self.energy_j(step_s, self.own_j + waiting_w * (step_s - own_s))
+
+    def energy_j(self, step_s: float, joules: float) -> float:
+        """GPUs and hosts, of a step of `step_s` seconds in which the problem counts `joules`."""
+        parts, own_s = self.own.energy_by_cause, self.own.step_time_s.value
+        sends_j = parts["dynamic"] + parts["blocked"] - self.own_j
+        return joules + sends_j + parts["host"] * step_s / own_s
 
 
-def _planned(planner: ClockPlanner, plan: Plan, deadline_s: float, straggler_s: float) -> ClockedStep:
+def _planned(found: ClockPass, deadline_s: float | None, straggler_s: float) -> ClockedStep:
+    planner, own = found.planner, found.own
+    if straggler_s:
+        planner = ClockPlanner(planner.problem, straggler_s=straggler_s)
     problem, fastest_s = planner.problem, planner.fastest_s
-    chosen = planner.plan(deadline_s)
-    least_s = max(fastest_s, straggler_s) * (1 + 1e-12)
-    points = planner.frontier(least_s * (1 + slack) for slack in SLACKS)
+    chosen = planner.plan(found.deadline_s(straggler_s) if deadline_s is None else deadline_s)
+    least_s = max(fastest_s, straggler_s)
+    points = planner.frontier(least_s * (1 + 1e-12) * (1 + slack) for slack in SLACKS)
+    own_s, blocked_w = own.step_time_s.value, problem.blocked_w_per_gpu * sum(problem.gpus_per_stage)
     return ClockedStep(
-        sum(problem.gpus_per_stage),
-        len(problem.instructions),
-        fastest_s,
-        highest_energy_j(problem, max(fastest_s, straggler_s)),
-        _point(chosen),
-        tuple(_stage_clocks(problem, chosen)),
-        tuple(_point(point) for point in points),
-        _shares(plan.predicted.step_time_s),
-        _shares(plan.predicted.energy_j),
+        num_gpus=sum(problem.gpus_per_stage),
+        num_instructions=len(problem.instructions),
+        fastest_s=fastest_s,
+        highest_j=highest_energy_j(problem, least_s),
+        own_s=own_s,
+        own_j=found.own_j + blocked_w * max(0.0, straggler_s - own_s),
+        straggler_s=straggler_s,
+        chosen=_point(chosen),
+        stages=tuple(_stage_clocks(problem, chosen)),
+        points=tuple(_point(point) for point in points),
+        time_range=_shares(own.step_time_s),
+        energy_range=_shares(own.energy_j),
     )
 
 
@@ -93,13 +162,12 @@ def _point(found: ClockPlan) -> ClockPoint:
 
 def _stage_clocks(problem: ClockProblem, found: ClockPlan) -> Iterator[StageClocks]:
     for stage in range(len(problem.gpus_per_stage)):
-        kinds = dict.fromkeys(i.kind for i in problem.instructions if i.stage == stage and i.kind != STEP)
-        for kind in kinds:
-            own = [
-                (instruction.microbatch, clock)
-                for instruction, clock in zip(problem.instructions, found.clocks_mhz, strict=True)
-                if (instruction.stage, instruction.kind) == (stage, kind)
-            ]
+        clocks: dict[str, list[tuple[int, float]]] = {}
+        for instruction, clock in zip(problem.instructions, found.clocks_mhz, strict=True):
+            if instruction.stage == stage and instruction.kind != STEP:
+                kind = instruction.kind.removesuffix(LAST)
+                clocks.setdefault(kind, []).append((instruction.microbatch, clock))
+        for kind, own in clocks.items():
             yield StageClocks(stage, kind, tuple(m for m, _ in own), tuple(clock for _, clock in own))
 
 
@@ -114,61 +182,63 @@ def highest_energy_j(problem: ClockProblem, step_s: float) -> float:
     return total
 
 
-def clock_problem(tables: CostTables, decisions: Decisions) -> ClockProblem:
+def clock_problem(tables: CostTables, decisions: Decisions, *, free: bool = True) -> ClockProblem:
     """Instructions of the plan's schedule; each has the prices of its stage at every clock of the cluster.
 
-    The update at the end of a stage keeps the highest clock. Joules of a microbatch divide between forward and backward
-    like their seconds.
+    Without `free`, only those of its stage's own clock: then the one choice that there is costs what `predict` says.
+    Joules of a microbatch divide between forward and backward like their seconds. The update keeps the highest clock,
+    and begins as late as synchronisation beside the last backward lets it at any of the clocks.
     """
+    choices = _choices(tables, decisions, free=free)
+    first = [own[0][1] for own in choices]
+    ranks, blocked_w = decisions.num_ranks, tables.cluster.blocked_w
+    instructions, arcs = pipeline_graph(
+        ranks,
+        decisions.num_microbatches,
+        decisions.schedule,
+        transfer_s=transfers_s(tables, first, decisions),
+        interleave=decisions.interleave,
+        exposed_s=[max(cost.times.exposed_s for _, cost in own) for own in choices],
+    )
+    options: dict[tuple[int, str], tuple[ClockOption, ...]] = {}
+    for stage, own in enumerate(choices):
+        for work in (FORWARD, BACKWARD, BACKWARD + LAST):
+            kind = work_name(work.removesuffix(LAST), stage // ranks) + work[1:]
+            options[stage % ranks, kind] = tuple(_option(hz, cost, work, blocked_w) for hz, cost in own)
+    for rank in range(ranks):
+        options[rank, STEP] = (_update(tables.clocks_hz[0], first[rank::ranks], blocked_w),)
+    last = decisions.num_microbatches - 1
+    named = tuple(
+        replace(i, kind=i.kind + LAST) if i.kind.startswith(BACKWARD) and i.microbatch == last else i
+        for i in instructions
+    )
+    return ClockProblem(named, arcs, options, blocked_w, (decisions.mesh.num_devices,) * ranks)
+
+
+def _choices(tables: CostTables, decisions: Decisions, *, free: bool) -> list[list[tuple[float, StageCost]]]:
+    """Of every stage: clocks, the highest first, with its prices there; all of them, or its own alone."""
     table = tables.table(decisions.mesh, decisions.num_microbatches)
     figures = tables.clock_figures(decisions.mesh, decisions.num_microbatches)
     if table is None or figures is None:
         raise InputError(f"the batch does not divide into {decisions.num_microbatches} microbatches")
-    by_clock = [stage_costs(tables, figures.at(table, c), decisions) for c in range(len(tables.clocks_hz))]
-    ranks, blocked_w = decisions.num_ranks, tables.cluster.blocked_w
-    options: dict[tuple[int, str], tuple[ClockOption, ...]] = {}
-    for stage in range(len(decisions.stages)):
-        own = [costs[stage] for costs in by_clock]
-        for kind in (FORWARD, BACKWARD):
-            options[stage % ranks, _name(kind, stage // ranks)] = tuple(
-                _option(hz, cost, kind, blocked_w) for hz, cost in zip(tables.clocks_hz, own, strict=True)
-            )
-    for rank in range(ranks):
-        own = [by_clock[0][stage] for stage in range(rank, len(decisions.stages), ranks)]
-        step_s = max(sum(cost.step_s for cost in own), SHORTEST_S)
-        joules = sum(cost.step_j for cost in own) + blocked_w * step_s
-        options[rank, STEP] = (ClockOption(tables.clocks_hz[0] / 1e6, step_s, joules),)
-    instructions, arcs = _graph(decisions, transfers_s(tables, by_clock[0], decisions))
-    return ClockProblem(instructions, arcs, options, blocked_w, (decisions.mesh.num_devices,) * ranks)
+    every = tables.clocks_hz
+    clocks = [every if free else (stage.clock_hz or every[0],) for stage in decisions.stages]
+    used = sorted({hz for own in clocks for hz in own}, reverse=True)
+    prices = {hz: stage_costs(tables, figures.at(table, every.index(hz)), decisions) for hz in used}
+    return [[(hz, prices[hz][stage]) for hz in own] for stage, own in enumerate(clocks)]
 
 
-def _name(kind: str, chunk: int) -> str:
-    return f"{kind}.{chunk}" if chunk else kind
-
-
-def _option(clock_hz: float, cost: StageCost, kind: str, blocked_w: float) -> ClockOption:
+def _option(clock_hz: float, cost: StageCost, work: str, blocked_w: float) -> ClockOption:
+    """The last backward, beside which gradients are synchronised, takes its own time and the joules of any other."""
     both_s = cost.forward_s + cost.backward_s
-    time_s = max(cost.forward_s if kind == FORWARD else cost.backward_s, SHORTEST_S)
-    share = time_s / both_s if both_s else 0.0
+    usual_s = cost.forward_s if work == FORWARD else cost.backward_s
+    is_last = work == BACKWARD + LAST and cost.times.last_backward_s is not None
+    time_s = max(cost.times.last_backward_s or 0.0 if is_last else usual_s, SHORTEST_S)
+    share = usual_s / both_s if both_s else 0.0
     return ClockOption(clock_hz / 1e6, time_s, cost.microbatch_j * share + blocked_w * time_s)
 
 
-def _graph(decisions: Decisions, delays_s: Sequence[float]) -> tuple[tuple[Instruction, ...], tuple[Arc, ...]]:
-    """Instructions in the order of each rank, and what each waits for: the one before it, and its operand."""
-    ranks, count = decisions.num_ranks, decisions.num_microbatches
-    instructions: list[Instruction] = []
-    arcs: list[Arc] = []
-    place: dict[tuple[int, str, int], int] = {}
-    for rank in range(ranks):
-        first = len(instructions)
-        for action in schedule_actions(rank, ranks, count, decisions.schedule, interleave=decisions.interleave):
-            place[action.chunk * ranks + rank, action.kind, action.microbatch] = len(instructions)
-            kind = STEP if action.kind == STEP else _name(action.kind, action.chunk)
-            instructions.append(Instruction(rank, kind, action.microbatch))
-        arcs += [Arc(i, i + 1) for i in range(first, len(instructions) - 1)]
-    for (stage, kind, microbatch), position in place.items():
-        if kind == FORWARD and stage > 0:
-            arcs.append(Arc(place[stage - 1, kind, microbatch], position, delays_s[stage - 1]))
-        if kind == BACKWARD and stage + 1 < len(decisions.stages):
-            arcs.append(Arc(place[stage + 1, kind, microbatch], position, delays_s[stage]))
-    return tuple(instructions), tuple(arcs)
+def _update(clock_hz: float, costs: Sequence[StageCost], blocked_w: float) -> ClockOption:
+    """What a rank does once a step, after its last backward and what synchronisation leaves to wait for."""
+    step_s = max(sum(cost.step_s - cost.times.exposed_s for cost in costs), SHORTEST_S)
+    return ClockOption(clock_hz / 1e6, step_s, sum(cost.step_j for cost in costs) + blocked_w * step_s)

@@ -12,18 +12,29 @@ from autopar.ir.serialize import quantity_json
 from autopar.report.text import table, wrapped
 from autopar.units import format_joules, format_seconds
 
+NOTABLE = 1e-6
+"""Relative difference below which the plan's own clocks are the highest."""
+
 
 def clocks_report(found: ClockedStep) -> str:
     """What lower clocks save at each deadline, and the clocks of every stage at the one asked for."""
-    highest = f"{format_seconds(found.fastest_s)}, {format_joules(found.highest_j)}"
+    highest = f"{format_seconds(max(found.fastest_s, found.straggler_s))}, {format_joules(found.highest_j)}"
     lines = wrapped("Highest", f"{highest} a step at the highest clocks ({found.num_gpus} GPUs, without hosts)")
+    if found.own_s > found.fastest_s * (1 + NOTABLE) or found.own_j < found.highest_j * (1 - NOTABLE):
+        own = f"{format_seconds(max(found.own_s, found.straggler_s))}, {format_joules(found.own_j)}"
+        lines += wrapped("Own", f"{own} at the plan's own clocks: {1 - found.own_j / found.highest_j:.1%} less")
+    if found.straggler_s:
+        late = f"{found.straggler_s / found.own_s:.3g} times the plan's own"
+        words = f"the step ends no sooner than {format_seconds(found.straggler_s)}, {late}, whatever these clocks are"
+        lines += wrapped("Straggler", f"{words}; its own GPUs stay at their highest, and count as if they were others")
     chosen = found.chosen
-    words = f"{format_seconds(chosen.makespan_s)}, {format_joules(chosen.energy_j)}: {_saving(found, chosen):.1%} less"
+    figures = f"{format_seconds(max(chosen.makespan_s, found.straggler_s))}, {format_joules(chosen.energy_j)}"
+    words = f"{figures}: {_saving(found, chosen):.1%} less"
     lines += wrapped("Chosen", f"{words}, within {format_seconds(chosen.deadline_s)}; modelled")
     lines += wrapped("", f"no choice of clocks saves more than {1 - chosen.bound_j / found.highest_j:.1%}")
     rows = [("deadline", "later", "energy", "saved", "gap")]
     for point in found.points:
-        later, gap = point.deadline_s / found.fastest_s - 1, 1 - point.bound_j / point.energy_j
+        later, gap = point.deadline_s / max(found.fastest_s, found.straggler_s) - 1, 1 - point.bound_j / point.energy_j
         rows.append(
             (
                 format_seconds(point.deadline_s),
@@ -60,6 +71,11 @@ def clocks_json(found: ClockedStep) -> dict[str, Any]:
             "step_time_s": _modelled(found.fastest_s, "s", found.time_range),
             "energy_j": _modelled(found.highest_j, "J", found.energy_range),
         },
+        "own_clocks": {
+            "step_time_s": _modelled(found.own_s, "s", found.time_range),
+            "energy_j": _modelled(found.own_j, "J", found.energy_range),
+        },
+        "straggler_s": found.straggler_s or None,
         "chosen": _point_json(found, found.chosen),
         "stages": [
             {"stage": own.stage, "kind": own.kind, "microbatches": own.microbatches, "clocks_mhz": own.clocks_mhz}
@@ -76,7 +92,7 @@ def _points_json(found: ClockedStep, points: Sequence[ClockPoint]) -> list[dict[
 def _point_json(found: ClockedStep, point: ClockPoint) -> dict[str, Any]:
     return {
         "deadline_s": point.deadline_s,
-        "step_time_s": _modelled(point.makespan_s, "s", found.time_range),
+        "step_time_s": _modelled(max(point.makespan_s, found.straggler_s), "s", found.time_range),
         "energy_j": _modelled(point.energy_j, "J", found.energy_range),
         "bound_j": point.bound_j,
         "saving": _saving(found, point),

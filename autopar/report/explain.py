@@ -8,7 +8,9 @@ from typing import Any
 
 from autopar.ir.pipeline import step_time_s
 from autopar.ir.plan import Plan
+from autopar.ir.savings import Savings
 from autopar.ir.solution import Alternative
+from autopar.report.explain_savings import savings_report
 from autopar.report.text import WIDTH, baseline_table, mesh_words, table, wrapped
 from autopar.rules.contractions import CONTEXT
 from autopar.rules.experts import EXCHANGE, EXPERTS
@@ -21,7 +23,7 @@ SPECIAL: Mapping[str, frozenset[str]] = MappingProxyType(
 """Pin that switches a way to split off -> its labels."""
 
 
-def explain_report(plan: Plan, rival: Plan | None = None, rival_name: str = "") -> str:
+def explain_report(plan: Plan, rival: Plan | None = None, rival_name: str = "", savings: Savings | None = None) -> str:
     """The whole explanation; `rival` is a plan made under `rival_name`'s pins, to compare with."""
     parts = [wrapped("Plan", f"{plan.decisions.num_gpus} GPUs: {mesh_words(plan)}, objective {plan.objective.kind}")]
     parts += [_time(plan), _energy(plan), _memory(plan)]
@@ -29,6 +31,8 @@ def explain_report(plan: Plan, rival: Plan | None = None, rival_name: str = "") 
     parts.append(_special(plan))
     if rival is not None:
         parts.append(compare(plan, rival, rival_name))
+    if savings is not None:
+        parts.append(savings_report(savings))
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 

@@ -22,7 +22,7 @@ from functools import cached_property
 import networkx as nx
 
 from autopar.errors import InfeasibleError, InputError, Remedy
-from autopar.ir.timeline import STEP, schedule_actions
+from autopar.ir.timeline import BACKWARD, FORWARD, STEP, schedule_actions
 from autopar.search.clock_lp import Relaxation, Relaxed, relax
 from autopar.search.clock_schedule import Network, fill, improve, repair, round_down, round_to_finishes
 
@@ -275,23 +275,47 @@ def frontier(problem: ClockProblem, deadlines_s: Iterable[float]) -> tuple[Clock
 
 
 def pipeline_graph(
-    num_stages: int, num_microbatches: int, schedule: str = "1f1b", *, transfer_s: float = 0.0
+    num_stages: int,
+    num_microbatches: int,
+    schedule: str = "1f1b",
+    *,
+    transfer_s: float | Sequence[float] = 0.0,
+    interleave: int = 1,
+    exposed_s: Sequence[float] | None = None,
 ) -> tuple[tuple[Instruction, ...], tuple[Arc, ...]]:
-    """Instructions F and B of a pipeline schedule and their order: along each stage, and from stage to stage."""
+    """Instructions of a pipeline schedule and their order: along each stage, and from stage to stage.
+
+    Kinds are F and B, of further chunks of an interleaved stage F.1, B.1, ... (`work_name`).
+
+    Args:
+        transfer_s: seconds to send from one stage (chunk) to the next, or back: one for all, or one per pair.
+        exposed_s: per stage (chunk), how long after its last backward the stage's STEP may begin; None: there are no
+            STEPs.
+    """
     instructions: list[Instruction] = []
     arcs: list[Arc] = []
+    place: dict[tuple[int, str, int], int] = {}
     for stage in range(num_stages):
-        actions = schedule_actions(stage, num_stages, num_microbatches, schedule)
         first = len(instructions)
-        instructions += [Instruction(stage, a.kind, a.microbatch) for a in actions if a.kind != STEP]
+        for action in schedule_actions(stage, num_stages, num_microbatches, schedule, interleave=interleave):
+            if action.kind == STEP and exposed_s is None:
+                continue
+            place[action.chunk * num_stages + stage, action.kind, action.microbatch] = len(instructions)
+            instructions.append(Instruction(stage, work_name(action.kind, action.chunk), action.microbatch))
         arcs += [Arc(i, i + 1) for i in range(first, len(instructions) - 1)]
-    index = {i: position for position, i in enumerate(instructions)}
-    for instruction, position in index.items():
-        step = 1 if instruction.kind == "F" else -1
-        after = index.get(replace(instruction, stage=instruction.stage + step))
-        if after is not None:
-            arcs.append(Arc(position, after, transfer_s))
+    between_s = [transfer_s] * (num_stages * interleave) if isinstance(transfer_s, int | float) else transfer_s
+    for (chunk, kind, microbatch), position in place.items():
+        after = place.get((chunk + (1 if kind == FORWARD else -1), kind, microbatch))
+        if kind != STEP and after is not None:
+            arcs.append(Arc(position, after, between_s[chunk if kind == FORWARD else chunk - 1]))
+        if kind == BACKWARD and microbatch == num_microbatches - 1 and exposed_s is not None:
+            arcs.append(Arc(position, place[chunk % num_stages, STEP, -1], exposed_s[chunk]))
     return tuple(instructions), tuple(arcs)
+
+
+def work_name(kind: str, chunk: int) -> str:
+    """Kind of the instructions of a stage's chunk."""
+    return f"{kind}.{chunk}" if chunk else kind
 
 
 def _binds(relaxed: Relaxed, deadline_s: float) -> bool:
