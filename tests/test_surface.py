@@ -42,7 +42,7 @@ OPTIONS = {
     "plan": PLANNING | {"--json", "--no-cache", "--out", "--report", "--set"},
     "run": {"--clip-norm", "--json", "--steps"} | HOSTS,
     "verify": {"--json"},
-    "explain": {"--json", "--report", "--trace", "--why-not"},
+    "explain": {"--json", "--no-cache", "--pin", "--report", "--savings", "--trace", "--why-not"},
     "estimate": PLANNING | {"--json", "--set"},
     "frontier": PLANNING - OBJECTIVE | {"--json", "--out-dir", "--plot", "--points", "--report", "--set"},
     "diff": {"--json"},
