@@ -1,23 +1,42 @@
-"""Sweep over numbers of GPUs: the best plan on exactly N of them, for each N, and where more stop paying."""
+"""Sweep over numbers of GPUs: the best plan on exactly N of them, for each N, and where more stop paying.
+
+Figures are predicted. `measure_sweep` also runs the plans of few GPUs on this machine: on its GPUs if they were planned
+for, else as gloo processes on its processor, for which device `cpu` stands.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from autopar.errors import InfeasibleError, InputError
-from autopar.ir.plan import Plan
+from autopar.errors import InfeasibleError, InputError, WorkerError
+from autopar.ir.measured import MeasuredStep, energy_of, power_of
+from autopar.ir.plan import Plan, Prediction
+from autopar.ir.quantity import Quantity
+from autopar.planner.detect import detect_gpus, kebab_name
+from autopar.planner.execute import RunReport, run_plan
 from autopar.planner.plan import capture_graph, make_plan
-from autopar.planner.request import PlanRequest, Progress
+from autopar.planner.request import PlanRequest, Progress, say_nothing
+from autopar.units import format_seconds
+
+CPU = "cpu"
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """The best plan on exactly `num_gpus`, or None and why there is none."""
+    """The best plan on exactly `num_gpus`, or None and why there is none.
+
+    Attributes:
+        measured: its steps, run here; None where they were not, and `not_measured` says why ("": nobody asked).
+    """
 
     num_gpus: int
     plan: Plan | None
     reason: str = ""
+    measured: MeasuredStep | None = None
+    not_measured: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,131 @@ class Sweep:
     @property
     def planned(self) -> tuple[Plan, ...]:
         return tuple(point.plan for point in self.points if point.plan is not None)
+
+    @property
+    def missing(self) -> tuple[tuple[int, str], ...]:
+        """(number of GPUs, why there is no plan)."""
+        return tuple((point.num_gpus, point.reason) for point in self.points if point.plan is None)
+
+    @property
+    def measured(self) -> dict[int, MeasuredStep]:
+        """By number of GPUs."""
+        return {point.num_gpus: point.measured for point in self.points if point.measured is not None}
+
+    @property
+    def unmeasured(self) -> tuple[tuple[int, str], ...]:
+        """(number of GPUs, why its plan was not run), of those that were to be."""
+        return tuple((point.num_gpus, point.not_measured) for point in self.points if point.not_measured)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What to run.
+
+    Attributes:
+        most: GPUs or processes; plans that use more are not run.
+        steps: of each plan, of which the first does not count; >= 2.
+        limit_s: plans whose steps are predicted to take longer together are not run.
+    """
+
+    most: int
+    steps: int = 6
+    limit_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.most < 1 or self.steps < 2 or self.limit_s <= 0:
+            raise InputError("measuring needs at least 1 process, 2 steps and some time")
+
+
+def measuring_here(gpu: str | None, most: int | None, steps: int, limit_s: float) -> tuple[str, Measuring]:
+    """The device to plan for, so that plans can be run here, and what to run.
+
+    Args:
+        gpu: as the user named it, or None.
+        most: None: as many as there are GPUs, or processor cores (at least 2).
+
+    Raises:
+        InputError: the GPU that the user named is not here.
+    """
+    found = detect_gpus()
+    here = next((name for name in map(kebab_name, found) if name is not None), CPU)
+    if gpu not in (None, CPU, here):
+        has = here if here != CPU else f"no GPU of a known type; plan for its processor with --gpu {CPU}"
+        raise InputError(f"--measure runs plans on this machine, which has no {gpu}: it has {has}")
+    chosen = here if gpu is None else gpu
+    count = num_cores() if chosen == CPU else len(found)
+    return chosen, Measuring(max(2, count) if most is None else most, steps, limit_s)
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure_sweep(found: Sweep, asked: Measuring, progress: Progress | None = None) -> Sweep:
+    """The sweep with what was measured of its plans of few GPUs, one after another."""
+    return Sweep(tuple(_measured(point, asked, progress or say_nothing) for point in found.points))
+
+
+def _measured(point: SweepPoint, asked: Measuring, progress: Progress) -> SweepPoint:
+    plan = point.plan
+    if plan is None:
+        return point
+    if point.num_gpus > asked.most:
+        return replace(point, not_measured=f"more than the {asked.most} that are run here")
+    expected_s = asked.steps * plan.predicted.step_time_s.value
+    if expected_s > asked.limit_s:
+        words = f"{asked.steps} steps should take {format_seconds(expected_s)}, longer than allowed"
+        return replace(point, not_measured=f"{words} ({format_seconds(asked.limit_s)})")
+    progress(f"running the plan on {point.num_gpus}")
+    try:
+        with _hidden_gpus() if plan.cluster.gpu == CPU else _nothing():
+            report = run_plan(plan, steps=asked.steps, progress=progress)
+    except (InputError, WorkerError) as error:
+        return replace(point, not_measured=str(error).splitlines()[0])
+    return replace(point, measured=measured_step(plan, report))
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _hidden_gpus() -> Iterator[None]:
+    """Processes that are started meanwhile see no GPU."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def measured_step(plan: Plan, report: RunReport) -> MeasuredStep:
+    """What a run says of a step; energy that no meter read is modelled at the time measured."""
+    time, notes = report.step_time, list(report.notes)
+    if report.energy is not None:
+        energy = report.energy
+    else:
+        energy = energy_at(plan.predicted, time)
+        notes.append("energy and power are modelled, from the device's powers at the time measured")
+    if plan.cluster.gpu == CPU and report.num_processes > num_cores():
+        notes.append(f"{report.num_processes} processes shared {num_cores()} cores; predictions give each its own")
+    power = power_of(energy, time)
+    return MeasuredStep(report.num_processes, len(report.losses) - 1, time, energy, power, tuple(notes))
+
+
+def energy_at(predicted: Prediction, time: Quantity) -> Quantity:
+    """Modelled energy of a step that took another time than predicted: waiting and hosts draw power throughout."""
+    dynamic_j = predicted.energy_by_cause["dynamic"]
+    fixed_w = (sum(predicted.energy_by_cause.values()) - dynamic_j) / predicted.step_time_s.value
+    wide = predicted.energy_j.high / predicted.energy_j.value - 1
+    return energy_of(dynamic_j, fixed_w, time, wide)
 
 
 def sweep_model(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from autopar.ir.measured import MeasuredStep
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
 from autopar.report.frontier import point_words
-from autopar.report.page_html import Markup, definitions, page, section, table, tag
+from autopar.report.page_html import Markup, definitions, joined, page, section, table, tag
 from autopar.report.page_parts import quantity_cell
 from autopar.report.page_svg import Scale, Series, key, linear_scale, log_scale, plot
-from autopar.report.sweep import best_counts, rows_of
+from autopar.report.sweep import NOTHING_RUN, Runs, best_counts, rows_of
 from autopar.report.text import header_words
 from autopar.units import format_bytes, format_joules, format_seconds, format_watts
 
@@ -66,7 +67,7 @@ def _point_words(time_s: float, energy_j: float) -> str:
     return f"{format_seconds(time_s)}, {format_joules(energy_j)}"
 
 
-def sweep_page(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], title: str) -> str:
+def sweep_page(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], title: str, runs: Runs = NOTHING_RUN) -> str:
     """The best plan on each number of GPUs, and where more stop paying; `missing` are (number of GPUs, why none)."""
     heading = ("GPUs", "speed-up", "efficiency", "J per s saved", *HEADING)
     rows = [
@@ -78,17 +79,18 @@ def sweep_page(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], title:
     parts = [tag("h1", f"{title}: time and energy over the number of GPUs"), *_asked(plans)]
     if plans:
         base = _gpus(plans[0].decisions.num_gpus)
+        crosses = " Single dots are runs on this machine." if runs.steps else ""
         parts += [
             section("Where more GPUs stop paying", "The number of GPUs at which a figure of a step is least.", least),
             section(
                 "Step time",
-                "How the step shortens; the dotted line is what perfect scaling would give.",
-                _over_gpus(plans, _time_s, format_seconds, with_ideal=True),
+                "How the step shortens; the dotted line is what perfect scaling would give." + crosses,
+                _over_gpus(plans, _time_s, format_seconds, runs, lambda own: own.step_time_s, with_ideal=True),
             ),
             section(
                 "Energy per step",
-                f"What a step costs in energy, as the number of GPUs grows. {SCOPE}",
-                _over_gpus(plans, _energy_j, format_joules),
+                f"What a step costs in energy, as the number of GPUs grows. {SCOPE}{crosses}",
+                _over_gpus(plans, _energy_j, format_joules, runs, lambda own: own.energy_j),
             ),
             section(
                 "The plans",
@@ -96,18 +98,59 @@ def sweep_page(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], title:
                 table("Plans by number of GPUs", heading, rows, (0, 4, 11)),
             ),
         ]
-    if missing:
-        body = [(str(count), reason) for count, reason in missing]
-        words = "Numbers of GPUs on which nothing could be planned, and why."
-        parts.append(section("Without a plan", words, table("Without a plan", ("GPUs", "why"), body, (0, 1))))
+    parts += _run_section(plans, runs)
+    for words, what, found in (
+        ("Numbers of GPUs on which nothing could be planned, and why.", "Without a plan", missing),
+        ("Numbers of GPUs whose plan was not run, and why.", "Not run", runs.left_out),
+    ):
+        if found:
+            body = [(str(count), reason) for count, reason in found]
+            parts.append(section(what, words, table(what, ("GPUs", "why"), body, (0, 1))))
     return page(f"autopar: sweep of {title}", *parts)
 
 
+def _run_section(plans: Sequence[Plan], runs: Runs) -> list[Markup]:
+    """What was run, beside what was predicted; every figure with its label and range."""
+    rows = []
+    for plan in plans:
+        own, speedup = runs.steps.get(plan.decisions.num_gpus), runs.speedup(plan.decisions.num_gpus)
+        if own is None or speedup is None:
+            continue
+        predicted = plan.predicted
+        shown: tuple[tuple[Quantity, Callable[[float], str]], ...] = (
+            (predicted.step_time_s, format_seconds), (own.step_time_s, format_seconds),
+            (predicted.energy_j, format_joules), (own.energy_j, format_joules),
+            (predicted.average_power_w, format_watts), (own.average_power_w, format_watts),
+        )  # fmt: skip
+        rows.append((str(plan.decisions.num_gpus), f"{speedup:.2f}", *(_labelled(*cell) for cell in shown)))
+    if not rows:
+        return []
+    heading = ["GPUs", "speed-up", *(f"{what}, {how}" for what in ("step time", "energy", "average power")
+                                     for how in ("predicted", "run"))]  # fmt: skip
+    words = " ".join(("Plans that were run on this machine, beside their predictions.", *(f"{n}." for n in runs.notes)))
+    return [section("Run on this machine", words, table("Runs by number of GPUs", heading, rows, (0,)))]
+
+
+def _labelled(quantity: Quantity, show: Callable[[float], str]) -> Markup:
+    return joined([quantity_cell(quantity, show), tag("small", quantity.label)])
+
+
 def _over_gpus(
-    plans: Sequence[Plan], figure: Callable[[Plan], float], show: Callable[[float], str], *, with_ideal: bool = False
+    plans: Sequence[Plan],
+    figure: Callable[[Plan], float],
+    show: Callable[[float], str],
+    runs: Runs,
+    measured: Callable[[MeasuredStep], Quantity],
+    *,
+    with_ideal: bool = False,
 ) -> Markup:
     points = tuple((float(plan.decisions.num_gpus), figure(plan)) for plan in plans)
     series = [Series("predicted", points)]
+    by_label: dict[str, list[tuple[float, float]]] = {}
+    for count, own in sorted(runs.steps.items()):
+        by_label.setdefault(measured(own).label, []).append((float(count), measured(own).value))
+    for label, found in sorted(by_label.items()):
+        series.append(Series(f"run here, {label}", tuple(found), "k4", "k4", is_joined=False))
     if with_ideal:
         n, value = points[0]
         ideal = tuple((count, value * n / count) for count, _ in points)

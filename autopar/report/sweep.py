@@ -2,17 +2,18 @@
 
 Speed-up is the base's time over this one's (the base is the fewest GPUs that have a plan), efficiency is speed-up over
 the ratio of GPUs. The marginal price of a second is what the step to this number of GPUs from the one before costs:
-joules more per second less.
+joules more per second less. Where plans were run on this machine, what was measured stands beside what was predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from autopar.errors import InputError
+from autopar.ir.measured import MeasuredStep
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import quantity_json
 from autopar.report.figure import check_plot, save_figure
@@ -29,6 +30,27 @@ class Row:
     speedup: float
     efficiency: float
     marginal_j_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What was run of a sweep, by number of GPUs, and (number of GPUs, why not) of what was to be run and was not."""
+
+    steps: Mapping[int, MeasuredStep] = field(default_factory=dict)
+    left_out: Sequence[tuple[int, str]] = ()
+
+    def speedup(self, num_gpus: int) -> float | None:
+        """Over the fewest GPUs that were run."""
+        own = self.steps.get(num_gpus)
+        return None if own is None else self.steps[min(self.steps)].step_time_s.value / own.step_time_s.value
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Of all runs, each once."""
+        return tuple(dict.fromkeys(note for step in self.steps.values() for note in step.notes))
+
+
+NOTHING_RUN = Runs()
 
 
 def rows_of(plans: Sequence[Plan]) -> tuple[Row, ...]:
@@ -60,7 +82,7 @@ def best_counts(plans: Sequence[Plan]) -> dict[str, int]:
     }
 
 
-def sweep_report(plans: Sequence[Plan], missing: Sequence[tuple[int, str]]) -> str:
+def sweep_report(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], runs: Runs = NOTHING_RUN) -> str:
     """The table and the break-even points; `missing` are (number of GPUs, why there is no plan)."""
     lines: list[str] = []
     if plans:
@@ -89,11 +111,43 @@ def sweep_report(plans: Sequence[Plan], missing: Sequence[tuple[int, str]]) -> s
         lines += wrapped("Base", f"{plans[0].decisions.num_gpus} GPUs for speed-up and efficiency; {', '.join(labels)}")
     for count, reason in missing:
         lines += wrapped(f"{count} GPUs", f"no plan: {reason}")
+    lines += _measured_lines(plans, runs)
     return "\n".join(lines)
 
 
-def sweep_json(plans: Sequence[Plan], missing: Sequence[tuple[int, str]]) -> dict[str, Any]:
-    """Quantities as everywhere; derived ratios are plain numbers."""
+def _measured_lines(plans: Sequence[Plan], runs: Runs) -> list[str]:
+    """The table of what was run, predicted figures beside it."""
+    lines: list[str] = []
+    if runs.steps:
+        heading = ("GPUs", "predicted", "run", "x", "predicted", "run", "energy is", "predicted", "run")
+        rows = [heading, *(_measured_row(plan, runs) for plan in plans if plan.decisions.num_gpus in runs.steps)]
+        lines += ["", "Run on this machine: time of a step, speed-up (x), energy, average power"]
+        lines += [line[:WIDTH].rstrip() for line in table(rows, " ")]
+    for note in runs.notes:
+        lines += wrapped("Note", note)
+    for count, reason in runs.left_out:
+        lines += wrapped(f"{count} GPUs", f"not run: {reason}")
+    return lines
+
+
+def _measured_row(plan: Plan, runs: Runs) -> tuple[str, ...]:
+    predicted, count = plan.predicted, plan.decisions.num_gpus
+    own, speedup = runs.steps[count], runs.speedup(count)
+    return (
+        str(count),
+        format_seconds(predicted.step_time_s.value),
+        format_seconds(own.step_time_s.value),
+        "-" if speedup is None else f"{speedup:.2f}",
+        format_joules(predicted.energy_j.value),
+        format_joules(own.energy_j.value),
+        own.energy_j.label,
+        format_watts(predicted.average_power_w.value),
+        format_watts(own.average_power_w.value),
+    )
+
+
+def sweep_json(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], runs: Runs = NOTHING_RUN) -> dict[str, Any]:
+    """Quantities as everywhere; derived ratios are plain numbers. `measured` is None for plans that were not run."""
     points = [
         {
             "num_gpus": row.plan.decisions.num_gpus,
@@ -103,15 +157,32 @@ def sweep_json(plans: Sequence[Plan], missing: Sequence[tuple[int, str]]) -> dic
             "marginal_j_per_s": row.marginal_j_per_s,
             "description": point_words(row.plan),
             "gap": row.plan.solver.gap,
+            "measured": _measured_json(row.plan.decisions.num_gpus, runs),
         }
         for row in rows_of(plans)
     ]
     without = [{"num_gpus": count, "reason": reason} for count, reason in missing]
-    return {"points": points, "infeasible": without, "least_at": best_counts(plans)}
+    left_out = [{"num_gpus": count, "reason": reason} for count, reason in runs.left_out]
+    return {"points": points, "infeasible": without, "not_measured": left_out, "least_at": best_counts(plans)}
 
 
-def plot_sweep(plans: Sequence[Plan], title: str, path: str | Path) -> None:
-    """Draw time and energy over the number of GPUs; the suffix names the format.
+def _measured_json(num_gpus: int, runs: Runs) -> dict[str, Any] | None:
+    own = runs.steps.get(num_gpus)
+    if own is None:
+        return None
+    return {
+        "num_processes": own.num_processes,
+        "num_steps": own.num_steps,
+        "step_time_s": quantity_json(own.step_time_s),
+        "energy_j": quantity_json(own.energy_j),
+        "average_power_w": quantity_json(own.average_power_w),
+        "speedup": runs.speedup(num_gpus),
+        "notes": list(own.notes),
+    }
+
+
+def plot_sweep(plans: Sequence[Plan], title: str, path: str | Path, runs: Runs = NOTHING_RUN) -> None:
+    """Draw time and energy over the number of GPUs, crosses where plans were run; the suffix names the format.
 
     Raises:
         InputError: matplotlib is missing, there is nothing to draw, or the file cannot be written.
@@ -127,6 +198,15 @@ def plot_sweep(plans: Sequence[Plan], title: str, path: str | Path) -> None:
     counts = [plan.decisions.num_gpus for plan in plans]
     time_axes.plot(counts, [_time_s(plan) for plan in plans], "o-", color="tab:blue")
     energy_axes.plot(counts, [_energy_j(plan) for plan in plans], "s--", color="tab:red")
+    if runs.steps:
+        known = sorted(runs.steps.items())
+        labels = ", ".join(sorted({own.energy_j.label for _, own in known}))
+        times, joules = [own.step_time_s.value for _, own in known], [own.energy_j.value for _, own in known]
+        time_axes.plot([n for n, _ in known], times, "x", color="tab:blue", label="time, measured", markersize=9)
+        energy_axes.plot(
+            [n for n, _ in known], joules, "+", color="tab:red", label=f"energy of runs, {labels}", markersize=9
+        )
+        figure.legend(loc="outside lower center", ncols=2)
     least = best_counts(plans)["energy"]
     energy_axes.axvline(least, color="0.6", linewidth=1, linestyle=":")
     time_axes.set_xscale("log", base=2)

@@ -1,0 +1,1 @@
+"""Runs of policies that keep replicas in step (`ir.sync`) on the processes of `torch.distributed`."""
