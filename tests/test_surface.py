@@ -48,7 +48,10 @@ OPTIONS = {
     "diff": {"--json"},
     "gpus": {"--json"},
     "profile": {"--batch", "--device", "--json", "--out", "--processes", "--quick", "--set"},
-    "sweep": PLANNING - {"--cluster", "--use-all"} | {"--json", "--plot", "--report", "--set"},
+    "study": {"--batch", "--gpu", "--gpus-per-node", "--json", "--measure", "--measure-most", "--measure-steps"}
+    | {"--network", "--plot", "--policies", "--profile", "--rate", "--set", "--workers"},
+    "sweep": PLANNING - {"--cluster", "--use-all"}
+    | {"--json", "--measure", "--measure-limit", "--measure-most", "--measure-steps", "--plot", "--report", "--set"},
     "clocks": {"--deadline", "--json", "--out", "--straggler"},
     "replan": {"--clocks", "--compute", "--deadline", "--energy-budget", "--gpu-hour-price", "--gpus", "--grid-carbon"}
     | {"--json", "--objective", "--out", "--peak-power", "--pin", "--power-cap", "--price", "--profile", "--pue"}

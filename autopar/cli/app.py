@@ -23,6 +23,7 @@ from autopar.cli.gpus import gpus
 from autopar.cli.plan import plan
 from autopar.cli.profile import profile
 from autopar.cli.replan import replan
+from autopar.cli.study import study
 from autopar.cli.sweep import sweep
 from autopar.cli.validate import validate
 from autopar.errors import AutoparError
@@ -35,7 +36,7 @@ def autopar() -> None:
     """Plan, price and run the parallelisation of a PyTorch model, by time and by energy."""
 
 
-for _command in (plan, estimate, frontier, sweep, clocks, replan, validate, run, verify, explain, diff, gpus, profile):
+for _command in (plan, estimate, frontier, sweep, study, clocks, replan, validate, run, verify, explain, diff, gpus, profile):
     autopar.add_command(_command)
 
 

@@ -36,10 +36,10 @@ def wrapped(name: str, text: str) -> list[str]:
     return [f"{name if i == 0 else '':<{NAME_WIDTH}}{line}".rstrip() for i, line in enumerate(lines)]
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
     """Columns as wide as their widest cell; the first row is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [gap.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def with_range(quantity: Quantity, show: Callable[[float], str]) -> str:
