@@ -36,7 +36,22 @@ def autopar() -> None:
     """Plan, price and run the parallelisation of a PyTorch model, by time and by energy."""
 
 
-for _command in (plan, estimate, frontier, sweep, study, clocks, replan, validate, run, verify, explain, diff, gpus, profile):
+for _command in (
+    plan,
+    estimate,
+    frontier,
+    sweep,
+    study,
+    clocks,
+    replan,
+    validate,
+    run,
+    verify,
+    explain,
+    diff,
+    gpus,
+    profile,
+):
     autopar.add_command(_command)
 
 
