@@ -15,18 +15,22 @@ import torch
 from autopar import torch_adapter
 from autopar.capture.export import Captured, TrainForward, capture, has_samples, quiet, tensor_leaves
 from autopar.capture.model_source import ModelSource, as_arguments, leading_dim
+from autopar.capture.single import as_for_several
 from autopar.errors import CaptureError
 
 
-def capture_for_run(source: ModelSource, *, batch_size: int, device: str) -> Captured:
+def capture_for_run(source: ModelSource, *, batch_size: int, device: str, num_microbatches: int = 1) -> Captured:
     """The graph for `batch_size` samples with a module and inputs on the device.
 
-    The caller seeds torch for reproducible weights; they are drawn on the CPU whatever the device.
+    The caller seeds torch for reproducible weights; they are drawn on the CPU whatever the device. In one of several
+    microbatches, ops and names are those of the whole batch (`capture.single`).
 
     Raises:
         CaptureError: the model's code makes a constant whose value is unknown without running it.
     """
     captured = capture(source, batch_size=batch_size)
+    if batch_size == 1 and num_microbatches > 1:
+        captured = replace(captured, graph=as_for_several(captured.graph, capture(source, batch_size=2).graph))
     for name, constant in captured.constants.items():
         if constant.is_meta:
             raise CaptureError(f"{source.text}: the model makes a tensor on the meta device that it reads as {name}")
