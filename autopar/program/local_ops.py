@@ -168,14 +168,20 @@ def dropout(
 def _drop(
     x: Tensor, p: float, *, op_name: str, global_shape: Sequence[int], sharding: str, axes: Axes, stream: StreamState
 ) -> Tensor:
-    """Every rank draws the mask of the whole tensor and takes its slice: the masks agree for every mesh."""
-    generator = stream.generator(op_name, x.device)
-    kept = torch.rand(tuple(global_shape), generator=generator, device=x.device) >= p
-    for axis, placement in zip(axes, parse_sharding(sharding), strict=True):
-        if placement.is_shard:
+    """Every rank draws whole rows of the tensor's mask and takes its slice of them: masks agree for every mesh."""
+    shape = tuple(global_shape) or (1,)
+    start, length = 0, shape[0]
+    pairs = list(zip(axes, parse_sharding(sharding), strict=True))
+    for axis, placement in pairs:
+        if placement.is_shard and placement.dim == 0:
+            length //= axis.size
+            start += axis.index * length
+    kept = stream.uniform(op_name, shape, start, length, x.device) >= p
+    for axis, placement in pairs:
+        if placement.is_shard and placement.dim:
             kept = slice_dim(kept, axis, placement.dim)
     scale = 1.0 / (1.0 - p) if p < 1 else 0.0
-    return x * (kept.to(x.dtype) * scale)
+    return x * (kept.reshape(x.shape).to(x.dtype) * scale)
 
 
 def attention_dropout(  # noqa: PLR0917 - the order of ATen

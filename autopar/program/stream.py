@@ -1,18 +1,24 @@
 """StreamState: where a program is in its random streams, and whether it runs a forward for the second time.
 
-One object belongs to one stage program; the runtime advances it. Random masks depend on (seed, step, microbatch, op
-name) alone, never on the rank or the mesh, so every plan of a model drops the same elements.
+One object belongs to one stage program; the runtime advances it. Random masks depend on (seed, step, op name, sample of
+the global batch) alone, never on rank, mesh or microbatches, so every plan of a model drops the same elements; a rank
+draws the samples that it has. Of a tensor whose first dim does not hold the samples in equal parts, masks depend on the
+microbatch in place of the sample.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+GROUP = 2**14
+"""Numbers that are drawn with one seed at the least."""
 
 
 @dataclass
@@ -22,6 +28,7 @@ class StreamState:
     Attributes:
         seed: of the whole run.
         step, microbatch: counted from 0.
+        samples: in a microbatch.
         is_recomputing: a forward that only restores activations: buffers must not be updated again.
     """
 
@@ -29,6 +36,7 @@ class StreamState:
     step: int = 0
     microbatch: int = 0
     is_recomputing: bool = False
+    samples: int = 1
 
     @contextmanager
     def at(self, microbatch: int, *, is_recomputing: bool) -> Iterator[None]:
@@ -40,11 +48,25 @@ class StreamState:
         finally:
             self.microbatch, self.is_recomputing = before
 
-    def generator(self, op_name: str, device: torch.device) -> torch.Generator:
-        """Generator of one op in this microbatch: seeded by SHA-256 of the position."""
-        key = f"{self.seed}/{self.step}/{self.microbatch}/{op_name}".encode()
-        seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
-        return torch.Generator(device).manual_seed(seed)
+    def uniform(self, op_name: str, shape: Sequence[int], start: int, length: int, device: torch.device) -> Tensor:
+        """Rows `start .. start + length - 1` of numbers from [0, 1) for a tensor of one microbatch, drawn for one op.
+
+        Neighbouring samples with few numbers are drawn together, so that no generator is seeded for less than GROUP.
+        """
+        rows = shape[0] // self.samples if shape[0] % self.samples == 0 else shape[0]
+        group = rows * max(1, GROUP // max(1, rows * math.prod(shape[1:])))
+        first = self.microbatch * shape[0] + start
+        generator, parts = torch.Generator(device), []
+        for index in range(first // group, -(-(first + length) // group)):
+            generator.manual_seed(self._seed(f"{op_name}/{index}"))
+            parts.append(torch.rand((group, *shape[1:]), generator=generator, device=device))
+        drawn = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return drawn.narrow(0, first % group, length)
+
+    def _seed(self, name: str) -> int:
+        """SHA-256 of the position."""
+        key = f"{self.seed}/{self.step}/{name}".encode()
+        return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
 
 
 def buffer_for_update(buffer: Tensor, stream: StreamState) -> Tensor:

@@ -52,7 +52,11 @@ def build_stage(
     layout = layout_of(graph, decisions)
     part = partition(graph, decisions.stages)[stage]
     attributes = Attributes(
-        tuple(axes or _unbound_axes(decisions, coordinate)), StreamState(seed), GatherScope(), Keeper(), device
+        tuple(axes or _unbound_axes(decisions, coordinate)),
+        StreamState(seed, samples=graph.batch_size),
+        GatherScope(),
+        Keeper(),
+        device,
     )
     shared, segments = _segments(layout, part, attributes, stage)
     outside = {o: tuple(n for n in part.outside if graph.values[n].origin == o) for o in _OUTSIDE}

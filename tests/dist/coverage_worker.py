@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,3 +102,23 @@ def _strayed(executor: Executor, reference: Executor, start: dict[str, torch.Ten
         apart += float((found - begun - (wanted - start[name].double())).square().sum())
         moved += float((wanted - start[name].double()).square().sum())
     return math.sqrt(apart / moved)
+
+
+def dropout_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Loss and gradients of a model that drops, under every known plan and number of microbatches, against one device
+    with one microbatch."""
+    results = []
+    whole = Bench("toy/dropout", 1)
+    loss = whole.serial_loss
+    expected = {value.fqn: whole.serial.store.whole_gradient(value.name) for value in whole.graph.parameters}
+    for count in (1, 2, 4, 8):
+        bench = Bench("toy/dropout", count)
+        for label, make in named_plans(dist.get_world_size()).items():
+            decisions = replace(make(bench.graph), num_microbatches=count)
+            executor = make_executor(bench.graph, decisions, bench.state, mesh_of("", bench.graph, decisions))
+            found = executor.compute_gradients(bench.batch)
+            errors = [abs(found - loss) / loss]
+            for name, item in executor.store.items.items():
+                errors.append(relative_error(executor.store.whole_gradient(name), expected[item.value.fqn]))
+            results.append({"case": f"{label} M={count}", "error": max(errors)})
+    return results

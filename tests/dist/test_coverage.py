@@ -40,3 +40,7 @@ def test_bf16_keeps_batch_norms_in_float32() -> None:
         timeout_s=300,
     )
     assert max(row["loss"] for row in rows if row["case"][-1]) < 1e-2
+
+
+def test_dropout_is_the_same_under_every_plan_and_number_of_microbatches() -> None:
+    check(errors_on(2, "coverage_worker:dropout_cases"), at_least=28)

@@ -92,14 +92,28 @@ def test_dropping_everything_gives_zeros_and_evaluation_drops_nothing() -> None:
     assert torch.equal(dropout(x, 0.9, False, **stream), x)
 
 
+def drawn(state: StreamState, name: str = "a", start: int = 0, length: int = 3) -> list[list[float]]:
+    """Rows of numbers for a tensor [3 samples, 2]."""
+    return state.uniform(name, (3, 2), start, length, torch.device("cpu")).tolist()
+
+
 def test_streams_differ_by_position_and_name_only() -> None:
-    draw = [
-        torch.rand(3, generator=state.generator(name, torch.device("cpu"))).tolist()
-        for state in (StreamState(0, 0, 0), StreamState(1, 0, 0), StreamState(0, 1, 0), StreamState(0, 0, 1))
-        for name in ("a", "b")
-    ]
-    assert len({tuple(row) for row in draw}) == 8
-    assert torch.rand(3, generator=StreamState().generator("a", torch.device("cpu"))).tolist() == draw[0]
+    states = [StreamState(*position, samples=3) for position in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    rows = [tuple(row) for state in states for name in ("a", "b") for row in drawn(state, name)]
+    assert len(set(rows)) == len(rows) == 24
+    assert drawn(StreamState(samples=3)) == drawn(states[0])
+
+
+@pytest.mark.parametrize("width", [2, 10_000])
+def test_a_sample_draws_the_same_in_any_microbatch_and_on_any_rank(width: int) -> None:
+    def rows(state: StreamState, start: int, length: int) -> torch.Tensor:
+        return state.uniform("a", (2 * state.samples, width), start, length, torch.device("cpu"))
+
+    whole = rows(StreamState(samples=6), 0, 12)
+    for count in (1, 2, 3):
+        parts = [rows(StreamState(microbatch=m, samples=count), 0, 2 * count) for m in range(6 // count)]
+        assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(rows(StreamState(microbatch=1, samples=3), 1, 4), whole[7:11])
 
 
 def test_a_buffer_is_guarded_only_while_recomputing() -> None:
