@@ -111,12 +111,24 @@ class RewriteError(AutoparError):
 
 
 class WorkerError(AutoparError):
-    """A worker process died, hung or raised."""
+    """A worker process died, hung or raised.
+
+    Attributes:
+        rank: of the process, where one is known.
+        is_lost: it is gone or silent, rather than that its code raised: another start may go well.
+    """
 
     kind = "worker"
+    is_lost = False
+
+    def __init__(self, message: str = "", *, rank: int | None = None, is_lost: bool | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.is_lost = type(self).is_lost if is_lost is None else is_lost
 
 
 class NetworkError(WorkerError):
     """Ranks lost each other, or never met."""
 
     kind = "network"
+    is_lost = True

@@ -113,6 +113,14 @@ class Captured:
     inputs: tuple[torch.Tensor, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Further names that the user's `state_dict` has for a tensor of the graph -> the name that the graph has."""
+        values = (*self.graph.outside("parameter"), *self.graph.outside("buffer"))
+        known = {id(self.tensor(value.name)): value.fqn for value in values}
+        named = self.module.get_submodule(PREFIX.removesuffix(".")).state_dict(keep_vars=True)
+        return {name: known[id(x)] for name, x in named.items() if id(x) in known and known[id(x)] != name}
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of a value from outside: parameter, buffer, constant or batch input, by value name."""
         value = self.graph.values[name]

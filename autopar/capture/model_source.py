@@ -28,6 +28,8 @@ class ModelSource:
         loss: `loss(output, batch)` of the file, or None.
         user_file: absolute path of the user's file, for messages; None for Hugging Face configs.
         options: the options as given.
+        dataset: of the file, if it has one: a dataset of samples, or a loader around it.
+        make_batch: of the file, if it has one: the whole batch of a step, counted from 0.
     """
 
     name: str
@@ -37,6 +39,8 @@ class ModelSource:
     loss: Loss | None = None
     user_file: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+    dataset: Callable[[], Any] | None = None
+    make_batch: Callable[[int], Any] | None = None
 
     def build_model(self) -> torch.nn.Module:
         """Build on the current default device. Raises InputError if the code fails or builds no module."""

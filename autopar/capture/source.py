@@ -6,7 +6,9 @@ A Python file holds either
   `@autoparallel` (an object with the attribute `__autopar__`; a decorated function counts as a builder if every
   parameter has a default, otherwise it is a train step and `build_model` is used), and
 - `example_batch(**options)`: a tensor, a tuple of positional arguments or a dict of keyword arguments, and
-- if wanted `loss(output, batch)`.
+- if wanted `loss(output, batch)`, and
+- if wanted what `autopar run` trains on: `dataset(**options)`, a `torch.utils.data` dataset whose samples have the form
+  of one sample of the batch (or a `DataLoader` around it), or `make_batch(step, **options)`, the whole batch of a step.
 
 With a `loss`, only those parts of the batch are passed to the model which its `forward` accepts (the leading ones
 of a tuple, the named ones of a dict), so a batch `(images, labels)` works for a model that takes images alone.
@@ -82,8 +84,19 @@ def _python_source(text: str, path: Path, options: Mapping[str, str]) -> ModelSo
     loss = getattr(module, "loss", None)
     if loss is not None and not callable(loss):
         raise InputError(f"{text}: `loss` must be a function loss(output, batch)")
-    bound_builder, bound_batch = bind_options(text, options, (builder, batch_maker))
-    return ModelSource(path.stem, text, bound_builder, bound_batch, loss, str(path), dict(options))
+    functions = {"builder": builder, "batch_maker": batch_maker} | _data_functions(text, module)
+    bound = dict(zip(functions, bind_options(text, options, tuple(functions.values())), strict=True))
+    return ModelSource(path.stem, text, loss=loss, user_file=str(path), options=dict(options), **bound)
+
+
+def _data_functions(text: str, module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """`dataset` or `make_batch` of the file, where it has one."""
+    found = {name: made for name in ("dataset", "make_batch") if callable(made := getattr(module, name, None))}
+    if len(found) > 1:
+        raise InputError(f"{text}: has dataset() and make_batch(): one of them says what to train on")
+    if "make_batch" in found and not inspect.signature(found["make_batch"]).parameters:
+        raise InputError(f"{text}: make_batch(step) takes the number of the step, counted from 0")
+    return found
 
 
 def _import_file(text: str, path: Path) -> ModuleType:
@@ -151,13 +164,13 @@ def _is_builder(found: Any) -> bool:
 
 def bind_options(
     text: str, options: Mapping[str, str], functions: tuple[Callable[..., Any], ...]
-) -> tuple[Callable[[], Any], ...]:
+) -> tuple[Callable[..., Any], ...]:
     """Bind to each function the options it takes, converted by the type of the parameter's default.
 
     Raises:
         InputError: an option that no function takes, a value that does not convert, a parameter without a value.
     """
-    signatures = [inspect.signature(function).parameters for function in functions]
+    signatures = [_options_of(function) for function in functions]
     open_ended = [any(p.kind is p.VAR_KEYWORD for p in s.values()) for s in signatures]
     known = sorted({name for s in signatures for name, p in s.items() if p.kind in _NAMED})
     unknown = sorted(set(options) - set(known)) if not any(open_ended) else []
@@ -181,6 +194,14 @@ def bind_options(
     return tuple(bound)
 
 
+def _options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Parameters that options may set: all, but for the step that `make_batch` is called with."""
+    parameters = dict(inspect.signature(function).parameters)
+    if getattr(function, "__name__", "") == "make_batch":
+        del parameters[next(iter(parameters))]
+    return parameters
+
+
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -189,5 +210,5 @@ class _Bound:
     function: Callable[..., Any]
     values: Mapping[str, Any]
 
-    def __call__(self) -> Any:
-        return self.function(**self.values)
+    def __call__(self, *step: int) -> Any:
+        return self.function(*step, **self.values)

@@ -12,7 +12,7 @@ from autopar.planner.settings import BoardSettings
 
 
 def board_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options and hands them on as `settings`."""
+    """Adds the options and hands them on as `boards`."""
 
     @click.option(
         "--lock-clocks", is_flag=True, help="Lock each GPU to the clock of its stage; restored whatever happens."
@@ -25,6 +25,6 @@ def board_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--set-power-limit", is_flag=True, help="Set the power limit that the plan was made with, likewise.")
     @functools.wraps(command)
     def wrapped(*args: Any, lock_clocks: bool, clock_schedule: str | None, set_power_limit: bool, **others: Any) -> Any:
-        return command(*args, settings=BoardSettings(lock_clocks, set_power_limit, clock_schedule), **others)
+        return command(*args, boards=BoardSettings(lock_clocks, set_power_limit, clock_schedule), **others)
 
     return wrapped

@@ -14,37 +14,34 @@ from typing import Any
 
 import click
 
+from autopar.cli.boards import board_options
 from autopar.cli.console import print_json
 from autopar.cli.hosts import host_options, hosts_of
 from autopar.cli.options import json_option
-from autopar.errors import InputError
+from autopar.cli.training import training_options
 from autopar.ir.plan import Plan
+from autopar.ir.run import RunSettings
 from autopar.ir.serialize import load_plan, quantity_json
 from autopar.planner.execute import RunReport, run_plan, verify_plan
+from autopar.planner.settings import BoardSettings
 from autopar.units import format_joules, format_seconds
 
 
 @click.command()
 @click.argument("plan_file")
-@click.option("--steps", default=10, show_default=True, metavar="N", help="Optimizer steps.")
-@click.option(
-    "--clip-norm", type=float, metavar="X", help="Scale gradients so that their norm over all devices is at most X."
-)
+@training_options
+@board_options
 @host_options
 @json_option
-def run(plan_file: str, *, steps: int, clip_norm: float | None, as_json: bool, **meeting: Any) -> None:
+def run(plan_file: str, *, training: RunSettings, boards: BoardSettings, as_json: bool, **meeting: Any) -> None:
     """Execute PLAN_FILE: starts the processes of this host, or joins those of torchrun.
 
     Over several hosts, run the same command on each, with its own --node-rank.
     """
-    if steps < 1:
-        raise InputError(f"--steps must be at least 1, got {steps}")
-    if clip_norm is not None and not 0 < clip_norm < float("inf"):
-        raise InputError(f"--clip-norm must be a positive number, got {clip_norm:g}")
     plan = load_plan(plan_file)
     hosts = hosts_of(**meeting)
     with _speaker(as_json) as say:
-        report = run_plan(plan, steps=steps, clip_norm=clip_norm, hosts=hosts, progress=say)
+        report = run_plan(plan, training, hosts=hosts, boards=boards, progress=say)
     _answer(_run_json(plan, report) if as_json else _run_text(plan, report), as_json)
 
 
@@ -77,13 +74,15 @@ def _run_json(plan: Plan, report: RunReport) -> dict[str, Any]:
         "num_processes": report.num_processes,
         "losses": list(report.losses),
         "step_time_s": quantity_json(report.step_time),
-        "energy_j": None if report.energy is None else quantity_json(report.energy),
+        "energy_j": quantity_json(report.energy.total),
+        "energy_parts": {name: quantity_json(part) for name, part in report.energy.parts.items()},
+        "boards": asdict(report.held),
         "predicted": {
             "gpu": plan.cluster.gpu,
             "step_time_s": quantity_json(plan.predicted.step_time_s),
             "energy_j": quantity_json(plan.predicted.energy_j),
         },
-        "notes": list(report.notes),
+        "notes": [*report.notes, *report.energy.notes],
     }
 
 

@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from autopar.clocks.hold import Held
 from autopar.errors import InputError, PlanMismatchError, VerifyError
 from autopar.ir.graph import OpGraph
 from autopar.ir.hosts import Hosts
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
+from autopar.ir.run import RunSettings
 from autopar.ir.serialize import dump_plan, parse_plan
 from autopar.ir.serialize_graph import graph_hash
-from autopar.planner.assemble import make_executor, make_serial_executor
+from autopar.meters import node_reading
+from autopar.planner.assemble import input_form, make_executor, make_serial_executor
+from autopar.planner.run_energy import RunEnergy, Window, run_energy
+from autopar.planner.settings import BoardSettings, held_boards, node_ranks
 
 if TYPE_CHECKING:
     import torch
 
     from autopar.capture.export import Captured
     from autopar.capture.source import ModelSource
+    from autopar.runtime.checkpoint_store import Position
     from autopar.runtime.executor import Executor, RunOptions
 
 SEED = 0
@@ -77,25 +83,30 @@ class RunReport:
     Attributes:
         losses: of every step, before its update.
         step_time: median over the steps after the first, with the range seen.
-        energy: of the average step over all devices, with the label of where it comes from; None without a meter.
+        energy: of the average step over all devices, with its parts and the label of where each comes from.
+        held: clocks and power limits that were set meanwhile, and what was not.
+        first_step: done before, by a run whose checkpoint was taken up.
     """
 
     num_processes: int
     losses: tuple[float, ...]
     step_time: Quantity
-    energy: Quantity | None
+    energy: RunEnergy
     notes: tuple[str, ...]
+    held: Held
+    first_step: int = 0
 
     def __str__(self) -> str:
         first, last = self.losses[0], self.losses[-1]
         time = self.step_time
+        before = f" after {self.first_step} done before" if self.first_step else ""
         lines = [
-            f"{len(self.losses)} steps on {self.num_processes} processes: loss {first:.6g} -> {last:.6g}",
+            f"{len(self.losses)} steps{before} on {self.num_processes} processes: loss {first:.6g} -> {last:.6g}",
             f"  step time  {time.value:.4g} s ({time.low:.4g} to {time.high:.4g}), {time.label}",
+            f"  energy     {self.energy.total.value:.4g} J per step, {self.energy.total.label}: {self.energy.text}",
         ]
-        if self.energy is not None:
-            lines.append(f"  energy     {self.energy.value:.4g} J per step, {self.energy.label}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        notes = (*self.notes, *self.energy.notes, *self.held.notes)
+        return "\n".join([*lines, *(f"  note: {note}" for note in notes), *(f"    {c}" for c in self.held.commands)])
 
 
 def verify_plan(
@@ -130,32 +141,40 @@ def verify_plan(
 
 def run_plan(
     plan: Plan,
+    settings: RunSettings | None = None,
     *,
-    steps: int = 10,
-    clip_norm: float | None = None,
+    boards: BoardSettings | None = None,
     hosts: Hosts | None = None,
     progress: Callable[[str], None] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> RunReport:
-    """Train for some steps on the example batch.
+    """Train for some steps, on the model file's data where it has some; see `recover` for a run that survives.
 
     Args:
-        clip_norm: scale the gradients of a step so that their common norm is at most this; None: as they are.
+        settings: of the run.
+        boards: what to set on this host's GPUs meanwhile.
         hosts: that take part, each of which must call this; None: this one alone.
+        environment: variables of the workers besides this process's own.
 
     Raises:
         PlanMismatchError: the plan was made for another model.
         NetworkError: ranks did not meet, or lost each other.
         WorkerError: a process died.
     """
-    arguments = {"plan": dump_plan(plan), "steps": steps, "clip_norm": clip_norm}
-    found = _on_all_ranks(run_worker, arguments, plan.decisions.num_gpus, progress, hosts)
-    energy = found["energy"]
+    arguments = {"plan": dump_plan(plan), "settings": asdict(settings or RunSettings())}
+    num_processes = plan.decisions.num_gpus
+    with held_boards(plan, boards or BoardSettings(), node_ranks(num_processes, hosts or Hosts()), progress) as held:
+        found = _on_all_ranks(run_worker, arguments, num_processes, progress, hosts, environment=environment)
+    step_time, window = Quantity(**found["step_time"]), found["window"]
+    reading = None if window["reading"] is None else node_reading(window["reading"])
     return RunReport(
         num_processes=found["num_processes"],
         losses=tuple(found["losses"]),
-        step_time=Quantity(**found["step_time"]),
-        energy=None if energy is None else Quantity(**energy),
+        step_time=step_time,
+        energy=run_energy(plan, Window(**{**window, "reading": reading, "step_time": step_time})),
         notes=tuple(found["notes"]),
+        held=held,
+        first_step=found["first_step"],
     )
 
 
@@ -165,6 +184,8 @@ def _on_all_ranks(
     num_processes: int,
     progress: Callable[[str], None] | None,
     hosts: Hosts | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Result of a worker function of this module, of this host's first rank (under torchrun: of this rank)."""
     from autopar.runtime.launch import Job, launch_local
@@ -181,7 +202,7 @@ def _on_all_ranks(
         ranks = hosts.local_ranks(num_processes)
         others = f" ({ranks[0]} to {ranks[-1]} of {num_processes})" if hosts.num_nodes > 1 else ""
         progress(f"starting {len(ranks)} local processes{others}")
-    job = Job(f"{worker.__module__}:{worker.__name__}", arguments, num_processes)
+    job = Job(f"{worker.__module__}:{worker.__name__}", arguments, num_processes, environment or {})
     results: list[dict[str, Any]] = launch_local(job, hosts=hosts, on_line=progress)
     return results[0]
 
@@ -360,26 +381,51 @@ def _eager_error(ready: Prepared, device: str) -> float | None:
 
 def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of `run_plan`; the fields of the report."""
+    from autopar.planner.data import open_feed
+    from autopar.runtime.course import Course
     from autopar.runtime.executor import OptimizerOptions, join_plan
     from autopar.runtime.measure import measure_steps
     from autopar.runtime.processes import device_name, device_type
 
-    plan = parse_plan(arguments["plan"])
+    plan, settings = parse_plan(arguments["plan"]), RunSettings(**arguments["settings"])
     device = device_name()
     ready = prepare(plan, "cpu")
-    graph, batch = ready.captured.graph, ready.batch
+    graph, batch, source, aliases = ready.captured.graph, ready.batch, ready.source, ready.captured.aliases
     mesh = join_plan(graph, plan.decisions, device_type())
-    options = replace(run_options(plan, device), optimizer=OptimizerOptions(max_norm=arguments["clip_norm"]))
+    options = replace(run_options(plan, device), optimizer=OptimizerOptions(max_norm=settings.clip_norm))
     executor = make_executor(graph, plan.decisions, ready.state, mesh, options)
     del ready  # the whole model; the executor has its own parts
-    measured = measure_steps(executor, batch, int(arguments["steps"]))
+    course = Course(executor, settings, _start_of(plan, settings, options), aliases)
+    first_step, num_steps = course.position.step, course.num_left
+    form = input_form(graph, plan.decisions, mesh, batch)
+    feed, notes = open_feed(source, form, batch, settings, first_step)
+    measured = measure_steps(executor, feed, num_steps, first_step=first_step, after_step=course.after_step)
+    feed.close()
+    course.finish()
     return {
         "num_processes": plan.decisions.num_gpus,
+        "first_step": first_step,
         "losses": list(measured.losses),
         "step_time": _fields(measured.step_time),
-        "energy": None if measured.energy is None else _fields(measured.energy),
-        "notes": [*measured.notes, "every step trains on the example batch"],
+        "window": measured.window_fields(device),
+        "notes": [*notes, *feed.remarks(measured.total_s)],
     }
+
+
+def _start_of(plan: Plan, settings: RunSettings, options: RunOptions) -> Position:
+    """Step 0 of a run."""
+    from autopar.runtime.checkpoint_store import Position
+
+    return Position(
+        step=0,
+        seed=SEED,
+        data_seed=settings.data_seed,
+        batch_size=plan.model.batch_size,
+        optimizer=options.optimizer.kind,
+        num_gpus=plan.decisions.num_gpus,
+        source=plan.model.source,
+        graph_hash=plan.model.graph_hash,
+    )
 
 
 def _fields(quantity: Quantity) -> dict[str, Any]:

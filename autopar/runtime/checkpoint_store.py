@@ -171,9 +171,9 @@ class CheckpointStore:
         found = ((_STEP.fullmatch(path.name), path) for path in self.root.iterdir())
         return sorted(int(m[1]) for m, path in found if m and path.is_dir() and not path.is_symlink())
 
-    def latest(self) -> tuple[Path | None, tuple[str, ...]]:
-        """The newest whole checkpoint, None if there is none; and a line for each damaged one that was passed over."""
-        remarks = []
+    def whole(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Directories of checkpoints whose files are all there, the newest first; and a line for each that is not."""
+        found, remarks = [], []
         pointed = self._pointed()
         for step in sorted(self.steps(), key=lambda step: (step == pointed, step), reverse=True):
             try:
@@ -181,8 +181,13 @@ class CheckpointStore:
             except InputError as error:
                 remarks.append(f"passed over: {error}")
                 continue
-            return self.path(step), tuple(remarks)
-        return None, tuple(remarks)
+            found.append(str(self.path(step)))
+        return tuple(found), tuple(remarks)
+
+    def latest(self) -> int | None:
+        """Step of the newest one whose files are all there."""
+        found, _ = self.whole()
+        return read_manifest(Path(found[0])).position.step if found else None
 
     def _pointed(self) -> int | None:
         try:

@@ -17,19 +17,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
+from torch.utils.data import Dataset as Samples
 
 from autopar import torch_adapter
 from autopar.errors import InputError
 
 AHEAD = 2
 """Batches that are made before they are asked for (per loader process, where there are some)."""
+
+
+INPUT_BINDS = 0.05
+"""Share of the time of steps, spent waiting for batches, from which on the run says so."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,11 @@ class Form:
     fixed: tuple[Tensor, ...]
     rows: tuple[int, ...]
 
+    @property
+    def batch_size(self) -> int:
+        """Samples of a whole batch."""
+        return next((shape[dim] for shape, dim in zip(self.shapes, self.dims, strict=True) if dim is not None), 0)
+
     def spread(self, leaves: Sequence[Tensor], text: str) -> list[Tensor]:
         """Tensors of `rows` at their places in whole batches, zero elsewhere. Raises InputError for other tensors."""
         if len(leaves) != len(self.shapes):
@@ -124,30 +135,46 @@ class Form:
 
 
 class Feed:
-    """Batches from a step on, in order. `waited_s` counts the seconds that `next` had to wait since it was read."""
+    """Batches from a step on, in order: an iterator without an end."""
 
     def __init__(self, batches: Iterator[list[Tensor]], *, ahead: int = AHEAD) -> None:
         """Start to make batches; `ahead` 0: only when they are asked for."""
         self._batches = batches
-        self.waited_s = 0.0
+        self._waited_s, self._is_warm = 0.0, False
         self._queue: queue.Queue[list[Tensor] | BaseException] | None = queue.Queue(ahead) if ahead else None
         self._is_closed = threading.Event()
         if ahead:
             threading.Thread(target=self._fill, daemon=True, name="feed").start()
 
-    def next(self) -> list[Tensor]:
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> list[Tensor]:
         """The next step's batch. Raises what the dataset raised."""
         started = time.perf_counter()
         found = next(self._batches) if self._queue is None else self._queue.get()
-        self.waited_s += time.perf_counter() - started
+        if self._is_warm:
+            self._waited_s += time.perf_counter() - started
+        self._is_warm = True  # for the first batch every run waits
         if isinstance(found, BaseException):
             raise found
         return found
 
-    def take_waited_s(self) -> float:
-        """Seconds waited since the last call."""
-        waited, self.waited_s = self.waited_s, 0.0
-        return waited
+    def remarks(self, total_s: float) -> tuple[str, ...]:
+        """Whether the input binds, given the seconds of all steps so far: on the rank that waited longest.
+
+        Every rank must call.
+        """
+        waited = torch.tensor(self._waited_s, dtype=torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(waited, dist.ReduceOp.MAX)
+        share = float(waited) / total_s if total_s else 0.0
+        if share < INPUT_BINDS:
+            return ()
+        return (
+            f"the input binds: {share:.0%} of the time of the steps went by waiting for batches (measured, slowest "
+            "rank); --data-workers N makes them in N processes per rank",
+        )
 
     def close(self) -> None:
         """Make no more batches."""
@@ -240,7 +267,7 @@ def batches_of(dataset: Dataset, form: Form, batch_size: int, seed: int, first_s
             yield form.spread(_leaves(dataset.collate([samples[key] for key in wanted])), dataset.text)
     loader: DataLoader[Any] = DataLoader(
         _Seeded(dataset.data, seed),
-        batch_sampler=_Endless(steps),  # type: ignore[arg-type]
+        batch_sampler=_Endless(steps),
         num_workers=dataset.num_workers,
         collate_fn=dataset.collate,
         prefetch_factor=AHEAD,
@@ -256,14 +283,9 @@ def repeated(batch: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def made_by_step(make: Callable[[int], Any], form: Form, text: str, first_step: int) -> Iterator[list[Tensor]]:
     """Whole batches that the user's `make_batch(step)` makes."""
-    whole = Form(form.shapes, form.dtypes, form.dims, form.fixed, _all_rows(form))
+    whole = replace(form, rows=tuple(range(form.batch_size)))
     for step in itertools.count(first_step):
         yield whole.spread(_leaves(make(step)), text)
-
-
-def _all_rows(form: Form) -> tuple[int, ...]:
-    sizes = (shape[dim] for shape, dim in zip(form.shapes, form.dims, strict=True) if dim is not None)
-    return tuple(range(next(sizes, 0)))
 
 
 def _streamed(dataset: Dataset, form: Form, batch_size: int, first_step: int) -> Iterator[list[Tensor]]:
@@ -300,7 +322,7 @@ class _Endless:
         return self._steps
 
 
-class _Seeded:
+class _Seeded(Samples[Any]):
     """A dataset by (position, index), whose random choices depend on the position."""
 
     def __init__(self, data: Any, seed: int) -> None:

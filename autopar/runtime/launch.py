@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +40,8 @@ GRACE_S = 3.0
 """How long workers have to end on SIGTERM before SIGKILL."""
 SETTLE_S = 0.5
 """After one failure, how long to wait for others that failed at the same time and may know the cause."""
+DEVICE_LOST = re.compile(r"CUDA error|NCCL error|cuDNN error|device-side|uncorrectable", re.IGNORECASE)
+"""In an error's message: the device is to blame, or may be."""
 KEEP_MEMORY: Mapping[str, str] = MappingProxyType(
     {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**30)}
 )
@@ -55,11 +58,13 @@ class Job:
             value is the worker's result.
         arguments: JSON object.
         num_processes: number of ranks.
+        environment: variables of the workers besides this process's own.
     """
 
     entry: str
     arguments: Mapping[str, Any]
     num_processes: int
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def launch_local(
@@ -105,17 +110,17 @@ def _start_all(job: Job, hosts: Hosts, directory: Path, workers: dict[int, subpr
         meeting = make_meeting(hosts, port, content)
         (directory / "job.json").write_text(json.dumps(content | {"meeting": asdict(meeting)}))
         for rank in ranks:
-            workers[rank] = _start(rank, ranks, job.num_processes, directory, listener if rank == 0 else None)
+            workers[rank] = _start(job, rank, ranks, directory, listener if rank == 0 else None)
 
 
 def _start(
-    rank: int, ranks: range, num_processes: int, directory: Path, listener: socket.socket | None
+    job: Job, rank: int, ranks: range, directory: Path, listener: socket.socket | None
 ) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
+    environment = {**KEEP_MEMORY, **os.environ, **job.environment}
     environment |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank - ranks.start),
-        "WORLD_SIZE": str(num_processes),
+        "WORLD_SIZE": str(job.num_processes),
         "LOCAL_WORLD_SIZE": str(len(ranks)),
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
         "PYTHONPATH": os.pathsep.join([p for p in sys.path if p and os.path.isdir(p)]),
@@ -178,17 +183,20 @@ def _failure(codes: Mapping[int, int | None], directory: Path) -> AutoparError:
             told_by_nccl = nccl_message((directory / f"log_{rank}.txt").read_text(errors="replace"), rank)
             if told_by_nccl is not None:
                 return NetworkError(told_by_nccl)
-            return WorkerError(f"rank {rank} was killed by {signal.Signals(-code).name}")
+            message = f"rank {rank} was killed by {signal.Signals(-code).name}"
+            return WorkerError(message, rank=rank, is_lost=True)
     found = [(rank, _read_error(directory, rank)) for rank, code in codes.items() if code]
     told = [(error["failed_at"], rank, error) for rank, error in found if error is not None]
     if not told:
         rank = found[0][0]
-        return WorkerError(f"rank {rank} ended with exit code {codes[rank]}\n{_tail(directory, rank)}")
+        message = f"rank {rank} ended with exit code {codes[rank]}\n{_tail(directory, rank)}"
+        return WorkerError(message, rank=rank, is_lost=True)
     _, rank, error = min(told, key=lambda entry: entry[:2])
     deliberate = getattr(errors, error["type"], None)
     if deliberate is not None and error["type"] not in ("InfeasibleError", "WorkerError"):
         return deliberate(error["message"])  # type: ignore[no-any-return]
-    return WorkerError(f"rank {rank} failed: {error['type']}: {error['message']}\n{error['traceback']}")
+    message = f"rank {rank} failed: {error['type']}: {error['message']}\n{error['traceback']}"
+    return WorkerError(message, rank=rank, is_lost=DEVICE_LOST.search(error["message"]) is not None)
 
 
 def _read_error(directory: Path, rank: int) -> dict[str, Any] | None:
@@ -205,7 +213,7 @@ def _tail(directory: Path, rank: int, num_lines: int = 20) -> str:
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End every worker that still runs, and wait until it is gone."""
+    """End every worker that still runs, and wait until it and the processes that it started are gone."""
     for worker in workers:
         if worker.poll() is None:
             worker.terminate()
@@ -216,3 +224,5 @@ def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)  # loader processes of a worker that was killed

@@ -9,6 +9,7 @@ import pytest
 
 from autopar.errors import PlanMismatchError, VerifyError
 from autopar.ir.plan import Plan
+from autopar.ir.run import RunSettings
 from autopar.ir.solution import Pins
 from autopar.planner.execute import run_plan, verify_plan
 from autopar.planner.plan import plan_model
@@ -44,12 +45,13 @@ def test_a_disagreement_is_an_error_that_names_what_differs(plan: Plan) -> None:
 
 def test_a_run_lowers_the_loss_and_tells_each_step(plan: Plan) -> None:
     told: list[str] = []
-    report = run_plan(plan, steps=4, progress=told.append)
+    report = run_plan(plan, RunSettings(steps=4), progress=told.append)
     assert len(report.losses) == 4
     assert report.losses[-1] < report.losses[0]
     assert report.step_time.label == "measured"
     assert [line.split(":")[0] for line in told[1:]] == [f"step {i}/4" for i in range(1, 5)]
-    assert (report.energy is None) == any(note.startswith("energy unknown") for note in report.notes)
+    assert report.energy.total.value > 0
+    assert report.energy.total.label in ("measured", "assumed")
 
 
 def test_a_plan_for_another_model_is_refused(plan: Plan) -> None:

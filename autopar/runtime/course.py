@@ -1,0 +1,129 @@
+"""Course: the steps of a run on one rank, from where the last checkpoint ended; writes the next ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from autopar.errors import InputError
+from autopar.ir.run import RunSettings
+from autopar.runtime.checkpoint import Saver, load
+from autopar.runtime.checkpoint_store import CheckpointStore, Position
+from autopar.runtime.executor import Executor
+
+HISTORY = "history.csv"
+"""In the directory of checkpoints: step, loss, seconds, processes. A step that was done again stands there again."""
+
+
+class Course:
+    """See the module docstring. Every rank must make one and call the same methods."""
+
+    def __init__(self, executor: Executor, settings: RunSettings, start: Position, aliases: Mapping[str, str]) -> None:
+        """Load the newest checkpoint, if there is one.
+
+        Args:
+            executor: of this rank, as new.
+            settings: of the run.
+            start: where the run begins where there is no checkpoint, at step 0.
+            aliases: of the model, see `Checkpoint`.
+
+        Raises:
+            InputError: the checkpoints are of another model, batch or order of samples, or all are damaged.
+        """
+        self.position = start
+        self.remarks: list[str] = []
+        self._executor, self._settings = executor, settings
+        self._store = CheckpointStore(Path(settings.checkpoints), settings.keep) if settings.checkpoints else None
+        if self._store is not None:
+            self._take_up(self._store)
+            self._saver = Saver(self._store, aliases, is_async=settings.is_async)
+
+    @property
+    def num_left(self) -> int:
+        """Steps to do. Raises InputError if there are none."""
+        left = self._settings.steps - self.position.step
+        if left < 1:
+            raise InputError(
+                f"{self._settings.checkpoints}: {self.position.step} steps are done already, and --steps "
+                f"{self._settings.steps} counts them too: give more, or another directory"
+            )
+        return left
+
+    def _take_up(self, store: CheckpointStore) -> None:
+        """Of the checkpoints that look whole the newest whose bytes are."""
+        directories, remarks = _of_first_rank(store.whole())
+        self._note(*remarks)
+        first_error: InputError | None = None
+        for directory in directories:
+            try:
+                found = load(self._executor, Path(directory))
+            except InputError as error:
+                first_error = first_error or error
+                self._note(f"passed over: {error}")
+                continue
+            self._check(directory, found)
+            self.position = replace(self.position, step=found.step)
+            _say(f"taken up at step {found.step} from {directory}, written by {found.num_gpus} processes")
+            return
+        if first_error is not None:
+            raise first_error
+
+    def _check(self, directory: str, found: Position) -> None:
+        """What the order of samples and random streams depend on is as it was."""
+        for name in ("batch_size", "data_seed", "seed") if found.step else ():
+            ours, theirs = getattr(self.position, name), getattr(found, name)
+            if ours != theirs:
+                raise InputError(f"{directory}: was written with {name} {theirs}, and this run has {ours}")
+
+    def _note(self, *remarks: str) -> None:
+        self.remarks += remarks
+        for remark in remarks:
+            _say(remark)
+
+    def after_step(self, done: int, loss: float, seconds: float) -> None:
+        """Note a step; write a checkpoint when it is time."""
+        self.position = replace(self.position, step=done)
+        if self._store is None:
+            return
+        if _is_first():
+            self._store.root.mkdir(parents=True, exist_ok=True)
+            with (self._store.root / HISTORY).open("a", encoding="ascii") as file:
+                file.write(f"{done},{loss!r},{seconds:.6g},{dist.get_world_size() if dist.is_initialized() else 1}\n")
+        every = self._settings.every
+        if done == self._settings.steps or (every and done % every == 0):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint now."""
+        assert self._store is not None
+        started = time.perf_counter()
+        self._saver.save(self._executor, self.position)
+        how = "copied" if self._settings.is_async else "written"
+        _say(f"checkpoint {self._store.path(self.position.step)} {how} in {time.perf_counter() - started:.2g} s")
+
+    def finish(self) -> None:
+        """Wait for what is still being written."""
+        if self._store is not None:
+            self._saver.finish()
+
+
+def _of_first_rank(found: tuple[tuple[str, ...], tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the first rank found, on every rank: a checkpoint may vanish while others look."""
+    if not dist.is_initialized():
+        return found
+    told = [found]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _say(line: str) -> None:
+    if _is_first():
+        print(line, flush=True)
