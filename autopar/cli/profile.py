@@ -27,6 +27,9 @@ from autopar.planner.profile import ProfileRequest, default_store, profile_file
 )
 @click.option("--processes", type=int, default=2, show_default=True, help="Processes that measure at once on the CPU.")
 @click.option("--quick", is_flag=True, help="Fewer repeats.")
+@click.option(
+    "--lock-clocks", is_flag=True, help="Measure a GPU's power at about five clocks, where they may be set; restored."
+)
 @click.option("--out", metavar="FILE", help="Where to add the rows; default: the store that 'autopar plan' reads.")
 @json_option
 def profile(
@@ -37,10 +40,11 @@ def profile(
     batch: tuple[int, ...],
     processes: int,
     quick: bool,
+    lock_clocks: bool,
     out: str | None,
     as_json: bool,
 ) -> None:
-    """Measure the ops of MODEL at their local shapes, and the device: rates, overheads, transfers, updates.
+    """Measure the ops of MODEL at their local shapes, and the device: rates, overheads, transfers, updates, power.
 
     'autopar plan' prefers these rows to its model, and models other shapes by the device's own numbers.
     """
@@ -52,13 +56,14 @@ def profile(
         path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path)
     with progress_line(as_json) as progress:
-        request = ProfileRequest(device, batch, processes, quick)
+        request = ProfileRequest(device, batch, processes, quick, lock_clocks)
         report = profile_file(model, parse_settings(settings), request, path, progress=progress)
     if as_json:
         print_json(asdict(report))
         return
     click.echo(
-        f"measured {report.num_measured} local ops on {report.device}; {report.path} holds {report.num_rows} rows"
+        f"measured {report.num_measured} local ops on {report.device}, energy of {report.num_energies}; "
+        f"{report.path} holds {report.num_rows} rows"
     )
     for number, value in sorted(report.numbers.items()):
         click.echo(f"  {number} {value:.4g}")
@@ -66,3 +71,5 @@ def profile(
         click.echo(f"  {kind}: {1e6 * latency_s:.3g} us + {1e9 * s_per_byte:.3g} ns per byte")
     for target, reason in sorted(report.skipped.items()):
         click.echo(f"  left out {target}: {reason}")
+    for note in report.notes:
+        click.echo(f"  note: {note}")

@@ -9,7 +9,7 @@ from autopar.meters.node import NodeMeter, NodeReading, add_up, node_reading
 from autopar.meters.rapl import RaplMeter
 from autopar.meters.reading import Counter, EnergyMeter, NullMeter, Reading, ReplayMeter, difference, joined, unknown
 from autopar.meters.visible import find_boards, visible_gpus
-from autopar.meters.windows import Repeated, WindowRules, measure_repeated
+from autopar.meters.windows import Repeated, WindowRules, measure_repeated, power_at_rest
 from autopar.meters.zeus import ZeusMeter
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "joined",
     "measure_repeated",
     "node_reading",
+    "power_at_rest",
     "unknown",
     "visible_gpus",
 ]

@@ -76,6 +76,17 @@ def measure_repeated(
     return _middle(readings, statistics.median(times), total)
 
 
+def power_at_rest(
+    meter: EnergyMeter, rules: WindowRules, *, sleep: Callable[[float], None] = time.sleep
+) -> tuple[float | None, str]:
+    """Watts while nothing runs, over one window after a rest; None and the reason if the meter does not know."""
+    sleep(rules.cool_down_s)
+    meter.start()
+    sleep(rules.window_s)
+    reading = meter.stop()
+    return (None, reading.reason) if reading.value_j is None else (reading.value_j / reading.window_s, reading.reason)
+
+
 def _window(
     run: Callable[[], object],
     meter: EnergyMeter,

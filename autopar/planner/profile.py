@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autopar.cost.hardware import load_cluster
-from autopar.errors import InputError
 from autopar.ir.profile import DeviceProfile
-from autopar.planner.detect import detect_gpus, kebab_name
 
 if TYPE_CHECKING:
     from autopar.profiler.measure import EnergyProbe
+    from autopar.profiler.power import PowerProfile
     from autopar.profiler.store import ProfileStore
 
 STORE_VARIABLE = "AUTOPAR_PROFILE"
 NO_PROFILE = "none"
+NO_CPU_ENERGY = (
+    "energy of ops is not measured on a CPU, whose counters are of whole packages; it stays the device file's"
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class LoadedProfile:
 
 @dataclass(frozen=True)
 class ProfileReport:
-    """What a measurement added: rows measured, rows now in the file, ops left out with their reason, numbers of the
-    device by path, and (seconds, seconds per byte) of transfers and updates by kind.
+    """What a measurement added: rows measured (`num_energies` of them with energy), rows now in the file, ops left out
+    with their reason, numbers of the device by path, (seconds, seconds per byte) of transfers and updates by kind, and
+    what the reader must know of power and energy.
     """
 
     path: str
@@ -54,6 +55,8 @@ class ProfileReport:
     skipped: dict[str, str]
     numbers: dict[str, float]
     lines: dict[str, tuple[float, float]]
+    num_energies: int
+    notes: tuple[str, ...]
 
 
 def default_store() -> Path:
@@ -96,12 +99,14 @@ class ProfileRequest:
         batch_sizes: samples in one microbatch, each measured; empty: those of the example batch.
         processes: that measure at once on a CPU, as many as plans will use; a GPU is measured by one.
         is_quick: fewer repeats.
+        lock_clocks: measure the power of a GPU at several clocks, where they may be set.
     """
 
     device: str = "cpu"
     batch_sizes: tuple[int, ...] = ()
     processes: int = 2
     is_quick: bool = False
+    lock_clocks: bool = False
 
 
 def profile_file(
@@ -121,10 +126,11 @@ def profile_file(
     Raises:
         InputError: there is no such device, or the GPU has no cost model.
     """
+    from autopar.planner.power import device_name
     from autopar.profiler.store import append_rows
     from autopar.profiler.worker import merged
 
-    name = _device_name(request.device)
+    name = "cpu" if request.device == "cpu" else device_name(request.device)
     arguments = {
         "source": text, "options": dict(options), "device": request.device, "name": name,
         "batch_sizes": list(request.batch_sizes), "repeats": 3 if request.is_quick else 7,
@@ -135,15 +141,19 @@ def profile_file(
         if progress is not None:
             progress(f"measuring in {request.processes} processes")
         job = Job(f"{__name__}:{measure_worker.__name__}", arguments, request.processes)
-        results = launch_local(job, on_line=progress)
+        results, notes = launch_local(job, on_line=progress), [NO_CPU_ENERGY]
     else:
-        results = [_on_gpu(arguments, progress)]
+        result, power = _on_gpu(arguments, request, progress)
+        results, notes = [result], list(power.notes)
     found = merged(results)
+    if request.device != "cpu":
+        found = replace(found, device=replace(found.device, numbers=(*found.device.numbers, *power.numbers)))
     total = append_rows(path, found.rows, found.device)
     return ProfileReport(
         str(path), name, len(found.rows), total, dict(found.skipped),
         {number.path: number.value for number in found.device.numbers},
         {line.kind: (line.latency_s, line.s_per_byte) for line in found.device.lines},
+        sum(row.energy_j is not None for row in found.rows), tuple(notes),
     )  # fmt: skip
 
 
@@ -152,9 +162,27 @@ def measure_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return _measure(arguments, None, None)
 
 
-def _on_gpu(arguments: Mapping[str, Any], progress: Callable[[str], None] | None) -> dict[str, Any]:
-    with _probe(arguments["device"], arguments["name"]) as energy:
-        return _measure(arguments, energy, progress)
+def _on_gpu(
+    arguments: Mapping[str, Any], request: ProfileRequest, progress: Callable[[str], None] | None
+) -> tuple[dict[str, Any], PowerProfile]:
+    """Rows and device of one GPU, and what it draws."""
+    from autopar.meters import NvmlMeter
+    from autopar.nvml import open_nvml
+    from autopar.planner.power import CURVE, OPS, QUICK_CURVE, QUICK_OPS, PowerRequest, board_of, measure_gpu
+    from autopar.profiler.gpu_work import products, streams
+    from autopar.profiler.measure import EnergyProbe
+
+    device: str = arguments["device"]
+    power_request = PowerRequest(arguments["name"], QUICK_CURVE if request.is_quick else CURVE, request.lock_clocks)
+    with open_nvml() as nvml:
+        board = board_of(nvml, device)
+        with NvmlMeter([board.uuid]) as meter:
+            power, blocked_w = measure_gpu(
+                board, meter, lambda m, rules: (products(device, m, rules), streams(device, m, rules)),
+                power_request, progress or (lambda _: None),
+            )  # fmt: skip
+            probe = EnergyProbe(meter, blocked_w, QUICK_OPS if request.is_quick else OPS)
+            return _measure(arguments, probe, progress), power
 
 
 def _measure(
@@ -170,30 +198,3 @@ def _measure(
     graphs = [capture(source, batch_size=size).graph for size in sizes]
     settings = Settings(arguments["device"], arguments["name"], repeats=arguments["repeats"], energy=energy)
     return measure_graphs(graphs, settings, progress)
-
-
-@contextmanager
-def _probe(device: str, name: str) -> Iterator[EnergyProbe]:
-    """The energy counter of one GPU, open."""
-    from autopar.meters import NvmlMeter
-    from autopar.profiler.measure import EnergyProbe
-
-    with NvmlMeter([int(device.partition(":")[2] or 0)]) as meter:
-        yield EnergyProbe(meter, load_cluster(name, 1).blocked_w)
-
-
-def _device_name(device: str) -> str:
-    """Name in costmodels/ of `cpu` or `cuda:N`."""
-    if device == "cpu":
-        return "cpu"
-    kind, _, index = device.partition(":")
-    found = detect_gpus()
-    if kind != "cuda" or not (index or "0").isdecimal() or int(index or 0) >= len(found):
-        known = ", ".join(["cpu", *(f"cuda:{i}" for i in range(len(found)))])
-        raise InputError(f"no device {device!r} here; this machine has {known}")
-    name = kebab_name(found[int(index or 0)])
-    if name is None:
-        raise InputError(
-            f"{found[int(index or 0)]} has no cost model yet (see 'autopar gpus'), so no plan could use it"
-        )
-    return name

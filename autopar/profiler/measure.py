@@ -24,12 +24,15 @@ from autopar.errors import InputError, ProfileError
 from autopar.ir.graph import Arg, Op, OpGraph, Ref, Value
 from autopar.ir.profile import OpProfile, ProfileKey
 from autopar.ir.tensor import TensorMeta
-from autopar.meters import EnergyMeter
+from autopar.meters import EnergyMeter, WindowRules, measure_repeated
 from autopar.rules.local_call import local_call
 from autopar.rules.strategies import axis_strategies, local_metas
 
 WARM_UPS = 2
 LEAST_REPEATS = 3
+UNWATCHED_S, MOST_UNWATCHED = 0.02, 1000
+"""While energy is measured, ops run back to back for so long, and at most so often, before the device is waited for:
+gaps between kernels would lower the power."""
 COLD_BYTES, MOST_COPIES = 64 * 2**20, 8
 """In training an operand was written long before it is read: on a processor, calls take turns on operands of so many
 bytes together, in at most so many copies."""
@@ -37,11 +40,11 @@ bytes together, in at most so many copies."""
 
 @dataclass(frozen=True, slots=True)
 class EnergyProbe:
-    """Energy is measured by repeating an op for a whole window of the meter; blocked power is taken off."""
+    """Energy is measured by repeating an op for whole windows of the meter; blocked power is taken off."""
 
     meter: EnergyMeter
     blocked_w: float
-    window_s: float = 2.0
+    rules: WindowRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ def _measure(
         0.0 if both is None else max(0.0, statistics.median(both) - middle),
         (ninetieth - tenth) / middle if middle > 0 else 0.0,
         peak,
-        _energy_j(backward or forward, settings),
+        _energy_j(backward or forward, middle, settings),
         len(forwards),
         provenance,
     )
@@ -237,23 +240,21 @@ def _peak_bytes(run: Callable[[], Any], device: str) -> int | None:
     return int(torch.cuda.max_memory_allocated(device) - before)
 
 
-def _energy_j(run: Callable[[], Any], settings: Settings) -> float | None:
+def _energy_j(run: Callable[[], Any], time_s: float, settings: Settings) -> float | None:
     """Joules of one run above blocked power, or None if the meter does not know."""
     probe = settings.energy
     if probe is None:
         return None
-    count = 0
-    _synchronise(settings.device)
-    probe.meter.start()
-    began = time.perf_counter()
-    while time.perf_counter() - began < probe.window_s:
-        run()
-        _synchronise(settings.device)
-        count += 1
-    reading = probe.meter.stop()
-    if reading.value_j is None:
+    count = max(1, min(MOST_UNWATCHED, int(UNWATCHED_S / time_s))) if time_s > 0 else 1
+
+    def batch() -> None:
+        for _ in range(count):
+            run()
+
+    found = measure_repeated(batch, probe.meter, probe.rules, synchronise=lambda: _synchronise(settings.device))
+    if found.reading.value_j is None:
         return None
-    return max(0.0, reading.value_j - probe.blocked_w * reading.window_s) / count
+    return max(0.0, found.reading.value_j - probe.blocked_w * found.time_s) / count
 
 
 def _random(meta: TensorMeta, key: ProfileKey, index: int, generator: torch.Generator, device: str) -> Tensor:

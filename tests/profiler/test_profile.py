@@ -17,13 +17,14 @@ from autopar.ir.graph import Ref
 from autopar.ir.mesh import stage_mesh
 from autopar.ir.profile import OpProfile, ProfileKey
 from autopar.ir.tensor import TensorMeta
-from autopar.meters import Reading, ReplayMeter
+from autopar.meters import Reading, ReplayMeter, WindowRules
 from autopar.profiler.measure import EnergyProbe, Settings, profile_ops
 from autopar.profiler.store import ProfileStore, append_rows, load_profile, read_rows
 from tests.toy_graphs import attention_graph, mlp_graph
 
 GRAPH = mlp_graph(8, (16, 32, 16))
 FAST = Settings(repeats=3)
+BRIEF = WindowRules(window_s=0.01, trials=1, warm_up_s=0.0, cool_down_s=0.0)
 PROVENANCE = {"machine": "m", "date": "2026-01-01", "torch": "2"}
 
 
@@ -140,14 +141,14 @@ def test_a_slower_op_measures_slower() -> None:
 
 def test_energy_is_what_the_meter_reads_above_blocked_power() -> None:
     readings = [Reading(11.0, "measured", "replay", "package", 1.0)] * 2
-    settings = Settings(axis_sizes=(1,), repeats=1, energy=EnergyProbe(ReplayMeter(readings), 10.0, window_s=0.01))
+    settings = Settings(axis_sizes=(1,), repeats=1, energy=EnergyProbe(ReplayMeter(readings), 10.0, BRIEF))
     rows = profile_ops(mlp_graph(8, (4, 4)), settings).rows
     assert len(rows) == 2
     assert all(r.energy_j is not None and 0 < r.energy_j <= 1.0 for r in rows)
 
 
 def test_energy_that_the_meter_does_not_know_stays_unknown() -> None:
-    settings = Settings(axis_sizes=(1,), repeats=1, energy=EnergyProbe(ReplayMeter([]), 10.0, window_s=0.01))
+    settings = Settings(axis_sizes=(1,), repeats=1, energy=EnergyProbe(ReplayMeter([]), 10.0, BRIEF))
     assert all(r.energy_j is None for r in profile_ops(mlp_graph(8, (4, 4)), settings).rows)
 
 
