@@ -40,14 +40,14 @@ OBJECTIVE |= {"--utilisation", "--window"}
 HOSTS = {"--master-addr", "--master-port", "--node-rank", "--nodes", "--timeout"}
 OPTIONS = {
     "plan": PLANNING | {"--json", "--no-cache", "--out", "--report", "--set"},
-    "run": {"--clip-norm", "--json", "--steps"} | HOSTS,
+    "run": {"--clip-norm", "--clock-schedule", "--json", "--lock-clocks", "--set-power-limit", "--steps"} | HOSTS,
     "verify": {"--json"},
     "explain": {"--json", "--no-cache", "--pin", "--report", "--savings", "--trace", "--why-not"},
     "estimate": PLANNING | {"--json", "--set"},
     "frontier": PLANNING - OBJECTIVE | {"--json", "--out-dir", "--plot", "--points", "--report", "--set"},
     "diff": {"--json"},
     "gpus": {"--json"},
-    "profile": {"--batch", "--device", "--json", "--out", "--processes", "--quick", "--set"},
+    "profile": {"--batch", "--device", "--json", "--lock-clocks", "--out", "--processes", "--quick", "--set"},
     "study": {"--batch", "--gpu", "--gpus-per-node", "--json", "--measure", "--measure-most", "--measure-steps"}
     | {"--network", "--plot", "--policies", "--profile", "--rate", "--set", "--workers"},
     "sweep": PLANNING - {"--cluster", "--use-all"}

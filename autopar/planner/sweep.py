@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from autopar.errors import InfeasibleError, InputError, WorkerError
-from autopar.ir.measured import MeasuredStep, energy_of, power_of
-from autopar.ir.plan import Plan, Prediction
-from autopar.ir.quantity import Quantity
+from autopar.ir.measured import MeasuredStep, power_of
+from autopar.ir.plan import Plan
+from autopar.ir.run import RunSettings
 from autopar.planner.detect import detect_gpus, kebab_name
 from autopar.planner.execute import RunReport, run_plan
 from autopar.planner.plan import capture_graph, make_plan
@@ -134,7 +134,7 @@ def _measured(point: SweepPoint, asked: Measuring, progress: Progress) -> SweepP
     progress(f"running the plan on {point.num_gpus}")
     try:
         with _hidden_gpus() if plan.cluster.gpu == CPU else _nothing():
-            report = run_plan(plan, steps=asked.steps, progress=progress)
+            report = run_plan(plan, settings=RunSettings(asked.steps), progress=progress)
     except (InputError, WorkerError) as error:
         return replace(point, not_measured=str(error).splitlines()[0])
     return replace(point, measured=measured_step(plan, report))
@@ -161,25 +161,13 @@ def _hidden_gpus() -> Iterator[None]:
 
 
 def measured_step(plan: Plan, report: RunReport) -> MeasuredStep:
-    """What a run says of a step; energy that no meter read is modelled at the time measured."""
-    time, notes = report.step_time, list(report.notes)
-    if report.energy is not None:
-        energy = report.energy
-    else:
-        energy = energy_at(plan.predicted, time)
-        notes.append("energy and power are modelled, from the device's powers at the time measured")
+    """What a run says of a step."""
+    time, energy = report.step_time, report.energy.total
+    notes = [*report.notes, *report.energy.notes]
     if plan.cluster.gpu == CPU and report.num_processes > num_cores():
         notes.append(f"{report.num_processes} processes shared {num_cores()} cores; predictions give each its own")
     power = power_of(energy, time)
     return MeasuredStep(report.num_processes, len(report.losses) - 1, time, energy, power, tuple(notes))
-
-
-def energy_at(predicted: Prediction, time: Quantity) -> Quantity:
-    """Modelled energy of a step that took another time than predicted: waiting and hosts draw power throughout."""
-    dynamic_j = predicted.energy_by_cause["dynamic"]
-    fixed_w = (sum(predicted.energy_by_cause.values()) - dynamic_j) / predicted.step_time_s.value
-    wide = predicted.energy_j.high / predicted.energy_j.value - 1
-    return energy_of(dynamic_j, fixed_w, time, wide)
 
 
 def sweep_model(

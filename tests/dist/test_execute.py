@@ -51,7 +51,7 @@ def test_a_run_lowers_the_loss_and_tells_each_step(plan: Plan) -> None:
     assert report.step_time.label == "measured"
     assert [line.split(":")[0] for line in told[1:]] == [f"step {i}/4" for i in range(1, 5)]
     assert report.energy.total.value > 0
-    assert report.energy.total.label in ("measured", "assumed")
+    assert report.energy.total.label in ("measured", "modelled")
 
 
 def test_a_plan_for_another_model_is_refused(plan: Plan) -> None:
