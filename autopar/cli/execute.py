@@ -22,7 +22,8 @@ from autopar.cli.training import training_options
 from autopar.ir.plan import Plan
 from autopar.ir.run import RunSettings
 from autopar.ir.serialize import load_plan, quantity_json
-from autopar.planner.execute import RunReport, run_plan, verify_plan
+from autopar.planner.execute import verify_plan
+from autopar.planner.recover import Policy, Survived, run_surviving
 from autopar.planner.settings import BoardSettings
 from autopar.units import format_joules, format_seconds
 
@@ -33,7 +34,9 @@ from autopar.units import format_joules, format_seconds
 @board_options
 @host_options
 @json_option
-def run(plan_file: str, *, training: RunSettings, boards: BoardSettings, as_json: bool, **meeting: Any) -> None:
+def run(
+    plan_file: str, *, training: RunSettings, policy: Policy, boards: BoardSettings, as_json: bool, **meeting: Any
+) -> None:
     """Execute PLAN_FILE: starts the processes of this host, or joins those of torchrun.
 
     Over several hosts, run the same command on each, with its own --node-rank.
@@ -41,8 +44,8 @@ def run(plan_file: str, *, training: RunSettings, boards: BoardSettings, as_json
     plan = load_plan(plan_file)
     hosts = hosts_of(**meeting)
     with _speaker(as_json) as say:
-        report = run_plan(plan, training, hosts=hosts, boards=boards, progress=say)
-    _answer(_run_json(plan, report) if as_json else _run_text(plan, report), as_json)
+        survived = run_surviving(plan, training, policy=policy, hosts=hosts, boards=boards, progress=say)
+    _answer(_run_json(plan, survived) if as_json else _run_text(plan, survived), as_json)
 
 
 @click.command()
@@ -69,8 +72,11 @@ def _answer(content: Any, as_json: bool) -> None:
     print_json(content) if as_json else click.echo(content)
 
 
-def _run_json(plan: Plan, report: RunReport) -> dict[str, Any]:
+def _run_json(plan: Plan, survived: Survived) -> dict[str, Any]:
+    report, predicted = survived.report, survived.plan.predicted
     return {
+        "first_step": report.first_step,
+        "restarts": [asdict(restart) for restart in survived.restarts],
         "num_processes": report.num_processes,
         "losses": list(report.losses),
         "step_time_s": quantity_json(report.step_time),
@@ -79,14 +85,14 @@ def _run_json(plan: Plan, report: RunReport) -> dict[str, Any]:
         "boards": asdict(report.held),
         "predicted": {
             "gpu": plan.cluster.gpu,
-            "step_time_s": quantity_json(plan.predicted.step_time_s),
-            "energy_j": quantity_json(plan.predicted.energy_j),
+            "step_time_s": quantity_json(predicted.step_time_s),
+            "energy_j": quantity_json(predicted.energy_j),
         },
         "notes": [*report.notes, *report.energy.notes],
     }
 
 
-def _run_text(plan: Plan, report: RunReport) -> str:
-    predicted = plan.predicted
+def _run_text(plan: Plan, survived: Survived) -> str:
+    predicted = survived.plan.predicted
     time, energy = format_seconds(predicted.step_time_s.value), format_joules(predicted.energy_j.value)
-    return f"{report}\n  predicted  {time} and {energy} per step on {plan.cluster.gpu} ({predicted.energy_j.label})"
+    return f"{survived}\n  predicted  {time} and {energy} per step on {plan.cluster.gpu} ({predicted.energy_j.label})"

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from autopar.ir.run import RunSettings
+from autopar.planner.recover import Policy
 
 OPTIONS = (
     click.option("--steps", default=10, show_default=True, metavar="N", help="Optimizer steps, in all."),
@@ -31,17 +32,25 @@ OPTIONS = (
     click.option(
         "--data-workers", type=int, metavar="N", help="Loader processes per rank; default: as dataset() says."
     ),
+    click.option(
+        "--max-failures",
+        default=4,
+        show_default=True,
+        metavar="N",
+        help="In a row without a new checkpoint; one more ends the run. 0: never restart.",
+    ),
     click.option("--adapt", is_flag=True, help="Go on without a device that makes the others wait, if that is faster."),
 )
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options and hands them on as `training`."""
+    """Adds the options and hands them on as `training` and `policy`."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **given: Any) -> Any:
         own = {name: given.pop(name) for name in RunSettings.__dataclass_fields__}
-        return command(*args, training=RunSettings(**own), **given)
+        policy = Policy(max_failures=given.pop("max_failures"))
+        return command(*args, training=RunSettings(**own), policy=policy, **given)
 
     for option in reversed(OPTIONS):
         wrapped = option(wrapped)
