@@ -39,8 +39,8 @@ SUBJECTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "gpt2 dropout": ("gpt2", {**MODELS["gpt2"], "layers": "2", "dropout": "0.2"}),
 }
 """Example and options of every model of the matrix."""
-PAIRS_PER_LAUNCH = 40
-PATIENCE = 60
+PAIRS_PER_LAUNCH = 100
+PATIENCE = 300
 """Draws in a row without anything new after which the rest counts as not drawn."""
 LEARNING_RATE = 1.0
 
@@ -160,7 +160,7 @@ def _errors(plan: Plan, reference: Any, meshes: dict[object, Any]) -> dict[str, 
 
     from autopar.planner.assemble import make_executor
     from autopar.planner.execute import compare_with, run_options
-    from autopar.runtime.compare import relative_error
+    from autopar.runtime.compare import relative_error, smallest_scale
     from autopar.runtime.executor import OptimizerOptions, join_plan
 
     decisions, serial = plan.decisions, reference.serial
@@ -174,12 +174,13 @@ def _errors(plan: Plan, reference: Any, meshes: dict[object, Any]) -> dict[str, 
     executor.update()
     executor.sync_buffers()
     buffers = [relative_error(executor.buffers[n], serial.buffers[n]) for n in executor.updated_buffers]
+    gradients = {name: serial.store.whole_gradient(name) for name in serial.store.items}
+    floor = smallest_scale(gradients.values())
     updated = []
     for name in executor.store.items:
-        gradient = serial.store.whole_gradient(name)
-        start = reference.state[name]
+        start, gradient = reference.state[name], gradients[name]
         expected = start if gradient is None else start - LEARNING_RATE * gradient
-        updated.append(relative_error(executor.store.whole_parameter(name).detach(), expected))
+        updated.append(relative_error(executor.store.whole_parameter(name).detach(), expected, floor))
     own = torch.tensor([max(buffers, default=0.0), max(updated, default=0.0)], dtype=torch.float64)
     dist.all_reduce(own, dist.ReduceOp.MAX)
     return {

@@ -91,7 +91,8 @@ def pairs(draw: st.DrawFn, subject: Subject, processes: int, wanted: Wanted) -> 
     """Pairs of a model on exactly so many processes."""
     every = shapes(len(subject.graph.blocks), processes)
     gains = {shape: _shape_gain(shape, wanted) for shape in every}
-    numbers = sorted({shape.num_stages for shape in every})
+    numbers = sorted({shape.num_stages for shape in every} | {1})
+    numbers += [number for number in numbers if number < processes] * 2  # a stage of one device has nothing to split
     stages = _one(draw, numbers, lambda k: any(gains[s] for s in every if s.num_stages == k))
     shape = _one(draw, [s for s in every if s.num_stages == stages], lambda s: gains[s])
     count = _one(draw, subject.counts(shape), lambda m: {f"{m} microbatches on {stages} stages"} & wanted)

@@ -1,23 +1,26 @@
 """The graph of one sample in the form that it has for several.
 
-`contiguous` of a tensor that is contiguous already leaves no call behind, and a dim of size 1 makes many tensors so: at
-one sample a graph may lack copies that it has at two or more, and the ops after them have other names. A plan is made
-for the whole batch; to run it in microbatches of one sample, its ops are looked up by name.
+`contiguous` of a tensor that is contiguous already leaves no call behind, and a dim of size 1 makes many tensors so;
+libraries skip `expand` where there is one sample. A graph may thus lack calls that it has at two samples or more, and
+the ops after them have other names. A plan is made for the whole batch; to run it in microbatches of one sample, its
+ops are looked up by name.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from autopar.ir.graph import Op, OpGraph
+from autopar.ir.graph import Op, OpGraph, Ref
 
 COPY = "aten.contiguous.default"
+EXPAND = "aten.expand.default"
+"""What may be missing at one sample, where it would do nothing."""
 
 
 def as_for_several(single: OpGraph, several: OpGraph) -> OpGraph:
     """The ops and names of `several`, with the shapes and arguments of `single`.
 
-    Where the two differ in more than copies, `single` as it is.
+    Where the two differ in more than idle calls, `single` as it is.
 
     Args:
         single: captured at one sample.
@@ -31,7 +34,8 @@ def as_for_several(single: OpGraph, several: OpGraph) -> OpGraph:
     for op, partner in partners:
         if partner is None:
             same[op.outputs[0]] = same[op.inputs[0]]
-            ops.append(op)
+            shape = single.values[same[op.inputs[0]]].meta.shape
+            ops.append(replace(op, args=(Ref(0), shape)) if op.target == EXPAND else op)
         else:
             ops.append(_called_as(op, partner, same))
     values = {
@@ -42,7 +46,7 @@ def as_for_several(single: OpGraph, several: OpGraph) -> OpGraph:
 
 
 def _partners(single: OpGraph, several: OpGraph) -> list[tuple[Op, Op | None]] | None:
-    """Each op of `several` with that of `single` it corresponds to, None for a copy that is not there."""
+    """Each op of `several` with that of `single` it corresponds to, None for one that is not there."""
     found: list[tuple[Op, Op | None]] = []
     aliases = {name: name for name in several.values}
     there: dict[str, str] = {}
@@ -54,7 +58,7 @@ def _partners(single: OpGraph, several: OpGraph) -> list[tuple[Op, Op | None]] |
             waiting.pop()
             there |= dict(zip(partner.outputs, op.outputs, strict=True))
             found.append((op, partner))
-        elif op.target == COPY:
+        elif op.target in (COPY, EXPAND):
             aliases[op.outputs[0]] = wanted[0]
             found.append((op, None))
         else:

@@ -357,7 +357,7 @@ def _eager_error(ready: Prepared, device: str) -> float | None:
 
     from autopar import torch_adapter
     from autopar.capture.model_source import as_arguments
-    from autopar.runtime.compare import SMALLEST_SHARE, relative_error
+    from autopar.runtime.compare import relative_error, smallest_scale
     from autopar.runtime.executor import RunOptions
 
     graph, module = ready.captured.graph, ready.captured.module
@@ -374,7 +374,7 @@ def _eager_error(ready: Prepared, device: str) -> float | None:
     eager_loss = module(*args, **kwargs)
     eager_loss.backward()
     gradients = {name: ready.captured.tensor(name).grad for name in serial.store.items}
-    floor = SMALLEST_SHARE * max((float(g.abs().max()) for g in gradients.values() if g is not None), default=0.0)
+    floor = smallest_scale(gradients.values())
     errors = [relative_error(serial.store.whole_gradient(n), g, floor) for n, g in gradients.items()]
     return max([relative_error(torch.tensor(loss), eager_loss.detach().double().cpu()), *errors])
 

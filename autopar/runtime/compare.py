@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,11 @@ def relative_error(found: Tensor | None, expected: Tensor | None, smallest_scale
     return error if error == error else float("inf")  # noqa: PLR0124 - NaN is not itself
 
 
+def smallest_scale(gradients: Iterable[Tensor | None]) -> float:
+    """What to divide the error of any gradient by at least; see `SMALLEST_SHARE`."""
+    return SMALLEST_SHARE * max((float(g.abs().max()) for g in gradients if g is not None and g.numel()), default=0.0)
+
+
 def compare(distributed: Executor, loss: float, serial: Executor, serial_loss: float) -> Agreement:
     """Compare after `compute_gradients` of both; every rank must call and gets the same answer.
 
@@ -71,9 +76,7 @@ def compare(distributed: Executor, loss: float, serial: Executor, serial_loss: f
         serial_loss: likewise.
     """
     expected = {name: serial.store.whole_gradient(name) for name in serial.store.items}
-    floor = SMALLEST_SHARE * max(
-        (float(g.abs().max()) for g in expected.values() if g is not None and g.numel()), default=0.0
-    )
+    floor = smallest_scale(expected.values())
     errors = {
         name: relative_error(distributed.store.whole_gradient(name), expected[name], floor)
         for name in distributed.store.items

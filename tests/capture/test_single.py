@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from autopar.capture.export import Captured, capture
 from autopar.capture.model_source import ModelSource
-from autopar.capture.single import COPY, as_for_several
+from autopar.capture.single import COPY, EXPAND, as_for_several
 from tests.capture.interpreter import run_graph
 
 
 class Shifted(nn.Module):
-    """Copies that one sample does not need (its rows lie together when the first is cut off), and one that it needs."""
+    """Copies that one sample does not need (its rows lie together when the first is cut off), and one that it needs;
+    a row of numbers that is expanded where there are more samples, as libraries do.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +26,10 @@ class Shifted(nn.Module):
         early = x[:, 1:].contiguous()
         turned = self.project(early).transpose(1, 2).contiguous()
         late = self.project(x)[:, :-1].contiguous()
-        return (turned.transpose(1, 2) * late).mean()
+        numbers = torch.arange(4, device=x.device)[None]
+        if x.shape[0] > 1:
+            numbers = numbers.expand(x.shape[0], -1)
+        return (turned.transpose(1, 2) * late * numbers[:, None]).mean()
 
 
 class Plain(nn.Module):
@@ -49,6 +54,7 @@ def test_copies_that_one_sample_does_not_need_come_back_under_their_names() -> N
     assert sum(op.target == COPY for op in one.graph.ops) == 1
     assert [op.name for op in found.ops] == [op.name for op in captured(Shifted, 4).graph.ops]
     assert sum(op.target == COPY for op in found.ops) == 3
+    assert sum(op.target == EXPAND for op in found.ops) == 1 + sum(op.target == EXPAND for op in one.graph.ops)
     expected = run_graph(one)
     computed = run_graph(replace(one, graph=found))
     assert torch.equal(computed[found.loss], expected[one.graph.loss])
