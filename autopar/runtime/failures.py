@@ -35,6 +35,11 @@ def is_network_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(WAITED.search(str(error)) or LOST.search(str(error)))
 
 
+def is_cut(error: BaseException) -> bool:
+    """Whether a connection broke, as opposed to a wait that took too long."""
+    return LOST.search(str(error)) is not None and WAITED.search(str(error)) is None
+
+
 def place_of(error: BaseException) -> str:
     """The collective and the function of ours that waited for it, e.g. `all_reduce (Bucket.finish in buckets.py)`."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -73,8 +78,7 @@ def waiting_message(
         rank: of this process.
         meeting, peers: of the run.
     """
-    timed_out = WAITED.search(str(error)) is not None
-    how = f"waited {meeting.timeout_s:g} s" if timed_out else "lost its connection"
+    how = "lost a connection" if is_cut(error) else f"waited {meeting.limit_s:g} s"
     return f"rank {rank} {how} in {place_of(error)}: {_cause(error, sight, rank, meeting, peers)}"
 
 
@@ -84,17 +88,17 @@ def _cause(error: BaseException, sight: Sight, rank: int, meeting: Meeting, peer
         first = min(failed)
         return f"{_named([first], peers)} failed: {failed[first]}"
     if sight.store_silent_s is not None:
-        return f"{_named([0], peers)} has been silent at {meeting.where} for {sight.store_silent_s:.0f} s; " + _look_at(
-            [0], peers, rank
-        )
+        seconds = f"silent for {sight.store_silent_s:.0f} s"
+        return f"{_named([0], peers)}, where the run meets, {seconds}; {_look_at([0], peers, rank)}"
     if sight.silent:
         gone = sorted(sight.silent)
         return f"{_named(gone, peers)} silent for {max(sight.silent.values()):.0f} s; " + _look_at(gone, peers, rank)
     busy = [other for other in peers if other != rank and other not in sight.reasons]
+    if is_cut(error):
+        return "every rank lives, so something between the hosts broke the connection: a firewall, a proxy, a restart"
     if busy:
         return f"{_named(busy, peers)} lives but did not come to it: hung, or slower than --timeout allows"
-    closed = re.search(r"by peer \[?([^\]\s]+)", str(error))
-    return f"every rank lives and waits{f' (peer {closed[1]})' if closed else ''}: they disagree on what comes next"
+    return "every rank lives and waits as well: the ranks disagree on what comes next, which is a bug"
 
 
 def _named(ranks: Sequence[int], peers: Mapping[int, Peer]) -> str:

@@ -16,6 +16,9 @@ from typing import Any
 from autopar.errors import InputError
 from autopar.ir.hosts import DEFAULT_PORT, JOIN_S, Hosts
 
+REPORT_S = 3.0
+"""What a rank needs from the end of its wait to the message."""
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -33,6 +36,11 @@ class Meeting:
     timeout_s: float
     join_timeout_s: float
     fingerprint: str
+
+    @property
+    def limit_s(self) -> float:
+        """Of a collective: less than `timeout_s` by what the message needs."""
+        return self.timeout_s - min(REPORT_S, self.timeout_s / 2)
 
     @property
     def where(self) -> str:

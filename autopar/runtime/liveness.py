@@ -21,7 +21,9 @@ BEAT_S = 0.5
 """Between two beats of up to `BEAT_RANKS` ranks; more ranks beat less often, so that the store keeps its load."""
 BEAT_RANKS = 32
 SILENT_BEATS = 6
-"""After so many beats without news a rank counts as gone."""
+"""After so many beats without news a rank counts as gone;"""
+CUT_BEATS = 3
+"""where a connection broke, after so many."""
 SETTLE_S = 1.0
 """How long a failing rank waits for what the others, which fail at the same time, have to say."""
 
@@ -49,6 +51,7 @@ class Liveness:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._period_s = BEAT_S * max(1.0, world_size / BEAT_RANKS)
         self._over = threading.Event()
+        self._is_gone = False
         self._answered_s = time.monotonic()
         self._numbers: list[bytes] = [b""] * world_size
         self._changed_s = [self._answered_s] * world_size
@@ -60,14 +63,22 @@ class Liveness:
         self._over.set()
         self._thread.join(2 * self._period_s)
 
-    def sight(self, reason: str) -> Sight:
-        """Tell the others that this rank fails (`reason`: "" if it waited in vain), and hear what they have to say."""
+    def sight(self, reason: str, *, is_cut: bool = False) -> Sight:
+        """Tell the others that this rank fails, and hear what they have to say.
+
+        Args:
+            reason: "" if this rank waited in vain for others.
+            is_cut: a connection broke just now, so that silence is still short.
+        """
         heard: dict[int, str] = {}
-        asking = threading.Thread(target=self._exchange, args=(reason, heard), daemon=True, name="last words")
+        settle_s = SETTLE_S * (2 if is_cut else 1)
+        limit_s = self._period_s * (CUT_BEATS if is_cut else SILENT_BEATS)
+        asking = threading.Thread(target=self._exchange, args=(reason, heard, settle_s), daemon=True, name="last words")
         asking.start()
-        asking.join(2 * SETTLE_S)
-        now, limit_s = time.monotonic(), SILENT_BEATS * self._period_s
-        if asking.is_alive() or now - self._answered_s > limit_s:
+        if time.monotonic() - self._answered_s < limit_s:
+            asking.join(2 * settle_s)
+        now = time.monotonic()
+        if self._is_gone or asking.is_alive() or now - self._answered_s > limit_s:
             return Sight({}, dict(heard), now - self._answered_s)
         silent = {
             rank: now - then
@@ -91,15 +102,15 @@ class Liveness:
                     if number != self._numbers[rank]:
                         self._numbers[rank], self._changed_s[rank] = number, self._answered_s
         except dist.DistError:
-            return  # the store is gone: its silence says so
+            self._is_gone = True
 
-    def _exchange(self, reason: str, heard: dict[int, str]) -> None:
+    def _exchange(self, reason: str, heard: dict[int, str], settle_s: float) -> None:
         try:
             own = connect_again(self._store)
             own.set(f"last/{self._rank}", json.dumps(reason))
-            time.sleep(SETTLE_S)
+            time.sleep(settle_s)
             for rank in range(self._world_size):
                 if rank != self._rank and own.check([f"last/{rank}"]):
                     heard[rank] = json.loads(own.get(f"last/{rank}"))
         except dist.DistError:
-            return
+            self._is_gone = True

@@ -14,14 +14,11 @@ import torch.distributed as dist
 from autopar import torch_adapter
 from autopar.errors import NetworkError
 from autopar.ir.hosts import DEFAULT_TIMEOUT_S
-from autopar.runtime.failures import is_network_failure, waiting_message
+from autopar.runtime.failures import is_cut, is_network_failure, waiting_message
 from autopar.runtime.hosts import Meeting, external_meeting
 from autopar.runtime.liveness import Liveness
 from autopar.runtime.rendezvous import Peer, call_roll, choose_interface, open_external_store, open_store
 from autopar.torch_adapter import Store
-
-REPORT_S = 3.0
-"""What a rank needs from the end of its wait to the message; collectives get so much less, but half at most."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Membership:
             reason = "" if is_network else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             if self.liveness is None:
                 raise
-            sight = self.liveness.sight(reason)
+            sight = self.liveness.sight(reason, is_cut=is_cut(error))
             if not is_network:
                 raise
             raise NetworkError(
@@ -103,7 +100,7 @@ def _join(store: Store, meeting: Meeting, rank: int, world_size: int) -> Members
     liveness = Liveness(store, rank, world_size) if world_size > 1 else None
     membership = Membership(rank, meeting, peers, liveness, interface)
     with membership.telling():
-        limit = timedelta(seconds=meeting.timeout_s - min(REPORT_S, meeting.timeout_s / 2))
+        limit = timedelta(seconds=meeting.limit_s)
         torch_adapter.limit_collectives(limit)
         store.set_timeout(limit)
         _prepare_device()

@@ -112,7 +112,8 @@ def call_roll(store: Store, meeting: Meeting, rank: int, world_size: int) -> Map
         NetworkError: some rank does not come.
         InputError: ranks were given different jobs.
     """
-    own = Peer(meeting.node_rank, socket.gethostname(), local_address(meeting), meeting.fingerprint)
+    address = meeting.address if meeting.node_rank == 0 else local_address(meeting)
+    own = Peer(meeting.node_rank, socket.gethostname(), address, meeting.fingerprint)
     store.set(_key(rank), json.dumps(asdict(own)))
     keys = [_key(other) for other in range(world_size)]
     try:

@@ -1,0 +1,98 @@
+"""Two hosts with addresses of their own train together, tell a cut link in one message, and go on when it heals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autopar.cli.app import invoke
+from tests.dist import two_hosts
+
+pytestmark = pytest.mark.dist
+ROOT = Path(__file__).resolve().parents[2]
+UNSHARE = ["unshare", "-nm"] if os.geteuid() == 0 else ["unshare", "-rnm"]
+
+
+def _why_not() -> str:
+    """Why there are no network namespaces here; "" if there are."""
+    missing = [tool for tool in ("unshare", "nsenter", "ip", "ss", "mount") if shutil.which(tool) is None]
+    if missing:
+        return f"no {missing[0]} on this machine"
+    trial = "mount -t tmpfs none /run && ip netns add x && ip link add v0 netns x type veth peer name v1"
+    found = subprocess.run([*UNSHARE, "sh", "-c", trial], capture_output=True, text=True, check=False, timeout=60)
+    return f"no network namespaces: {found.stderr.strip()}" if found.returncode else ""
+
+
+@pytest.fixture(scope="module")
+def _namespaces() -> None:
+    if reason := _why_not():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def make_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes a plan of a small model with the pins given."""
+    monkeypatch.setenv("AUTOPAR_PROFILE", str(tmp_path / "store.jsonl"))
+
+    def make(gpus: int, pins: str) -> str:
+        path = tmp_path / "plan.json"
+        model = ["plan", str(ROOT / "examples/mlp.py"), "--set", "hidden=32", "--set", "inputs=16", "--batch", "8"]
+        code = invoke([*model, "--gpu", "cpu", "--gpus", str(gpus), "--use-all", "--pin", pins, "--out", str(path)])
+        assert code == 0
+        return str(path)
+
+    return make
+
+
+def on_two_hosts(plan: str, cut_at: int, more: int, *options: str) -> dict[str, Any]:
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    command = [*UNSHARE, sys.executable, two_hosts.__file__, plan, str(cut_at), str(more), *options]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=550)
+    assert found.returncode == 0, found.stderr
+    answer: dict[str, Any] = json.loads(found.stdout)
+    return answer
+
+
+def losses(text: str) -> dict[int, str]:
+    return {int(step): loss for step, loss in re.findall(r"^step (\d+)/\d+: loss (\S+),", text, re.MULTILINE)}
+
+
+@pytest.mark.usefixtures("_namespaces")
+def test_a_cut_link_is_one_message_on_each_host_and_a_healed_one_trains(make_plan: Any) -> None:
+    found = on_two_hosts(make_plan(2, "dp=2"), 3, 5)
+    first, second = found["first"], found["second"]
+    check_one_message(first)
+    local = {line.split()[3].rpartition(":")[0] for line in first["listening"]}
+    assert local == {two_hosts.ADDRESSES[0]}
+    assert first["reaches"] == {two_hosts.ADDRESSES[0]: True, two_hosts.OTHER_ADDRESS: False}
+    assert second["codes"] == [0, 0]
+    assert second["left"] == []
+    assert losses(second["texts"][0]) | losses(first["texts"][0]) == losses(first["texts"][0])
+    assert len(losses(second["texts"][0])) == 5
+
+
+def check_one_message(run: dict[str, Any]) -> None:
+    """Both hosts end in time, each with one line which names who waited, in what, for whom.
+
+    What the message costs beyond the wait, on a machine that may do much else, is not judged.
+    """
+    assert run["codes"] == [1, 1]
+    assert max(run["ended_s"]) <= two_hosts.TIMEOUT_S + two_hosts.SLACK_S
+    assert run["left"] == []
+    for host, text in enumerate(run["texts"]):
+        told = [line for line in text.splitlines() if line.startswith("autopar: ")]
+        waited, missing = (f"rank {rank} " for rank in (host, 1 - host))
+        assert len(told) == 1
+        assert re.match(
+            rf"autopar: {waited}waited 7 s in all_reduce \(\w[\w.]* in \w+\.py\): {missing}on node", told[0]
+        )
+        assert f"({two_hosts.ADDRESSES[1 - host]})" in told[0]
+        assert "Traceback" not in text

@@ -1,0 +1,127 @@
+"""Two network namespaces as two hosts: `unshare -nm python tests/dist/two_hosts.py PLAN CUT_AT MORE [OPTION...]`.
+
+Runs PLAN on both, one half of the ranks on each. Once step CUT_AT is over the link goes down, and when both runs have
+ended it comes up again and they are started once more, for MORE steps. Prints what happened as JSON. The
+namespaces vanish with this process. Needs root, or a user namespace (`unshare -rnm`).
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PORT = 29517
+ADDRESSES = ("10.99.0.1", "10.99.0.2")
+OTHER_ADDRESS = "10.99.0.11"
+"""Of host 0 too, on the same interface."""
+TIMEOUT_S = 10.0
+SLACK_S = 60.0
+"""For processes to end."""
+PATIENCE_S = 240.0
+"""For what should take seconds, on a machine that does much else."""
+
+
+def main(plan: str, cut_at: str, more: str, *options: str) -> dict[str, Any]:
+    make_hosts()
+    with tempfile.TemporaryDirectory() as name:
+        first = run_both(Path(name), [plan, "--steps", "1000000", *options], int(cut_at))
+        on_host(1, "ip", "link", "set", "v1", "up")
+        second = run_both(Path(name), [plan, "--steps", more, *options], 0)
+        return {"first": first, "second": second}
+
+
+def make_hosts() -> None:
+    """Two namespaces with one link between them."""
+    run("mount", "-t", "tmpfs", "none", "/run")
+    for host in (0, 1):
+        run("ip", "netns", "add", f"host{host}")
+    run("ip", "link", "add", "v0", "netns", "host0", "type", "veth", "peer", "name", "v1", "netns", "host1")
+    for host, address in enumerate(ADDRESSES):
+        on_host(host, "ip", "addr", "add", f"{address}/24", "dev", f"v{host}")
+        on_host(host, "ip", "link", "set", f"v{host}", "up")
+        on_host(host, "ip", "link", "set", "lo", "up")
+    on_host(0, "ip", "addr", "add", f"{OTHER_ADDRESS}/24", "dev", "v0")
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def inside(host: int) -> list[str]:
+    return ["nsenter", f"--net=/run/netns/host{host}"]
+
+
+def on_host(host: int, *command: str) -> str:
+    return run(*inside(host), *command)
+
+
+def run_both(directory: Path, arguments: list[str], cut_at: int) -> dict[str, Any]:
+    """Start the run on both hosts and wait for both; cut the link after a step, unless that is 0."""
+    runs = [_start(host, directory, arguments) for host in (0, 1)]
+    found: dict[str, Any] = {}
+    try:
+        if cut_at:
+            _wait_for(runs, directory / "out_0", f"step {cut_at}/")
+            found["listening"] = on_host(0, "ss", "-Hltn").splitlines()
+            found["reaches"] = {address: _reaches(address) for address in (ADDRESSES[0], OTHER_ADDRESS)}
+            on_host(1, "ip", "link", "set", "v1", "down")
+        cut_s = time.monotonic()
+        ended_s = [when - cut_s for when in _ended(runs)]
+    finally:
+        for process in runs:
+            process.kill()
+    texts = [(directory / f"out_{host}").read_text() for host in (0, 1)]
+    codes = [process.returncode for process in runs]
+    left = [line for line in run("ps", "-eo", "pid,args").splitlines() if str(directory) in line]
+    return {**found, "codes": codes, "texts": texts, "ended_s": ended_s, "left": left}
+
+
+def _start(host: int, directory: Path, arguments: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "autopar", "run", *arguments, "--timeout", str(TIMEOUT_S)]
+    command += ["--nodes", "2", "--node-rank", str(host), "--master-addr", ADDRESSES[0], "--master-port", str(PORT)]
+    with (directory / f"out_{host}").open("w") as output:
+        return subprocess.Popen(
+            ["env", f"TMPDIR={directory}", *inside(host), *command],
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _wait_for(runs: list[subprocess.Popen[str]], path: Path, text: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while text not in path.read_text():
+        if time.monotonic() > deadline or any(process.poll() is not None for process in runs):
+            raise SystemExit(f"no {text!r} in {path}:\n{path.read_text()}")
+        time.sleep(0.05)
+
+
+def _reaches(address: str) -> bool:
+    """Whether host 1 can connect to the meeting's port at an address of host 0."""
+    code = f"import socket; socket.create_connection(({address!r}, {PORT}), 5).close()"
+    probe = subprocess.run([*inside(1), sys.executable, "-c", code], capture_output=True, check=False, timeout=60)
+    return probe.returncode == 0
+
+
+def _ended(runs: list[subprocess.Popen[str]]) -> list[float]:
+    """When each of them ended."""
+    deadline = time.monotonic() + PATIENCE_S
+    found: dict[int, float] = {}
+    while len(found) < len(runs) and time.monotonic() < deadline:
+        found |= {
+            i: time.monotonic() for i, process in enumerate(runs) if i not in found and process.poll() is not None
+        }
+        time.sleep(0.05)
+    return [found[i] for i in range(len(runs))]
+
+
+if __name__ == "__main__":
+    socket.setdefaulttimeout(PATIENCE_S)
+    print(json.dumps(main(*sys.argv[1:])))
