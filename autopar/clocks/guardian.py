@@ -23,7 +23,7 @@ from autopar.errors import AutoparError
 from autopar.nvml import NvmlError, open_nvml
 
 READY = b"ready\n"
-START_S = 30.0
+START_S = 120.0
 """How long a guardian may take to be ready: NVML starts the driver where nobody uses it."""
 TRIES, PAUSE_S = 5, 1.0
 """A board that is busy resetting may refuse at first."""

@@ -25,6 +25,8 @@ LEAST = 1e-3
 """Numbers of a device file are above zero: stands for a share that is measured as none."""
 ABOVE, BELOW = (1.0, 0.72, 0.38), (0.06, 0.23)
 """Where to measure: so far from the ridge to the highest clock, and so far below the ridge by shares of the highest."""
+ENOUGH_CLOCKS, MOST_CLOCKS = 5, 9
+"""Clocks free of the power limit that are wanted, and clocks measured for it at most."""
 USUAL_RIDGE = 0.77
 """Share of the highest clock; A100 (Perseus artifact)."""
 
@@ -80,8 +82,9 @@ def measure_power(bench: PowerBench, ridge_share: float = USUAL_RIDGE) -> PowerP
     products: list[ClockSample] = []
     streams: list[ClockSample] = []
     notes: list[str] = []
-    for clock in clocks_to_measure(bench.clocks_hz, ridge_share):
-        with bench.at_clock(clock) as held_hz:
+    todo = list(clocks_to_measure(bench.clocks_hz, ridge_share))
+    while todo:
+        with bench.at_clock(todo.pop(0)) as held_hz:
             if held_hz is None:
                 break
             for samples, work in ((products, bench.product), (streams, bench.stream)):
@@ -89,12 +92,26 @@ def measure_power(bench: PowerBench, ridge_share: float = USUAL_RIDGE) -> PowerP
                 if isinstance(sample, str):
                     return PowerProfile(_statics(bench), None, None, (f"power is not measured: {sample}",))
                 samples.append(sample)
+        if not todo and len(products) < MOST_CLOCKS:
+            todo += _below_limit_too(bench, products)
     if len(products) >= 2:
         try:
             return _by_clock(bench, products, streams)
         except ProfileError as error:
             notes.append(f"no curve of power by clock: {error}")
     return _at_present(bench, notes)
+
+
+def _below_limit_too(bench: PowerBench, products: Sequence[ClockSample]) -> list[float]:
+    """One more clock in the widest gap below the lowest that the limit touched, while too few are free of it."""
+    free = sorted(sample.clock_hz for sample in below_limit(products, bench.limit_w))
+    touched = [sample.clock_hz for sample in products if sample.clock_hz not in free]
+    if not free or len(free) >= ENOUGH_CLOCKS or not touched:
+        return []
+    gaps = list(itertools.pairwise([*free, min(touched)]))
+    low, high = max(gaps, key=lambda gap: gap[1] - gap[0])
+    inside = [clock for clock in bench.clocks_hz if low < clock < high]
+    return [min(inside, key=lambda clock: abs(clock - (low + high) / 2))] if inside else []
 
 
 def _sample(clock_hz: float, found: Repeated) -> ClockSample | str:

@@ -1,7 +1,7 @@
 """Stands for `pynvml` in processes that a test starts with this directory first on PYTHONPATH.
 
 The boards live in the JSON file that FAKE_NVML names; every call reads it, and those that set something write it, under
-a lock.
+a lock. Their seconds are so many times faster as FAKE_NVML_SPEED says.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,8 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Any:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         boards = [FakeBoard(**content) for content in json.loads(path.read_text())]
-        found = getattr(FakeNvml(*boards), name)(*arguments)
+        speed = float(os.environ.get("FAKE_NVML_SPEED", "1"))
+        found = getattr(FakeNvml(*boards, clock=lambda: speed * time.perf_counter()), name)(*arguments)
         if "Set" in name or "Reset" in name:
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps([asdict(board) for board in boards]))
