@@ -18,6 +18,7 @@ from autopar.cli.diff import diff
 from autopar.cli.estimate import estimate
 from autopar.cli.execute import run, verify
 from autopar.cli.explain import explain
+from autopar.cli.export import export
 from autopar.cli.frontier import frontier
 from autopar.cli.gpus import gpus
 from autopar.cli.plan import plan
@@ -47,6 +48,7 @@ for _command in (
     validate,
     run,
     verify,
+    export,
     explain,
     diff,
     gpus,
