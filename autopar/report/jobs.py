@@ -22,7 +22,7 @@ RESTARTS = 6
 PRINTABLE = re.compile(r"[\x21-\x7e][\x20-\x7e\n]*[\x21-\x7e]\n")
 """Text that a literal block keeps as it is."""
 PLAIN_YAML = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*\Z")
-YAML_WORDS = frozenset("true false yes no on off null none y n".split())
+YAML_WORDS = frozenset(["true", "false", "yes", "no", "on", "off", "null", "none", "y", "n"])
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _container(job: Job, kubernetes: Kubernetes) -> dict[str, Any]:
 
 
 def _yaml(value: Any, indent: int = 0) -> list[str]:
-    """Block-style lines of nested dicts and lists of scalars; strings are JSON's where YAML might read them otherwise."""
+    """Block-style lines of nested dicts and lists; strings are JSON's where YAML might read them otherwise."""
     pad = "  " * indent
     lines: list[str] = []
     if isinstance(value, dict):
