@@ -3,7 +3,7 @@
 All or nothing: if one board refuses a clock, none keeps one, since the stages of a plan are balanced together; limits
 likewise. What was not applied is said with its reason and with the command lines of an administrator who may.
 
-A kill -9 of the run is met by its guardian; of both, by the state file (`autopar clocks --restore`).
+A kill -9 of the run is met by its guardian; of both, by the state file (`autopar unlock`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from autopar.meters import find_boards, visible_gpus
 from autopar.nvml import Board, NvmlError, open_nvml
 from autopar.planner.detect import kebab_name
 
-RESTORE_COMMAND = "autopar clocks --restore"
+RESTORE_COMMAND = "autopar unlock"
 
 
 @dataclass(frozen=True, slots=True)
