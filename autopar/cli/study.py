@@ -38,7 +38,7 @@ DEFAULT_POLICIES = (
 @click.option("--batch", type=int, metavar="N", help="Samples of a step over all workers; default: the example batch.")
 @click.option("--profile", metavar="FILE", help="Measured rows to prefer to the model; 'none': no rows.")
 @click.option("--measure", is_flag=True, help="Also run on local processes, with plain SGD.")
-@click.option("--measure-most", type=int, metavar="N", help="Most processes to run; default: one per core, at least 2.")
+@click.option("--measure-most", type=int, metavar="N", help="Most workers to run; default: one per core, at least 2.")
 @click.option("--measure-steps", default=20, show_default=True, metavar="N", help="Timed steps of each run.")
 @click.option("--rate", default=0.1, show_default=True, help="Learning rate of the runs.")
 @set_option

@@ -8,7 +8,7 @@ seed 0 everywhere, cut the example batch evenly over the workers and train on it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from autopar.cost.hardware import Cluster
@@ -37,14 +37,16 @@ class Running:
     """How to run what is studied.
 
     Attributes:
-        most_processes: cases that need more are not run.
+        most_workers: cases of more are not run; a server, which mostly waits, comes on top.
         steps: timed ones.
         rate: of SGD.
+        rates: of models whose name is among these.
     """
 
-    most_processes: int
+    most_workers: int
     steps: int = 20
     rate: float = 0.1
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 def study_model(
@@ -83,7 +85,7 @@ def study_model(
     if running is not None:
         model = {"source": source, "options": dict(options), "batch_size": whole}
         entry = f"{__name__}:{model_worker.__name__}"
-        cases = run_cases(cases, entry, model, running, progress)
+        cases = run_cases({source: cases}, entry, running, arguments=model, progress=progress)[source]
     return Study(f"{source} on {target.choice.name}", target.choice.name, whole, tuple(cases), _notes(target, running))
 
 
@@ -137,42 +139,51 @@ def _work(graph: OpGraph, request: PlanRequest, what: Exchanged) -> Work:
 
 
 def run_cases(
-    cases: Sequence[StudyCase], entry: str, arguments: Mapping[str, Any], running: Running, progress: Progress
-) -> list[StudyCase]:
-    """The cases with what running them measured: one launch per number of processes, policies one after another.
+    cases: Mapping[str, Sequence[StudyCase]],
+    entry: str,
+    running: Running,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    progress: Progress = say_nothing,
+) -> dict[str, list[StudyCase]]:
+    """The cases with what running them measured: one launch per number of processes, cases one after another.
 
     Args:
+        cases: by the name of what is trained.
         entry: worker function that calls `run_policies`; it is given `arguments`, and what that reads.
     """
     from autopar.runtime.launch import Job, launch_local
 
-    found = list(cases)
-    by_count: dict[int, list[int]] = {}
-    for place, case in enumerate(cases):
-        if case.reason:
-            continue
-        if case.num_processes > running.most_processes:
-            reason = f"{case.num_processes} processes are more than the {running.most_processes} to be run here"
-            found[place] = replace(case, not_run=reason)
-            continue
-        by_count.setdefault(case.num_processes, []).append(place)
-    for count, places in by_count.items():
-        progress(f"running {len(places)} policies on {count} processes")
-        asked = {
-            **arguments, "policies": [str(cases[place].policy) for place in places],
-            "steps": running.steps, "rate": running.rate,
-        }  # fmt: skip
-        for place, fields in zip(places, launch_local(Job(entry, asked, count))[0], strict=True):
-            found[place] = replace(cases[place], run=_run_of(fields))
+    found = {name: [_refused(case, running) for case in own] for name, own in cases.items()}
+    by_count: dict[int, list[tuple[str, int]]] = {}
+    for name, own in found.items():
+        for place, case in enumerate(own):
+            if not case.reason and not case.not_run:
+                by_count.setdefault(case.num_processes, []).append((name, place))
+    for count, places in sorted(by_count.items()):
+        progress(f"running {len(places)} trainings on {count} processes")
+        runs = [(name, str(found[name][i].policy), running.rates.get(name, running.rate)) for name, i in places]
+        asked = {**(arguments or {}), "runs": runs, "steps": running.steps}
+        for (name, place), fields in zip(places, launch_local(Job(entry, asked, count))[0], strict=True):
+            found[name][place] = replace(found[name][place], run=_run_of(fields))
     return found
 
 
-def run_policies(arguments: Mapping[str, Any], make_task: MakeTask) -> list[dict[str, Any]]:
-    """One process of `run_cases`: trains under every policy, and tells what was measured."""
+def _refused(case: StudyCase, running: Running) -> StudyCase:
+    if case.reason or case.num_workers <= running.most_workers:
+        return case
+    return replace(case, not_run=f"more than the {running.most_workers} to be run here")
+
+
+def run_policies(arguments: Mapping[str, Any], tasks: Mapping[str, MakeTask]) -> list[dict[str, Any]]:
+    """One process of `run_cases`: the trainings asked for, one after another, and what was measured of each."""
     from autopar.runtime.sync.train import TrainOptions, train
 
-    options = TrainOptions(steps=int(arguments["steps"]), rate=float(arguments["rate"]))
-    return [_fields(train(make_task, parse_policy(text), options)) for text in arguments["policies"]]
+    steps = int(arguments["steps"])
+    return [
+        _fields(train(tasks[name], parse_policy(text), TrainOptions(steps=steps, rate=float(rate))))
+        for name, text, rate in arguments["runs"]
+    ]
 
 
 def _fields(trained: Trained) -> dict[str, Any]:
@@ -218,4 +229,4 @@ def model_worker(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
         batch = part_of_batch(source, arguments["batch_size"], worker, num_workers)
         return ModuleTask(seeded_module(source, SEED), lambda _step: batch)
 
-    return run_policies(arguments, make_task)
+    return run_policies(arguments, {arguments["source"]: make_task})

@@ -59,7 +59,7 @@ def _run_table(study: Study, cases: Sequence[StudyCase]) -> list[str]:
         rows.append((*cells, label, f"{run.losses[-1]:.3g}"))
     lines = ["Measured on this machine, of a step; loss: of the last, mean over workers", *_lines(rows)]
     for case in cases:
-        if case.run is not None and case.policy.has_server:
+        if case.run is not None and set(case.run.staleness) != {0}:
             lines += wrapped("Late", f"{case.policy} on {_workers(case.num_workers)}: {late_words(case.run)}")
     return lines
 
@@ -135,12 +135,13 @@ def _notes(study: Study) -> list[str]:
     for case in study.cases:
         if case.run is not None:
             found += case.run.notes
-    by_reason: dict[str, list[str]] = {}
+    left_out: dict[str, list[int]] = {}
     for case in study.cases:
         for what, reason in (("not priced", case.reason), ("not run", case.not_run)):
             if reason:
-                by_reason.setdefault(f"{what}: {reason}", []).append(str(case.policy))
-    found += [f"{', '.join(dict.fromkeys(names))} {reason}" for reason, names in by_reason.items()]
+                left_out.setdefault(f"{what}: {reason}", []).append(case.num_workers)
+    for reason, counts in left_out.items():
+        found.append(f"{', '.join(map(str, dict.fromkeys(counts)))} workers {reason}")
     return list(dict.fromkeys(found))
 
 
