@@ -49,8 +49,6 @@ def check_settings(plan: Plan, settings: BoardSettings) -> None:
         raise InputError("--set-power-limit: the plan has no power limit; make it with --gpu-power-limit, e.g. 300W")
     if settings.schedule is not None:
         _schedule_clocks(plan, settings.schedule)
-    elif settings.lock_clocks and not any(stage.clock_hz for stage in plan.decisions.stages):
-        raise InputError("--lock-clocks: the plan leaves clocks alone; make it with --clocks auto")
 
 
 @contextlib.contextmanager
@@ -78,7 +76,7 @@ def held_boards(
     if not settings.is_idle:
         check_settings(plan, settings)
     wanted, notes = ([], _left_over()) if settings.is_idle else _wanted(plan, settings, ranks, environment)
-    if not wanted or not ranks:
+    if not any(one.clock_mhz or one.limit_w for one in wanted) or not ranks:
         held = Held({}, {}, tuple(notes) if ranks else ())
         _say_all(held, tell)
         yield held
@@ -164,7 +162,8 @@ def _of_boards(
     ]
     free = sorted({place for place in places if by_rank and not by_rank.get(place)})
     if free:
-        notes.append(f"the plan leaves the clocks of stages {', '.join(map(str, free))} alone")
+        which = "all clocks" if len(free) == len(set(places)) else f"the clocks of stages {', '.join(map(str, free))}"
+        notes.append(f"the plan leaves {which} alone (see --clocks of 'autopar plan')")
     return wanted, notes
 
 
