@@ -19,9 +19,9 @@ from autopar.clocks.hold import Held, Wanted, hold
 from autopar.clocks.restore import Restored, restore_stale
 from autopar.clocks.state import read_states, started_at
 from autopar.errors import InputError
+from tests.machine import Machine, make_machine
 from tests.nvml_double import NO_PERMISSION, FakeBoard
 
-DOUBLES = Path(__file__).parent / "doubles"
 PATIENCE_S = 60.0
 HOLDER = """
 import sys, time
@@ -32,43 +32,10 @@ with hold([Wanted(0, 1080.0, 300.0), Wanted(1, 900.0)]) as held:
 """
 
 
-class Machine:
-    """Boards in a file, and where states are kept."""
-
-    def __init__(self, directory: Path) -> None:
-        self.file = directory / "boards.json"
-        self.states = directory / "states"
-
-    def set(self, *boards: FakeBoard) -> None:
-        for index, board in enumerate(boards):
-            board.index = index
-        self.file.write_text(json.dumps([vars(board) for board in boards]))
-
-    def boards(self) -> list[FakeBoard]:
-        return [FakeBoard(**content) for content in json.loads(self.file.read_text())]
-
-    def settings(self) -> list[tuple[float | None, float, tuple[int, int]]]:
-        return [(board.locked_mhz, board.limit_w, tuple(board.application_mhz)) for board in self.boards()]
-
-    def is_clean(self) -> bool:
-        return self.settings() == [(None, 400.0, (1593, 1410))] * len(self.boards()) and not self.files()
-
-    def files(self) -> list[str]:
-        return sorted(path.name for path in self.states.glob("*.json"))
-
-
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """Two boards that this process and its children see as their NVML."""
-    found = Machine(tmp_path)
-    found.set(FakeBoard(), FakeBoard())
-    monkeypatch.setenv("FAKE_NVML", str(found.file))
-    monkeypatch.setenv("AUTOPAR_STATE", str(found.states))
-    monkeypatch.setenv("PYTHONPATH", f"{DOUBLES}{os.pathsep}{DOUBLES.parents[1]}")
-    monkeypatch.syspath_prepend(str(DOUBLES))
-    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
-    yield found
-    sys.modules.pop("pynvml", None)
+    """Two boards."""
+    yield from make_machine(tmp_path, monkeypatch, FakeBoard(), FakeBoard())
 
 
 def until(condition: Callable[[], bool]) -> bool:

@@ -120,9 +120,10 @@ def _wanted(
     plan: Plan, settings: BoardSettings, ranks: range, environment: Mapping[str, str]
 ) -> tuple[list[Wanted], list[str]]:
     """Settings by board, or none and the reason."""
-    visible = visible_gpus(environment, len(ranks))
     try:
         with open_nvml() as nvml:
+            count = len(nvml.boards())
+            visible = [one for one in visible_gpus(environment, len(ranks)) if isinstance(one, str) or one < count]
             boards = [] if len(visible) < len(ranks) else find_boards(nvml, visible)
             names = [kebab_name(board.name) or board.name for board in boards]
             if not boards or len({board.uuid for board in boards}) < len(ranks):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -25,11 +23,11 @@ from autopar.planner.power import PowerRequest, board_of, device_name, measure_g
 from autopar.profiler.power import PowerProfile, clocks_to_measure
 from autopar.profiler.power_fit import ClockSample, PowerFit, below_limit, fit_power, fit_time
 from autopar.resources import data_directory
+from tests.machine import make_machine
 from tests.nvml_double import NO_PERMISSION, FakeBoard
 
 ROOT = Path(__file__).parents[2]
 PROFILES = ROOT.parent / "shared" / "data" / "energy" / "stage_profiles.csv"
-DOUBLES = ROOT / "tests" / "doubles"
 STILL = WindowRules(window_s=0.3, trials=1, warm_up_s=0.0, cool_down_s=0.0)
 SPEED = 25.0
 """Of pretended seconds against real ones."""
@@ -164,17 +162,10 @@ class PretendedGpu:
 
 @pytest.fixture
 def boards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """One A100 that this process and guardians see as their NVML."""
-    file = tmp_path / "boards.json"
-    file.write_text(json.dumps([vars(FakeBoard(watts=55.0))]))
-    monkeypatch.setenv("FAKE_NVML", str(file))
+    """One A100 whose seconds are fast."""
     monkeypatch.setenv("FAKE_NVML_SPEED", str(SPEED))
-    monkeypatch.setenv("AUTOPAR_STATE", str(tmp_path / "states"))
-    monkeypatch.setenv("PYTHONPATH", f"{DOUBLES}{os.pathsep}{ROOT}")
-    monkeypatch.syspath_prepend(str(DOUBLES))
-    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
-    yield file
-    sys.modules.pop("pynvml", None)
+    for machine in make_machine(tmp_path, monkeypatch, FakeBoard(watts=55.0)):
+        yield machine.file
 
 
 def a100() -> DeviceSpec:
