@@ -89,6 +89,7 @@ class DeviceSpec:
     `clock_control` is None where clocks cannot be locked; `clock_share` is the clock it is set to over the highest.
     `sustained_share` is the clock, over the highest, at which large GEMMs hold `limit_w`; rates are those there.
     `memory_clock_share` of the dynamic power of memory traffic follows the clock.
+    `unseen_share` of the memory that moves is handed out beside what is modelled.
     `power_limit_w` is the limit that somebody set; 0: nobody has, and `limit_w` holds.
     """
 
@@ -133,6 +134,7 @@ class DeviceSpec:
     attention_backward_efficiency: float = 0.0
     dispatch_s: float = 0.0
     tf32_efficiency: float = 0.0
+    unseen_share: float = 0.0
 
     @property
     def speed(self) -> float:
@@ -194,6 +196,7 @@ def read_device(path: Path, measured: Sequence[MeasuredNumber] = ()) -> DeviceSp
         numbers=tuple(numbers[key] for key in sorted(numbers)),
         sustained_share=value("clock.sustained_share") if "clock.sustained_share" in numbers else 1.0,
         memory_clock_share=value("power.memory_clock_share") if "power.memory_clock_share" in numbers else 0.0,
+        unseen_share=value("memory.unseen_share") if "memory.unseen_share" in numbers else 0.0,
         **{key: numbers[f"kernels.{key}"].value for key in OPTIONAL_KERNELS if f"kernels.{key}" in numbers},
     )
 

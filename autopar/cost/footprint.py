@@ -4,7 +4,7 @@ What a rank holds at its worst moment is the largest of
 
 - state + largest sum of kept activations that the schedule reaches + largest workspace, as in the search's formula
 - during the last backward, block by block: state + activations that are left + the bucket that gradients are copied
-  into, which is filled while backward runs, or at its end
+  into once all of it are made, while backward runs or at its end
 
 State lasts (parameters, gradients, optimizer states with master copies); activations follow the schedule; the workspace
 is that of the hungriest node. For a parameter that is gathered, it is what its gather keeps beside the ops of its
@@ -18,9 +18,10 @@ moving parts holds a share of slack (`memory.slack_share`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from autopar.cost.memory import Synced, slack_share
+from autopar.cost.memory import BUCKET_BYTES, Synced, slack_share
 from autopar.cost.stages import STATE_CAUSES, StageCost
 from autopar.ir.pipeline import microbatches_in_flight
 from autopar.ir.software import Software
@@ -31,7 +32,7 @@ MEMORY_CAUSES = (*STATE_CAUSES, "activations", "workspace", "buffers", "slack")
 
 
 def memory_by_cause(
-    costs: Sequence[StageCost], rank: int, decisions: Decisions, software: Software
+    costs: Sequence[StageCost], rank: int, decisions: Decisions, software: Software, unseen_share: float = 0.0
 ) -> dict[str, float]:
     """Bytes of one rank at its worst moment, by MEMORY_CAUSES; buffers and slack only where there are any.
 
@@ -40,12 +41,13 @@ def memory_by_cause(
         rank: of the pipeline.
         decisions: for the schedule.
         software: for its meter.
+        unseen_share: of the device.
     """
     own = costs[rank :: decisions.num_ranks]
-    worst = max(_moments(costs, rank, decisions, software), key=lambda moment: moment.total)
+    slack = slack_share(software, unseen_share)
+    worst = max(_moments(costs, rank, decisions, software, 1.0 + slack), key=lambda moment: moment.total)
     ops = min(worst.work, max(cost.op_workspace_bytes for cost in own))
     moving = {"activations": worst.activations, "workspace": ops, "buffers": worst.work - ops + worst.buffers}
-    slack = slack_share(software)
     used = {cause: size / (1.0 + slack) for cause, size in moving.items()}
     state = {cause: sum(cost.state[cause] for cost in own) for cause in STATE_CAUSES}
     state["gradients"] = worst.gradients
@@ -66,8 +68,10 @@ class Moment(NamedTuple):
         return sum(self)
 
 
-def _moments(costs: Sequence[StageCost], rank: int, decisions: Decisions, software: Software) -> Iterator[Moment]:
-    """Moments of a step, of which one is the worst.
+def _moments(
+    costs: Sequence[StageCost], rank: int, decisions: Decisions, software: Software, slack: float
+) -> Iterator[Moment]:
+    """Moments of a step, of which one is the worst; `slack` is 1 + its share, which costs contain already.
 
     The first backward starts with all that is kept and, where they are freed, no gradients, and gives a block's
     activations for its gradients, block by block; a further one starts with one microbatch less kept. With more
@@ -77,11 +81,11 @@ def _moments(costs: Sequence[StageCost], rank: int, decisions: Decisions, softwa
     gradients = sum(cost.state["gradients"] for cost in own)
     synced = sum((cost.synced for cost in own), Synced())
     grown = 1.0 + float(synced.parts / max(synced.scattered, 1.0))
-    bucket = min(float(synced.room), max(cost.bucket_limit_bytes for cost in own))
+    bucket = min(slack * float(synced.room), max(cost.bucket_limit_bytes for cost in own))
     extra = _largest_block_bytes(costs, rank, decisions)
     work = max(cost.workspace_bytes for cost in own)
     if decisions.interleave > 1:
-        sent = _sent_bytes(costs, rank, decisions) if software.keeps_sent else 0.0
+        sent = slack * _sent_bytes(costs, rank, decisions) if software.keeps_sent else 0.0
         actions = schedule_actions(
             rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule, interleave=decisions.interleave
         )
@@ -91,21 +95,78 @@ def _moments(costs: Sequence[StageCost], rank: int, decisions: Decisions, softwa
     (cost,), (kept,) = own, _kept_bytes(costs, rank, decisions)
     flying = microbatches_in_flight(rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule)
     is_fresh = software.frees_gradients and decisions.num_microbatches <= flying
-    yield Moment(0.0 if is_fresh else gradients, flying * kept + extra, work)
+    crossing = slack * _crossing_bytes(costs, rank, decisions)
+    yield Moment(0.0 if is_fresh else gradients, flying * kept + extra, work, crossing)
     if is_fresh and flying > 1:
-        yield Moment(gradients, (flying - 1) * kept + extra, work)
+        yield Moment(gradients, (flying - 1) * kept + extra, work, crossing)
     yield Moment(gradients, 0.0, 0.0, bucket)
     limit = gradients + flying * kept + extra + max(work, cost.bucket_limit_bytes)
-    made, left = 0.0, (flying if is_fresh else 1) * kept
     redo = decisions.stages[rank].recompute == "full"
-    for block in sorted(cost.memory, reverse=True):
-        part = cost.memory[block]
-        made += part.gradients
-        filled = min(bucket, grown * made) if software.overlap_gradients else 0.0
-        now = made if is_fresh else gradients
-        spare = limit - now - left - extra - part.workspace
-        yield Moment(now, left + extra, part.workspace, max(0.0, min(filled, spare)))
-        left -= 0.0 if redo else part.activations
+    walk = _Backward(cost, (flying if is_fresh else 1) * kept, redo, slack)
+    for moment in walk.moments(bucket if software.overlap_gradients else 0.0, grown):
+        now = moment.gradients if is_fresh else gradients
+        spare = limit - now - moment.activations - moment.work
+        yield Moment(now, moment.activations, moment.work, max(0.0, min(moment.buffers, spare)) + crossing)
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """Backward of a stage, block by block from its end.
+
+    Attributes:
+        cost: of the stage.
+        kept: bytes of activations when it starts.
+        redo: each block is computed again as a whole before.
+        slack: 1 + share of slack.
+    """
+
+    cost: StageCost
+    kept: float
+    redo: bool
+    slack: float
+
+    def moments(self, bucket: float, grown: float) -> Iterator[Moment]:
+        """While the hungriest op of each block runs, and while buckets are filled.
+
+        A block's activations go as its gradients come. Whenever a bucket of `BUCKET_BYTES` is complete, at the end
+        the last, its gradients are copied: then its copy and parts of all before it are there beside what is made, and
+        of the op that was the last half its workspace, what it hands on.
+
+        Args:
+            bucket: bytes that buckets take at most; 0: none is filled meanwhile.
+            grown: 1 + bytes of the part that is left of each byte in a bucket.
+        """
+        made, left = 0.0, self.kept
+        total = sum(part.gradients for part in self.cost.memory.values())
+        for block in sorted(self.cost.memory, reverse=True):
+            part = self.cost.memory[block]
+            left -= part.boundary if self.redo else 0.0
+            here = part.activations if self.redo else 0.0
+            after = left - (0.0 if self.redo else part.activations)
+            parts = self.slack * (grown - 1.0) * _full(made) if bucket else 0.0
+            yield Moment(made + part.gradients, left + here, part.workspace, parts)
+            ends = [end for end in _bucket_ends(total) if made < end <= made + part.gradients]
+            for end in ends if bucket else ():
+                undone = 1.0 - (end - made) / part.gradients
+                held = after + undone * part.activations
+                size = min(bucket, self.slack * (end - _full(end - 1.0) + (grown - 1.0) * end))
+                yield Moment(end, held, part.workspace / 2, size)
+            made, left = made + part.gradients, after
+
+
+def _full(made: float) -> float:
+    """Bytes of full buckets among gradients of `made` bytes."""
+    return made // BUCKET_BYTES * BUCKET_BYTES
+
+
+def _bucket_ends(total: float) -> list[float]:
+    """After how many bytes of gradients each bucket is complete."""
+    return [*(BUCKET_BYTES * (i + 1.0) for i in range(int(total // BUCKET_BYTES))), total]
+
+
+def _crossing_bytes(costs: Sequence[StageCost], rank: int, decisions: Decisions) -> float:
+    """Buffers at the start of a stage: the value of the next microbatch, and the gradient that is on its way back."""
+    return 2 * costs[rank].received_bytes if rank and decisions.num_microbatches > 1 else 0.0
 
 
 def _sent_bytes(costs: Sequence[StageCost], rank: int, decisions: Decisions) -> float:

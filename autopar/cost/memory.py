@@ -33,9 +33,9 @@ workspaces, gathered parameters): blocks of one size that no other size can use,
 peaks that torchtitan publishes for Llama 3.1 8B on eight H100 (16 % with compiled layers, 25 % without)."""
 
 
-def slack_share(software: Software) -> float:
-    """Slack in what the software's meter shows, relative to what moves."""
-    return ALLOCATOR_SLACK if software.meter == "reserved" else 0.0
+def slack_share(software: Software, unseen_share: float = 0.0) -> float:
+    """Slack in what the software's meter shows, relative to what moves; `unseen_share` is that of bytes handed out."""
+    return ALLOCATOR_SLACK if software.meter == "reserved" else unseen_share
 
 
 def optimizer_states(optimizer: str) -> int:

@@ -161,7 +161,7 @@ def _prediction(
         highest_w += n * stages_on[key] * min(hungriest, dynamic_limit_w(cluster.spec))
     peak_w = max(highest_w + blocked_w + host_w, energy_j / time_s)
     ranks = range(decisions.num_ranks)
-    memory = [memory_by_cause(costs, k, decisions, each[k].software) for k in ranks]
+    memory = [memory_by_cause(costs, k, decisions, each[k].software, each[k].cluster.spec.unseen_share) for k in ranks]
     peaks = tuple(modelled(sum(memory[k].values()), "B", each[k].cluster.spec.memory_uncertainty) for k in ranks)
     wide = max(cluster.spec.time_uncertainty for cluster, _ in clusters)
     energy_wide = max(cluster.spec.energy_uncertainty for cluster, _ in clusters)

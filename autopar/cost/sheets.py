@@ -22,6 +22,7 @@ from autopar.cost.shards import ShardRows, Sizes, Tensors, shard_rows
 from autopar.ir.cost import Array
 from autopar.ir.graph import Op, Value
 from autopar.ir.tensor import BYTES_BY_DTYPE
+from autopar.rules.contractions import CONTEXT
 from autopar.rules.experts import exchanged_values
 
 
@@ -128,7 +129,8 @@ class OpSheet:
         gradients: operands that need a gradient.
         saved_root: tensor whose storage is kept because of this row, or -1.
         kept_share: share of it that stays until backward.
-        copied: [row], 1 where the row itself is kept beside the value that it was gathered from, which its maker keeps.
+        copied: [row], how often the row itself is kept beside what is counted otherwise: 1 where its maker keeps the
+            value that it was gathered from, or attention reads it whole.
         gathers_again: [row, axis], it stays cut over the axis, and is gathered again for backward.
         reruns: what backward computes again.
         splits_work: [choice, axis].
@@ -205,7 +207,11 @@ def make_op_sheet(
         weights[GRADIENTS] = 0.0
     saved_root = np.concatenate([block.saved_root for block in blocks])
     gathered = _gathers_again(ops, choices, widths, codes, tensors)
-    kept_apart = _roots_in(kept_by_makers, ops, counts, tensors)
+    attended = _read_whole(
+        [work_kind(op) == "attention" and op.name not in again for op in ops], choices, widths, codes
+    )
+    beside = gathered.any(axis=1) & _roots_in(kept_by_makers, ops, counts, tensors) & ~np.bool_(regathers)
+    computed = _roots_in(frozenset(v.name for v in tensors.values.values() if v.origin == "op"), ops, counts, tensors)
     return OpSheet(
         facts=_facts(ops, tensors, kept_shared, moves, training=training),
         choices=tuple(choices),
@@ -219,7 +225,8 @@ def make_op_sheet(
         written=weights[WRITTEN], gradients=weights[GRADIENTS],
         saved_root=saved_root,
         kept_share=np.concatenate([block.kept_share for block in blocks]),
-        copied=np.where(gathered.any(axis=1) & kept_apart & (saved_root < 0) & ~np.bool_(regathers), 1.0, 0.0),
+        copied=np.where((beside | (attended.any(axis=1) & computed)) & (saved_root < 0), 1.0, 0.0)
+        + np.concatenate([_traded(op, found, op.name in again) for op, found in zip(ops, choices, strict=True)]),
         gathers_again=gathered & regathers,
         reruns=make_reruns(ops, again),
         splits_work=np.concatenate([found.splits_work for found in choices]),
@@ -239,16 +246,32 @@ def _gathers_again(
     ops: Sequence[Op], choices: Sequence[OpChoices], widths: Codes, codes: Codes, tensors: Tensors
 ) -> Mask:
     """[row, axis], operands of products with a parameter, whole on an axis on which the choice splits the work."""
-    counts = [len(found.grid.choices) for found in choices]
-    splits = np.concatenate([np.repeat(c.splits_work, width, axis=0) for c, width in zip(choices, widths, strict=True)])
     is_product = [
         work_kind(op) == "gemm"
         and not op.members
         and any(tensors.values[name].origin == "parameter" for name in op.inputs)
         for op in ops
     ]
-    found: Mask = np.repeat(is_product, widths * counts)[:, None] & splits & (codes <= REPLICATE_CODE)
+    return _read_whole(is_product, choices, widths, codes)
+
+
+def _read_whole(are: Sequence[bool], choices: Sequence[OpChoices], widths: Codes, codes: Codes) -> Mask:
+    """[row, axis], of these ops, what is whole on an axis on which the choice splits the work."""
+    counts = [len(found.grid.choices) for found in choices]
+    splits = np.concatenate([np.repeat(c.splits_work, width, axis=0) for c, width in zip(choices, widths, strict=True)])
+    found: Mask = np.repeat(np.asarray(are), widths * counts)[:, None] & splits & (codes <= REPLICATE_CODE)
     return found
+
+
+def _traded(op: Op, choices: OpChoices, is_rerun: bool) -> Array:
+    """[row], shares of operands and results that causal attention over split rows keeps beside what is counted: half
+    of the queries and the results of both halves, which are traded with another rank (`program.context`).
+    """
+    per_slot = np.zeros(len(op.inputs) + len(op.outputs))
+    if work_kind(op) == "attention" and not is_rerun:
+        per_slot[0], per_slot[len(op.inputs)] = 0.5, 1.0
+    splits = [any(axis.label == CONTEXT for axis in choice) for choice in choices.grid.choices]
+    return np.outer(splits, per_slot).ravel()
 
 
 FORWARD, BACKWARD, ACCUMULATED, WRITTEN, GRADIENTS, APART = range(6)

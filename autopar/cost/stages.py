@@ -28,9 +28,12 @@ WORK = ("forward_s", "backward_s", "gather_s", "regather_s", "scatter_s", "sync_
 
 @dataclass
 class BlockBytes:
-    """Bytes of one block: kept of one microbatch, gradients of its parameters, and the largest workspace."""
+    """Bytes of one block: kept of one microbatch, what of it leaves the block, gradients of its parameters, and the
+    largest workspace.
+    """
 
     activations: float = 0.0
+    boundary: float = 0.0
     gradients: float = 0.0
     workspace: float = 0.0
 
@@ -193,6 +196,7 @@ def _add_node(stage: StageCost, block: int, node: CostNode, p: int, redo: bool) 
     stage.boundary_bytes += float(node.boundary_bytes[p])
     own, workspace = stage.memory.setdefault(block, BlockBytes()), float(node.workspace_bytes[p])
     own.activations += float(node.activation_bytes[p])
+    own.boundary += float(node.boundary_bytes[p])
     if node.kind == "param" and all(axis.label != "zero3" for axis in node.choices[p]):
         stage.bucket_limit_bytes = max(stage.bucket_limit_bytes, workspace)
         return

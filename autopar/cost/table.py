@@ -374,7 +374,7 @@ class _TableMaker:
 
     def _add_slack(self, nodes: Sequence[_Node]) -> None:
         """What moves takes more from the device where that is metered."""
-        slack = slack_share(self.source.software)
+        slack = slack_share(self.source.software, self.source.cluster.spec.unseen_share)
         for node in nodes if slack else ():
             price = node.price
             for array in (price.activation_bytes, price.boundary_bytes, price.workspace_bytes):

@@ -77,7 +77,10 @@ def test_gradients_come_while_activations_go() -> None:
     """Two blocks of 60 and 40 bytes kept, 10 and 100 of gradients, 5 and 30 at work; other state 1000."""
     cost = stage(100.0, state=1000.0, workspace=30.0)
     cost.state["gradients"] = 110.0
-    cost.memory = {0: BlockBytes(60.0, 10.0, 5.0), 1: BlockBytes(40.0, 100.0, 30.0)}
+    cost.memory = {
+        0: BlockBytes(60.0, gradients=10.0, workspace=5.0),
+        1: BlockBytes(40.0, gradients=100.0, workspace=30.0),
+    }
     frees, keeps = Software(frees_gradients=True), Software(frees_gradients=False)
 
     def peak(microbatches: int, software: Software) -> float:
@@ -89,6 +92,39 @@ def test_gradients_come_while_activations_go() -> None:
     # the second backward of two starts with everything but one microbatch
     assert peak(2, frees) == 1000 + max(200 + 100 + 30, 110 + 160 + 5, 110 + 100 + 30)
     assert sum(memory_by_cause([cost], 0, pipeline(1, 2), frees).values()) == peak(1, keeps)
+
+
+def test_full_recompute_gives_boundaries_back_block_by_block() -> None:
+    """Three blocks of 50 bytes, of which 4 leave the first two, 20 bytes of gradients each, 8 at work."""
+    cost = stage(150.0, workspace=8.0, boundary=8.0)
+    cost.largest_block_bytes = 50.0
+    cost.state["gradients"] = 60.0
+    cost.memory = {k: BlockBytes(50.0, 4.0 * (k < 2), 20.0, 8.0) for k in range(3)}
+    found = sum(memory_by_cause([cost], 0, pipeline(1, 1, recompute="full"), Software()).values())
+    # whatever the block, one is there again; the first has all gradients and no boundary left
+    assert found == max(20 + 8 + 50 + 8, 40 + 4 + 50 + 8, 60 + 50 + 8)
+
+
+def test_a_bucket_is_copied_once_all_of_it_is_made() -> None:
+    """One block of 1.6 buckets of gradients, summed beside backward."""
+    size = float(BUCKET_BYTES)
+    cost = stage(4.0 * size)
+    cost.state["gradients"] = 1.6 * size
+    cost.synced, cost.bucket_limit_bytes = Synced(summed=1.6 * size), 1e12
+    for activations, expected in ((4.0, 1.6 + 4.0), (1.0, 1.0 + (1 - 1 / 1.6) + 1.0)):
+        # the first bucket is full when 1 / 1.6 of the block is done
+        cost.activation_bytes = cost.largest_block_bytes = activations * size
+        cost.memory = {0: BlockBytes(activations * size, gradients=1.6 * size)}
+        found = memory_by_cause([cost], 0, pipeline(1, 1), Software(overlap_gradients=True))
+        assert sum(found.values()) == pytest.approx(max(expected, 1.6 + activations) * size)
+
+
+def test_stages_behind_a_cut_hold_what_comes_and_what_goes_back() -> None:
+    costs = [stage(10.0) for _ in range(2)]
+    costs[1].received_bytes = 3.0
+    for microbatches, buffers in ((1, 0.0), (2, 6.0)):
+        found = [memory_by_cause(costs, k, pipeline(2, microbatches), Software()) for k in range(2)]
+        assert [causes.get("buffers", 0.0) for causes in found] == [0.0, buffers]
 
 
 @pytest.mark.parametrize("stack", sorted(software_stacks()))
