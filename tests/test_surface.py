@@ -40,7 +40,20 @@ OBJECTIVE |= {"--utilisation", "--window"}
 HOSTS = {"--master-addr", "--master-port", "--node-rank", "--nodes", "--timeout"}
 OPTIONS = {
     "plan": PLANNING | {"--json", "--no-cache", "--out", "--report", "--set"},
-    "run": {"--clip-norm", "--clock-schedule", "--json", "--lock-clocks", "--set-power-limit", "--steps"} | HOSTS,
+    "run": {"--clip-norm", "--clock-schedule", "--json", "--lock-clocks", "--set-power-limit", "--steps"}
+    | {
+        "--adapt",
+        "--async-checkpoints",
+        "--checkpoint",
+        "--checkpoint-every",
+        "--data-seed",
+        "--data-workers",
+        "--keep",
+    }
+    | {"--max-failures"}
+    | HOSTS,
+    "checkpoint": set(),
+    "unlock": {"--json"},
     "verify": {"--json"},
     "explain": {"--json", "--no-cache", "--pin", "--report", "--savings", "--trace", "--why-not"},
     "estimate": PLANNING | {"--json", "--set"},

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import click
 
+from autopar.cli.checkpoint import checkpoint
 from autopar.cli.clocks import clocks
 from autopar.cli.console import error_details, exit_code, report_error
 from autopar.cli.diff import diff
@@ -26,6 +27,7 @@ from autopar.cli.profile import profile
 from autopar.cli.replan import replan
 from autopar.cli.study import study
 from autopar.cli.sweep import sweep
+from autopar.cli.unlock import unlock
 from autopar.cli.validate import validate
 from autopar.errors import AutoparError
 from autopar.version import __version__
@@ -47,7 +49,9 @@ for _command in (
     replan,
     validate,
     run,
+    checkpoint,
     verify,
+    unlock,
     export,
     explain,
     diff,

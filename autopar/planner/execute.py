@@ -395,7 +395,7 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     options = replace(run_options(plan, device), optimizer=OptimizerOptions(max_norm=settings.clip_norm))
     executor = make_executor(graph, plan.decisions, ready.state, mesh, options)
     del ready  # the whole model; the executor has its own parts
-    course = Course(executor, settings, _start_of(plan, settings, options), aliases)
+    course = Course(executor, settings, start_of(plan, settings, options.optimizer.kind), aliases)
     first_step, num_steps = course.position.step, course.num_left
     form = input_form(graph, plan.decisions, mesh, batch)
     feed, notes = open_feed(source, form, batch, settings, first_step)
@@ -412,7 +412,7 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _start_of(plan: Plan, settings: RunSettings, options: RunOptions) -> Position:
+def start_of(plan: Plan, settings: RunSettings, optimizer: str) -> Position:
     """Step 0 of a run."""
     from autopar.runtime.checkpoint_store import Position
 
@@ -421,7 +421,7 @@ def _start_of(plan: Plan, settings: RunSettings, options: RunOptions) -> Positio
         seed=SEED,
         data_seed=settings.data_seed,
         batch_size=plan.model.batch_size,
-        optimizer=options.optimizer.kind,
+        optimizer=optimizer,
         num_gpus=plan.decisions.num_gpus,
         source=plan.model.source,
         graph_hash=plan.model.graph_hash,

@@ -169,6 +169,8 @@ def load(executor: Executor, directory: Path) -> Position:
     if kind:
         _make_optimizer_state(executor, checkpoint)
     parts = parts_of(executor)
+    if not kind:  # weights from elsewhere, where some buffers may be missing: the model has made its own
+        parts = {n: p for n, p in parts.items() if n in checkpoint.tensors or not n.startswith("buffer/")}
     _check_same_tensors(directory, checkpoint, parts, executor)
     reader = _Reader(directory, checkpoint)
     is_distributed = dist.is_initialized() and dist.get_world_size() > 1
