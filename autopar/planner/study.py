@@ -1,8 +1,9 @@
 """Studies of policies that keep replicas in step: priced with the cost model, and run on local gloo processes.
 
-A worker's computation is the plan of its samples on one device, left at its highest clock, in one microbatch without
-recompute, which is what the runtime does. Prices add what a policy exchanges (`cost.sync`). Runs build the model with
-seed 0 everywhere, cut the example batch evenly over the workers and train on it with SGD.
+A worker's computation is the plan of its samples on one device, left at its highest clock: in one microbatch without
+recompute, as the runtime does, or in the best other way where that does not fit into its memory. Prices add what a
+policy exchanges (`cost.sync`). Runs build the model with seed 0 everywhere, cut the example batch evenly over the
+workers and train on it with SGD.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from autopar.ir.tensor import BYTES_BY_DTYPE
 from autopar.planner.execute import SEED
 from autopar.planner.plan import capture_graph, plan_graph
 from autopar.planner.request import PlanRequest, Progress, Target, choose_target, say_nothing
+from autopar.planner.sweep import hidden_gpus
 
 if TYPE_CHECKING:
     from autopar.runtime.sync.replica import Task
@@ -124,18 +126,25 @@ def exchanged_of(graph: OpGraph) -> Exchanged:
 
 
 def _work(graph: OpGraph, request: PlanRequest, what: Exchanged) -> Work:
-    """Forward and backward of one worker, from the plan on one device."""
+    """Forward and backward of one worker, from the plan on one device. Raises InfeasibleError where there is none."""
     pins = Pins(dp=1, tp=1, pp=1, num_microbatches=1, recompute="none")
     alone = replace(request, num_gpus=1, pins=pins, clocks="max", with_baselines=False, batch_size=None)
-    target = choose_target(alone)
+    try:
+        return _work_of(graph, alone, what)
+    except InfeasibleError:
+        return _work_of(graph, replace(alone, pins=Pins(dp=1, tp=1, pp=1)), what)
+
+
+def _work_of(graph: OpGraph, request: PlanRequest, what: Exchanged) -> Work:
+    target = choose_target(request)
     if not isinstance(target.cluster, Cluster):
         raise AssertionError("a request without groups means one type of device")
     own = replace(graph, optimizer=OPTIMIZER)
-    predicted = plan_graph(own, ModelReference("<study>", {}, "", 0), alone, target).predicted
+    predicted = plan_graph(own, ModelReference("<study>", {}, "", 0), request, target).predicted
     (stage,) = predicted.stages
     _, apply_j = apply_cost(target.cluster, what)
     dynamic_j = predicted.energy_by_cause["dynamic"]
-    return Work(stage.forward_s.value + stage.backward_s.value, max(0.0, dynamic_j - apply_j))
+    return Work(predicted.step_time_s.value - stage.step_s.value, max(0.0, dynamic_j - apply_j))
 
 
 def run_cases(
@@ -164,7 +173,9 @@ def run_cases(
         progress(f"running {len(places)} trainings on {count} processes")
         runs = [(name, str(found[name][i].policy), running.rates.get(name, running.rate)) for name, i in places]
         asked = {**(arguments or {}), "runs": runs, "steps": running.steps}
-        for (name, place), fields in zip(places, launch_local(Job(entry, asked, count))[0], strict=True):
+        with hidden_gpus():
+            results = launch_local(Job(entry, asked, count))[0]
+        for (name, place), fields in zip(places, results, strict=True):
             found[name][place] = replace(found[name][place], run=_run_of(fields))
     return found
 

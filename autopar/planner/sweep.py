@@ -133,7 +133,7 @@ def _measured(point: SweepPoint, asked: Measuring, progress: Progress) -> SweepP
         return replace(point, not_measured=f"{words} ({format_seconds(asked.limit_s)})")
     progress(f"running the plan on {point.num_gpus}")
     try:
-        with _hidden_gpus() if plan.cluster.gpu == CPU else _nothing():
+        with hidden_gpus() if plan.cluster.gpu == CPU else _nothing():
             report = run_plan(plan, settings=RunSettings(asked.steps), progress=progress)
     except (InputError, WorkerError) as error:
         return replace(point, not_measured=str(error).splitlines()[0])
@@ -146,7 +146,7 @@ def _nothing() -> Iterator[None]:
 
 
 @contextmanager
-def _hidden_gpus() -> Iterator[None]:
+def hidden_gpus() -> Iterator[None]:
     """Processes that are started meanwhile see no GPU."""
     name = "CUDA_VISIBLE_DEVICES"
     before = os.environ.get(name)
