@@ -54,6 +54,9 @@ class Killer:
     directory: Path
     num_kills: int
     seed: int
+    sizes: tuple[int, ...] = SIZES
+    moments: tuple[str, ...] = MOMENTS
+    how: signal.Signals = signal.SIGKILL
     kills: list[Kill] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
     _step: int = 0
@@ -74,8 +77,8 @@ class Killer:
 
     def devices(self, _: Plan) -> int:
         """Devices that are left, by how many kills there were."""
-        place = min(len(SIZES) - 1, len(self.kills) * len(SIZES) // max(1, self.num_kills))
-        return SIZES[place]
+        place = len(self.kills) * len(self.sizes) // (self.num_kills + 1)
+        return self.sizes[place]
 
     def start(self) -> threading.Thread:
         """Begin to kill, once in the life of each start of the run."""
@@ -92,7 +95,7 @@ class Killer:
         draw = random.Random(self.seed)
         while len(self.kills) < self.num_kills and not self._is_over:
             self._starts.acquire()
-            moment = MOMENTS[len(self.kills) % len(MOMENTS)]
+            moment = self.moments[len(self.kills) % len(self.moments)]
             self._wait_for(moment, draw)
             workers = workers_of(os.getpid())
             self.seen |= set(workers)
@@ -100,7 +103,7 @@ class Killer:
                 continue
             victim = draw.choice(sorted(workers))
             is_writing = self._is_writing()
-            os.kill(victim, signal.SIGKILL)
+            os.kill(victim, self.how)
             saved = newest_step(self.directory)
             self.kills.append(Kill(moment, workers[victim], len(workers), self._step, saved, is_writing))
 
