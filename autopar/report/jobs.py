@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-NCCL_DEFAULTS: Mapping[str, str] = {"NCCL_DEBUG": "WARN", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
-"""Print what NCCL cannot do; end a process whose collective does not end, so that the job ends with one message."""
+NCCL_DEFAULTS: Mapping[str, str] = {"NCCL_DEBUG": "WARN"}
+"""Say what NCCL cannot do."""
 SHARED_MEMORY = "/dev/shm"
 PLAN_MOUNT = "/autopar"
 CHECKPOINT_MOUNT = "/checkpoints"

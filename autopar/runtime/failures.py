@@ -41,10 +41,12 @@ def is_cut(error: BaseException) -> bool:
 
 
 def place_of(error: BaseException) -> str:
-    """The collective and the function of ours that waited for it, e.g. `all_reduce (Bucket.finish in buckets.py)`."""
+    """The collective and the function outside torch that waited for it: `all_reduce (Bucket.finish in buckets.py)`."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    own = [index for index, frame in enumerate(frames) if _is_ours(frame)]
-    last = own[-1] if own else 0
+    if not frames:
+        return "a collective"
+    outside = [index for index, frame in enumerate(frames) if not _is_torchs(frame)]
+    last = outside[-1] if outside else 0
     after = [frame for frame in frames[last:] if frame.f_code.co_filename.endswith(COLLECTIVES_FILE)]
     name = after[0].f_code.co_name if after else _awaited(frames[last:])
     code = frames[last].f_code
@@ -52,8 +54,8 @@ def place_of(error: BaseException) -> str:
     return f"{name} ({where} in {Path(code.co_filename).name})"
 
 
-def _is_ours(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "autopar"
+def _is_torchs(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in ("torch", "contextlib")
 
 
 def _awaited(frames: Sequence[FrameType]) -> str:

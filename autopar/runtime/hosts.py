@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import ipaddress
 import json
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +51,10 @@ class Meeting:
 
 
 def make_meeting(hosts: Hosts, port: int, job: Mapping[str, Any]) -> Meeting:
-    """The meeting of a job (JSON) at a port that is bound by now."""
+    """The meeting of a job (JSON) at a port that is bound by now. Raises InputError as `resolve` does."""
     text = json.dumps([hosts.num_nodes, job], sort_keys=True)
     fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Meeting(hosts.num_nodes, hosts.node_rank, hosts.address, port, hosts.timeout_s, hosts.waits_s, fingerprint)
+    return Meeting(hosts.num_nodes, hosts.node_rank, resolve(hosts), port, hosts.timeout_s, hosts.waits_s, fingerprint)
 
 
 def external_meeting(variables: Mapping[str, str], timeout_s: float) -> Meeting:
@@ -72,6 +74,32 @@ def external_meeting(variables: Mapping[str, str], timeout_s: float) -> Meeting:
     return Meeting(hosts.num_nodes, node_rank, hosts.address, port, timeout_s, JOIN_S, "")
 
 
+NAME_S = 60.0
+"""How long a name of another host may take to appear, as those of new pods do."""
+
+
+def resolve(hosts: Hosts | Meeting) -> str:
+    """The meeting address as a number.
+
+    Raises:
+        InputError: nobody knows the name, or it leads other hosts back to themselves.
+    """
+    deadline = time.monotonic() + (NAME_S if hosts.num_nodes > 1 else 0.0)
+    while True:
+        try:
+            found = str(socket.getaddrinfo(hosts.address, None, type=socket.SOCK_STREAM)[0][4][0])
+            break
+        except socket.gaierror as error:
+            if time.monotonic() >= deadline:
+                raise InputError(f"master address {hosts.address}: {error.strerror}") from None
+            time.sleep(1.0)
+    if hosts.num_nodes > 1 and ipaddress.ip_address(found.partition("%")[0]).is_loopback:
+        raise InputError(
+            f"master address {hosts.address} means {found} here, which other hosts do not reach: give host 0's number"
+        )
+    return found
+
+
 def listen(hosts: Hosts | Meeting) -> socket.socket:
     """A listening socket at the meeting address and nowhere else; for node 0.
 
@@ -79,10 +107,8 @@ def listen(hosts: Hosts | Meeting) -> socket.socket:
         InputError: the address is not one of this host, cannot be found, or its port is taken.
     """
     where = f"{hosts.address}:{hosts.port}"
-    try:
-        family, kind, protocol, _, target = socket.getaddrinfo(hosts.address, hosts.port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise InputError(f"master address {hosts.address}: {error.strerror}") from None
+    address = resolve(hosts)
+    family, kind, protocol, _, target = socket.getaddrinfo(address, hosts.port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
