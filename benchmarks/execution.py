@@ -78,7 +78,8 @@ class Case:
         if axis is not None:
             sizes[axis] = PROCESSES
         zero = {"data": 0, "zero3": 3}.get(self.program)
-        return Pins(**sizes, zero=zero, num_microbatches=self.num_microbatches, recompute="none")
+        sequence = False if self.program == "tensor" else None
+        return Pins(**sizes, zero=zero, num_microbatches=self.num_microbatches, recompute="none", sequence=sequence)
 
 
 GPT, RESNET = "benchmarks/models/gpt.py", "benchmarks/models/wide_resnet.py"
@@ -169,15 +170,18 @@ class Result:
         )
 
 
-def worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """One rank: all cases, one after another."""
+def worker(arguments: Mapping[str, Any]) -> None:
+    """One rank: all cases, one after another; rank 0 prints what all ranks found, a line per case."""
     import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(1)
-    seconds = arguments["seconds"]
-    return {
-        name: _measured(Case(**given["case"]), given["plan"], seconds) for name, given in arguments["cases"].items()
-    }
+    for name, given in arguments["cases"].items():
+        own = _measured(Case(**given["case"]), given["plan"], arguments["seconds"])
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+        if dist.get_rank() == 0:
+            print(json.dumps([name, ranks]), flush=True)
 
 
 Step = Callable[[], float]
@@ -294,14 +298,23 @@ def _sample(step: Step, count: int) -> Sample:
     return Sample(float(largest[0]) / count, float(total[0]) / count, float(largest[1]))
 
 
-def _run(cases: Mapping[str, Case], num_processes: int, seconds: float) -> list[Result]:
+def _run(
+    cases: Mapping[str, Case], num_processes: int, seconds: float, on_result: Callable[[Result], None]
+) -> list[Result]:
     """The cases on so many processes."""
     chosen = {name: case for name, case in cases.items() if case.num_processes == num_processes}
     if not chosen:
         return []
+    found: list[Result] = []
+
+    def on_line(line: str) -> None:
+        name, ranks = json.loads(line)
+        found.append(_result(name, chosen[name], ranks))
+        on_result(found[-1])
+
     given = {name: {"case": asdict(case), "plan": _plan(case)} for name, case in chosen.items()}
-    ranks = launch_local(Job("execution:worker", {"seconds": seconds, "cases": given}, num_processes))
-    return [_result(name, case, [rank[name] for rank in ranks]) for name, case in chosen.items()]
+    launch_local(Job("execution:worker", {"seconds": seconds, "cases": given}, num_processes), on_line=on_line)
+    return found
 
 
 def _plan(case: Case) -> str:
@@ -378,13 +391,17 @@ def main() -> int:
         parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(known)}")
     chosen = {name: known[name] for name in arguments.cases or known}
     seconds = arguments.seconds or (QUICK_S if arguments.quick else 60.0)
-    found = [result for count in (1, PROCESSES) for result in _run(chosen, count, seconds)]
+
+    def show(result: Result) -> None:
+        if not arguments.json:
+            print(result, flush=True)
+
+    found = [result for count in (1, PROCESSES) for result in _run(chosen, count, seconds, show)]
     late = [r.case for r in found if r.time_ratio > r.limit or r.memory_ratio > MEMORY_LIMIT]
     if arguments.json:
         rows = [asdict(r) | {"time_ratio": r.time_ratio, "memory_ratio": r.memory_ratio} for r in found]
         print(json.dumps({"cases": rows, "over_limit": late}, indent=1))
     else:
-        print("\n".join(map(str, found)))
         print(
             f"{len(found) - len(late)} of {len(found)} cases within their limits" + (f"; over: {late}" if late else "")
         )

@@ -9,7 +9,6 @@ A group of one process does nothing. Inputs need not be contiguous; outputs are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -81,35 +80,10 @@ def all_gather_dim(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
     """Slices of all ranks, joined along `dim`."""
     if axis.size == 1:
         return x
-    return start_gather(x, axis, dim).result()
-
-
-class Gathering:
-    """An all_gather under way."""
-
-    def __init__(self, work: dist.Work, mine: Tensor, parts: Tensor, shape: tuple[int, ...], dim: int) -> None:
-        self._work: dist.Work | None = work
-        self._mine: Tensor | None = mine
-        self._parts, self._shape, self._dim = parts, shape, dim
-
-    def result(self) -> Tensor:
-        """Slices of all ranks, joined; waits the first time."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = self._mine = None
-            count = self._parts.numel() // max(1, math.prod(self._shape))
-            if self._dim:
-                self._parts = torch.cat(self._parts.view(count, *self._shape).unbind(0), self._dim)
-            else:
-                self._parts = self._parts.view(count * self._shape[0], *self._shape[1:])
-        return self._parts
-
-
-def start_gather(x: Tensor, axis: AxisGroup, dim: int) -> Gathering:
-    """Start `all_gather_dim` over an axis of several ranks."""
-    mine = x.contiguous().view(-1)
-    parts = x.new_empty((axis.size * x.numel(),))
-    return Gathering(all_gather_flat(parts, mine, axis), mine, parts, tuple(x.shape), dim)
+    mine = x.contiguous()
+    every = x.new_empty((axis.size, *x.shape))
+    all_gather_flat(every.view(-1), mine.view(-1), axis).wait()
+    return torch.cat(every.unbind(0), dim) if dim else every.view(axis.size * x.shape[0], *x.shape[1:])
 
 
 def reduce_scatter_dim(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
@@ -126,12 +100,16 @@ class SliceOfSum:
     """An all_reduce under way, of whose result a slice is wanted."""
 
     def __init__(self, work: dist.Work, mine: Tensor, part: Tensor) -> None:
-        self._work, self._mine, self._part = work, mine, part
+        self._mine = mine
+        self._sum: tuple[dist.Work, Tensor] | None = (work, part)
 
     def wait(self) -> None:
-        """Until the slice is there; call once."""
-        self._work.wait()
-        self._mine.copy_(self._part)
+        """Until the slice is there; the sum is let go."""
+        if self._sum is not None:
+            work, part = self._sum
+            work.wait()
+            self._mine.copy_(part)
+            self._sum = None
 
 
 def reduce_scatter_flat(mine: Tensor, parts: Tensor, axis: AxisGroup) -> dist.Work | SliceOfSum:
@@ -213,18 +191,14 @@ def replicate_to_partial(x: Tensor, axis: AxisGroup) -> Tensor:
     return _move(x, lambda t: first_only(t, axis), lambda g: first_only(g, axis))
 
 
-def shard_to_invariant(x: Tensor, axis: AxisGroup, dim: int, started: Gathering | None = None) -> Tensor:
-    """Sd -> I: all_gather, which may have been started before; backward slice."""
-    return _move(x, lambda t: _gathered(t, axis, dim, started), lambda g: slice_copy(g, axis, dim))
+def shard_to_invariant(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
+    """Sd -> I: all_gather; backward slice."""
+    return _move(x, lambda t: all_gather_dim(t, axis, dim), lambda g: slice_copy(g, axis, dim))
 
 
-def shard_to_replicate(x: Tensor, axis: AxisGroup, dim: int, started: Gathering | None = None) -> Tensor:
-    """Sd -> R: all_gather, which may have been started before; backward reduce_scatter."""
-    return _move(x, lambda t: _gathered(t, axis, dim, started), lambda g: reduce_scatter_dim(g, axis, dim))
-
-
-def _gathered(x: Tensor, axis: AxisGroup, dim: int, started: Gathering | None) -> Tensor:
-    return all_gather_dim(x, axis, dim) if started is None else started.result()
+def shard_to_replicate(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
+    """Sd -> R: all_gather; backward reduce_scatter."""
+    return _move(x, lambda t: all_gather_dim(t, axis, dim), lambda g: reduce_scatter_dim(g, axis, dim))
 
 
 def shard_to_shard(x: Tensor, axis: AxisGroup, source_dim: int, target_dim: int) -> Tensor:
@@ -260,8 +234,3 @@ STEP_FUNCTIONS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     }
 )  # fmt: skip
 """Function of a `RedistributeStep`, by its `kinds`. Extra arguments are the dims of the splits, source first."""
-
-GATHERING: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
-    {kinds: STEP_FUNCTIONS[kinds] for kinds in ("SI", "SR")}
-)
-"""Those of them that only gather, and take a `Gathering` that has been started as a last argument."""

@@ -21,11 +21,11 @@ from autopar.program.collectives import (
     AxisGroup,
     all_reduce_sum,
     partial_to_invariant,
-    partial_to_replicate,
     slice_dim,
 )
 from autopar.program.context import causal_attention
 from autopar.program.experts import split_experts
+from autopar.program.norms import batch_norm
 from autopar.program.stream import StreamState
 
 Axes = tuple[AxisGroup, ...]
@@ -103,49 +103,6 @@ def _class_split_losses(logits: Tensor, target: Tensor, ignore_index: int, axes:
         sum = partial_to_invariant(sum, axis)
         chosen = partial_to_invariant(chosen, axis)
     return (sum.log() - chosen).masked_fill(target == ignore_index, 0.0)
-
-
-def batch_norm(  # noqa: PLR0917 - the order of ATen
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = False,
-    *,
-    batch_axes: Axes,
-) -> Tensor:
-    """Normalise x[N C ..] by the mean and variance over all samples of all ranks of `batch_axes`.
-
-    The running statistics are updated as in the serial op: momentum, and the unbiased variance. As there, 16 bits are
-    widened for all of it.
-    """
-    assert training, "in evaluation batch_norm needs no synchronisation"
-    dtype = x.dtype
-    x = x.float() if dtype.itemsize < 4 else x
-    dims = [d for d in range(x.dim()) if d != 1]
-    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
-    count = x.numel() // x.shape[1] * _size(batch_axes)
-    mean = _sum_over(x.sum(dims), batch_axes) / count
-    centred = x - mean.view(shape)
-    var = _sum_over(centred.square().sum(dims), batch_axes) / count
-    if running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
-    y = centred * (var + eps).rsqrt().view(shape)
-    if weight is not None:
-        y = y * weight.view(shape)
-    return (y if bias is None else y + bias.view(shape)).to(dtype)
-
-
-def _sum_over(x: Tensor, axes: Axes) -> Tensor:
-    for axis in axes:
-        x = partial_to_replicate(x, axis)
-    return x
 
 
 def dropout(

@@ -8,19 +8,18 @@ same on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autopar.program.collectives import AxisGroup, SliceOfSum, all_gather_flat, reduce_scatter_flat, slice_copy
+from autopar.program.collectives import AxisGroup, SliceOfSum, slice_copy
+from autopar.program.flat import Gather, Scatter, flattened, in_groups, views
 
 BUCKET_BYTES = 25 * 2**20
 
-T = TypeVar("T")
 SUM, SCATTER, SLICE = "sum", "scatter", "slice"
 
 
@@ -113,73 +112,24 @@ def reduce_together(
             flat = None
         elif kind == SUM:
             if flat is None:
-                flat = _flattened(gradients)
+                flat = flattened(gradients)
                 gradients = views(flat, [g.shape for g in gradients])
             work = dist.all_reduce(flat, group=axis.process_group, async_op=True)
             assert work is not None
             yield work
         else:
-            stacked = stacked_slices(gradients, [step.dim for step in steps], axis.size)
-            shapes = [_sliced(g.shape, step.dim, axis.size) for g, step in zip(gradients, steps, strict=True)]
-            flat = stacked.new_empty(stacked.shape[1])
-            gradients = views(flat, shapes)
-            yield reduce_scatter_flat(flat, stacked.view(-1), axis)
-            del stacked
+            scatter, flat = Scatter(gradients, [step.dim for step in steps], axis), None
+            gradients = []
+            yield scatter.work
+            gradients = scatter.slices()
+            flat = scatter.mine
     return gradients
-
-
-def _flattened(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements in one run of memory; a single tensor as it is."""
-    if len(tensors) == 1:
-        return tensors[0].contiguous().view(-1)
-    return torch.cat([x.reshape(-1) for x in tensors])
-
-
-def views(flat: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Tensors of these shapes, one after another in `flat`."""
-    parts = torch.split_with_sizes(flat, [torch.Size(shape).numel() for shape in shapes])
-    return [part.view(torch.Size(shape)) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def stacked_slices(tensors: Sequence[Tensor], dims: Sequence[int], count: int) -> Tensor:
-    """[count, total]: in row r slice r of each tensor along its dim, one after another."""
-    sizes = [x.numel() // count for x in tensors]
-    stacked = tensors[0].new_empty((count, sum(sizes)))
-    for x, dim, part in zip(tensors, dims, torch.split_with_sizes(stacked, sizes, 1), strict=True):
-        slices = slices_of(x, dim, count)
-        part.view(slices.shape).copy_(slices)
-    return stacked
-
-
-def slices_of(x: Tensor, dim: int, count: int) -> Tensor:
-    """[count, ..]: the slices of a tensor along `dim`, as a view."""
-    return torch.unflatten(x, dim, (count, -1)).movedim(dim, 0)
-
-
-def _sliced(shape: Sequence[int], dim: int, count: int) -> tuple[int, ...]:
-    return tuple(size // count if i == dim else size for i, size in enumerate(shape))
 
 
 def make_buckets(members: Sequence[Member], axes: Sequence[AxisGroup], limit_bytes: float) -> tuple[Bucket, ...]:
     """Buckets in the order in which backward fills them, given members in graph order."""
     groups = in_groups(members[::-1], lambda member: member.key, lambda member: member.leaf, limit_bytes)
     return tuple(Bucket(tuple(group), axes) for group in groups)
-
-
-def in_groups(
-    items: Iterable[T], key: Callable[[T], object], tensor: Callable[[T], Tensor], limit_bytes: float
-) -> list[list[T]]:
-    """Items of equal keys together, in order, with at most `limit_bytes` of their tensors in a group of several."""
-    open_: dict[object, list[T]] = {}
-    held_bytes: dict[object, int] = {}
-    closed: list[list[T]] = []
-    for item in items:
-        own, size = key(item), tensor(item).numel() * tensor(item).element_size()
-        if own in open_ and held_bytes[own] + size > limit_bytes:
-            closed.append(open_.pop(own))
-        open_.setdefault(own, []).append(item)
-        held_bytes[own] = size + (held_bytes[own] if len(open_[own]) > 1 else 0)
-    return [*closed, *open_.values()]
 
 
 def gather_together(
@@ -195,20 +145,11 @@ def gather_together(
     """
     for level in reversed(range(len(cuts[0]))):
         axis, dims = axes[cuts[0][level][0]], [steps[level][1] for steps in cuts]
-        flat = _flattened(parts)
-        every = flat.new_empty((axis.size, flat.numel()))
-        all_gather_flat(every.view(-1), flat, axis).wait()
-        wholes = leaves if level == 0 else [_grown(part, dim, axis.size) for part, dim in zip(parts, dims, strict=True)]
-        for row, whole, dim in zip(
-            torch.split_with_sizes(every, [part.numel() for part in parts], 1), wholes, dims, strict=True
-        ):
-            slices = slices_of(whole, dim, axis.size)
-            slices.copy_(row.view(slices.shape))
-        parts = list(wholes)
-
-
-def _grown(part: Tensor, dim: int, count: int) -> Tensor:
-    return part.new_empty([size * count if i == dim else size for i, size in enumerate(part.shape)])
+        gather = Gather(parts, dims, axis)
+        if level:
+            parts = gather.finish()
+        else:
+            gather.finish_into(leaves)
 
 
 class Overlap:

@@ -113,6 +113,8 @@ class Executor:
             {name: state[name].detach().clone().to(device) for name in (*program.buffers, *program.constants)}
             for program in programs
         ]
+        for program in self.programs:
+            program.scope.deferred = self.store.complete_leaves()
         self.runners = [
             StageRunner(program, buffers | self.store.leaves, prefetch=options.prefetch_parameters)
             for program, buffers in zip(programs, self._buffers, strict=True)
@@ -162,9 +164,10 @@ class Executor:
         for runner in self.runners:
             runner.feed(microbatches)
         losses = self._run_pipelined() if self._schedule is not None else self._run_loop()
-        self.store.sync_gradients()
         for program in self.programs:
+            program.scope.finish()
             program.stream.step += 1
+        self.store.sync_gradients()
         return self._mean_loss(losses)
 
     def update(self) -> None:

@@ -23,6 +23,7 @@ from autopar.ir.graph import Value
 from autopar.ir.placement import REPLICATE
 from autopar.ir.strategy import ParameterStrategy
 from autopar.program.collectives import all_gather_dim, slice_dim
+from autopar.program.flat import in_groups
 from autopar.runtime.buckets import (
     BUCKET_BYTES,
     SCATTER,
@@ -33,7 +34,6 @@ from autopar.runtime.buckets import (
     Overlap,
     Reduction,
     gather_together,
-    in_groups,
     make_buckets,
 )
 from autopar.runtime.mesh import RankMesh
@@ -169,6 +169,11 @@ class ParameterStore:
     def updated_parameters(self) -> list[nn.Parameter]:
         """Plain tensors over the memory of `boundary_parameters`, in the same order: no dispatch in the optimizer."""
         return [item.updated for item in self.items.values() if item.value.requires_grad]
+
+    def complete_leaves(self) -> frozenset[int]:
+        """Ids of the leaves to whose gradients nothing is done after backward."""
+        items = self.items.values()
+        return frozenset(id(item.leaf) for item in items if not item.tied and not self._reductions(item))
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the last step."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from autopar.program.gathered import Frame
+from autopar.program.gathered import Frame, wanted_of
 from autopar.program.recompute import checkpointed
 from autopar.program.stage import LOSS_OUTPUT, Segment, StageProgram
 
@@ -33,6 +33,9 @@ class StageRunner(nn.Module):
         self._next = 0
         self._last_use = _last_uses(program)
         self._prefetch = prefetch
+        self._wanted = [
+            [wanted_of(self._state[name], steps) for name, steps in segment.gathered] for segment in program.segments
+        ]
 
     def feed(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None:
         """Batch inputs of each microbatch of the next step, by value name."""
@@ -50,9 +53,7 @@ class StageRunner(nn.Module):
                 self._run(program.shared, values)
         frames = self._frames()
         for index, segment in enumerate(program.segments):
-            after = next((frame for frame in frames[index + 1 :] if frame is not None), None)
-            if after is not None:
-                after.start()
+            self._start_gathers(frames, index)
             self._run_block(segment, values, microbatch, frames[index])
             for name in self._last_use[index]:
                 values.pop(name, None)
@@ -61,18 +62,23 @@ class StageRunner(nn.Module):
         return tuple(_detached_alias(values[tensor.name]) for tensor in program.sent)
 
     def _frames(self) -> list[Frame | None]:
-        """Under prefetching a frame for each segment of this microbatch that gathers, the first one started."""
-        if not self._prefetch:
-            return [None] * len(self.program.segments)
+        """A frame for each segment of this microbatch that gathers."""
         frames: list[Frame | None] = []
         previous: Frame | None = None
-        for segment in self.program.segments:
-            wanted = [(self._state[name], steps) for name, steps in segment.gathered]
-            frames.append(Frame(wanted, previous) if wanted else None)
-            if wanted and previous is None and frames[-1] is not None:
-                frames[-1].start()
-            previous = frames[-1] or previous
+        for wanted in self._wanted:
+            frame = Frame(wanted, previous if self._prefetch else None) if wanted else None
+            frames.append(frame)
+            previous = frame or previous
         return frames
+
+    def _start_gathers(self, frames: list[Frame | None], index: int) -> None:
+        """Of a segment that is about to run and, under prefetching, of the next one that gathers."""
+        own = frames[index]
+        if own is not None:
+            own.start()
+        after = next((frame for frame in frames[index + 1 :] if frame is not None), None)
+        if self._prefetch and after is not None:
+            after.start()
 
     def _run_block(self, segment: Segment, values: dict[str, Tensor], microbatch: int, frame: Frame | None) -> None:
         program = self.program

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autopar.runtime.buckets import in_groups, slices_of, stacked_slices, views
+from autopar.program.flat import in_groups, slices_of, stacked_slices, views
 from autopar.runtime.launch import Job, launch_local
 
 
@@ -55,13 +55,13 @@ def test_sums_start_during_backward_and_one_serves_many_parameters() -> None:
 
 
 @pytest.mark.dist
-def test_gathers_start_before_they_are_needed_and_one_serves_a_block_of_backward() -> None:
+def test_one_gather_serves_a_block_and_starts_before_it_is_needed() -> None:
     for facts in launch_local(Job("tests.dist.worker:prefetch_facts", {}, 2), timeout_s=200):
         by_setting = {tuple(fact["setting"]): fact for fact in facts}
-        gathered = facts[0]["gathered"]
-        assert gathered > 0
+        blocks = facts[0]["blocks"]
+        assert 1 < blocks < facts[0]["parameters"] / 4
         for policy in ("none", "full"):
             plain, ahead = by_setting[False, policy], by_setting[True, policy]
             assert plain["at_once"] == plain["gathers"]
-            assert ahead["gathers"] <= min(2 * gathered, plain["gathers"])
+            assert blocks < ahead["gathers"] == plain["gathers"] <= 2 * blocks
             assert ahead["at_once"] <= 0.3 * ahead["gathers"]

@@ -17,7 +17,7 @@ from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh, stage_mesh
 from autopar.ir.solution import RECOMPUTE, Decisions
 from autopar.planner.assemble import make_executor, make_serial_executor
-from autopar.program.collectives import Gathering
+from autopar.program.flat import Gather
 from autopar.runtime.compare import compare, relative_error
 from autopar.runtime.executor import OptimizerOptions, RunOptions, join_plan
 from autopar.runtime.mesh import RankMesh
@@ -245,26 +245,27 @@ def prefetch_facts(arguments: dict[str, Any]) -> list[dict[str, Any]]:
         chosen = recomputing(decisions, policy)
         executor = make_executor(bench.graph, chosen, bench.state, mesh, RunOptions(prefetch_parameters=prefetch))
         order: list[int] = []
-        begin, wait = Gathering.__init__, Gathering.result
+        begin, wait = Gather.__init__, Gather.finish
 
-        def begun(self: Gathering, *args: Any) -> None:
+        def begun(self: Gather, *args: Any) -> None:
             order.append(id(self))  # noqa: B023 - called in this turn only
             begin(self, *args)  # noqa: B023
             kept.append(self)  # noqa: B023
 
-        def waited(self: Gathering) -> Tensor:
+        def waited(self: Gather) -> list[Tensor]:
             order.append(-id(self))  # noqa: B023
             return wait(self)  # noqa: B023
 
-        kept: list[Gathering] = []
-        Gathering.__init__, Gathering.result = begun, waited  # type: ignore[method-assign]
+        kept: list[Gather] = []
+        Gather.__init__, Gather.finish = begun, waited  # type: ignore[method-assign]
         try:
             executor.compute_gradients(bench.batch)
         finally:
-            Gathering.__init__, Gathering.result = begin, wait  # type: ignore[method-assign]
+            Gather.__init__, Gather.finish = begin, wait  # type: ignore[method-assign]
         at_once = sum(b == -a for a, b in itertools.pairwise(order) if a > 0)
-        gathered = sum(len(segment.gathered) for program in executor.programs for segment in program.segments)
-        results.append({"setting": [prefetch, policy], "gathers": len(kept), "at_once": at_once, "gathered": gathered})
+        counts = [len(segment.gathered) for program in executor.programs for segment in program.segments]
+        results.append({"setting": [prefetch, policy], "gathers": len(kept), "at_once": at_once})
+        results[-1] |= {"parameters": sum(counts), "blocks": sum(count > 0 for count in counts)}
     return results
 
 
