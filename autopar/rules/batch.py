@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.placement import Placement
@@ -16,23 +17,60 @@ def batch_dims(graph: OpGraph) -> dict[str, int | None]:
     """Batch dim of every value, None where it has none.
 
     Starts from the batch inputs. A value without gradient that shows none of its own (a mask made from sizes alone)
-    takes the dim that its first consumer needs, because it can be sliced freely.
+    takes the dim that its first consumer needs, because it can be sliced freely. An op may also make samples from
+    sizes; where other sizes equal the batch, which op does is guessed so that the most values have samples.
     """
-    start = {name: value.batch_dim for name, value in graph.values.items()}
     readers: dict[str, list[Op]] = {}
     for op in graph.ops:
         for name in op.inputs:
             readers.setdefault(name, []).append(op)
+    best = _batch_dims(graph, readers, frozenset())
+    tried: set[str] = set()
+    while best.has_lost and (makers := [name for name in best.makers if name not in tried]):
+        tried.add(makers[0])
+        without = _batch_dims(graph, readers, best.denied | {makers[0]})
+        best = without if without.num_known > best.num_known else best
+    return best.dims
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """Batch dims under a guess of which ops make samples from sizes.
+
+    Attributes:
+        denied, makers: ops that must not, and ops that do, in execution order.
+        has_lost: some op reads samples and has no strategy to split them.
+        num_known: differentiable values with a batch dim.
+    """
+
+    dims: dict[str, int | None]
+    denied: frozenset[str]
+    makers: tuple[str, ...]
+    has_lost: bool
+    num_known: int
+
+
+def _batch_dims(graph: OpGraph, readers: Mapping[str, list[Op]], denied: frozenset[str]) -> _Guess:
+    """Batch dims where all ops that can, but for the `denied`, make samples from sizes."""
+    makers: list[str] = []
+    lost: list[str] = []
 
     def choose(op: Op, dims: dict[str, int | None]) -> AxisStrategy | None:
         strategy = batch_strategy(op, graph.values, dims, graph.batch_size)
         if op.members:
             dims |= _inside(op, graph.values, dims)
-        if strategy is not None and all(dims[name] is None for name in op.inputs):
-            return strategy if _suits(strategy, op, graph.values, dims, readers) else None
+        has_samples = any(dims[name] is not None for name in op.inputs)
+        if strategy is None:
+            lost.extend([op.name] * (has_samples and not op.is_shared))
+        elif not has_samples:
+            if op.name in denied or not _suits(strategy, op, graph.values, dims, readers):
+                return None
+            makers.append(op.name)
         return strategy
 
-    return follow(graph, start, choose)
+    dims = follow(graph, {name: value.batch_dim for name, value in graph.values.items()}, choose)
+    known = sum(dims[value.name] is not None for value in graph.values.values() if value.requires_grad)
+    return _Guess(dims, denied, tuple(makers), bool(lost), known)
 
 
 def _suits(
