@@ -32,8 +32,8 @@ class ClockedStep:
     Attributes:
         fastest_s, highest_j: step at the highest clocks; behind a straggler, joules of waiting for it included.
         own_s, own_j: step at the plan's own clocks, likewise.
-        straggler_s: the step does not end before; 0: nobody waits. The straggler's own joules are counted as if it were
-            one of the others.
+        straggler_s: the step does not end before; 0: nobody outside is waited for.
+        slow_rank: the pipeline rank that takes `slow_ratio` times as long as it should; None: no rank does.
         chosen, stages: within the deadline asked for.
         points: one per deadline, ascending.
         time_range, energy_range: (low, high) of the plan's predicted figures over their values; they hold here too.
@@ -46,6 +46,8 @@ class ClockedStep:
     own_s: float
     own_j: float
     straggler_s: float
+    slow_rank: int | None
+    slow_ratio: float
     chosen: ClockPoint
     stages: tuple[StageClocks, ...]
     points: tuple[ClockPoint, ...]

@@ -35,35 +35,62 @@ LAST = " last"
 """Ends the kind of the backward of the last microbatch."""
 
 
+@dataclass(frozen=True, slots=True)
+class Straggler:
+    """Who keeps the others waiting.
+
+    Attributes:
+        step_s: the step does not end before this time.
+        ratio: of the straggler's time over what it should take; at least 1.
+        rank: the pipeline rank that is slowed down, all its GPUs; None: somebody outside the pipelines that are
+            planned, such as another data-parallel replica, whose whole step takes `ratio` times as long.
+
+    Raises:
+        InputError: for a ratio below 1.
+    """
+
+    step_s: float = 0.0
+    ratio: float = 1.0
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.ratio < math.inf:
+            raise InputError(f"a straggler takes at least as long as it should: expected 1 or more, got {self.ratio:g}")
+
+
 def plan_instruction_clocks(
     plan: Plan,
     *,
     deadline_s: float | None = None,
-    straggler_s: float = 0.0,
-    straggler_ratio: float | None = None,
+    straggler: Straggler | None = None,
     progress: Progress | None = None,
 ) -> ClockedStep:
     """Choose the clock of every instruction of a plan.
 
     Args:
         deadline_s: latest end of the step; None: that of the plan at its own clocks, or the straggler's end if later.
-        straggler_s: the step does not end before this time.
-        straggler_ratio: likewise, as a multiple of the plan's step at its own clocks; at least 1.
+        straggler: whose own GPUs stay at their highest clocks.
 
     Raises:
-        InputError: the plan's GPUs cannot be locked, or are of several types; or the ratio is below 1.
+        InputError: the plan's GPUs cannot be locked, or are of several types; or it has no such rank.
         InfeasibleError: the deadline is shorter than the fastest step.
         PlanMismatchError: the model is no longer the one that the plan was made for.
     """
-    if straggler_ratio is not None and not 1 <= straggler_ratio < math.inf:
-        raise InputError(f"a straggler takes at least as long as the others: expected 1 or more, got {straggler_ratio}")
     if plan.cluster.description is not None:
         raise InputError("clocks are planned for pipelines on one type of GPU")
+    straggler = straggler or Straggler()
+    ranks = plan.decisions.num_ranks
+    if straggler.rank is not None and not 0 <= straggler.rank < ranks:
+        raise InputError(f"the plan has pipeline ranks 0 to {ranks - 1}, not {straggler.rank}")
     graph = capture_graph(plan.model.source, plan.model.options, plan.model.batch_size, progress).graph
     check_unchanged(plan, graph_hash(graph))
-    pass_ = ClockPass.of(clock_tables(graph, request_of(plan, policy_pins(plan)), progress), plan.decisions)
-    straggler_s = max(straggler_s, (straggler_ratio or 0.0) * pass_.own.step_time_s.value)
-    return _planned(pass_, deadline_s, straggler_s)
+    found = ClockPass.of(clock_tables(graph, request_of(plan, policy_pins(plan)), progress), plan.decisions)
+    end_s = straggler.step_s
+    if straggler.rank is not None:
+        found = found.slowed(straggler)
+    elif straggler.ratio > 1:
+        end_s = max(end_s, straggler.ratio * found.own_s)
+    return _planned(found, deadline_s, replace(straggler, step_s=end_s))
 
 
 def clock_tables(graph: OpGraph, request: PlanRequest, progress: Progress | None = None) -> CostTables:
@@ -82,24 +109,38 @@ class ClockPass:
     Joules of a `ClockProblem` are those of the GPUs but for sends between stages, which no clock changes.
 
     Attributes:
+        planner: of the problem with every clock.
         own: figures of the plan at its own clocks, its steps not paced.
-        own_j: the part of its joules that the problem counts.
+        own_problem: with the plan's own clocks alone.
+        own_s: step of the own problem; but for a straggler that of `own`.
     """
 
     planner: ClockPlanner
     own: Prediction
-    own_j: float
+    own_problem: ClockProblem
+    own_s: float
 
     @staticmethod
     def of(tables: CostTables, decisions: Decisions) -> ClockPass:
         """The pass for a plan. Raises InputError if the batch does not divide."""
         own = predict(tables, replace(decisions, pace_s=0.0))
-        own_j = highest_energy_j(clock_problem(tables, decisions, free=False), own.step_time_s.value)
-        return ClockPass(ClockPlanner(clock_problem(tables, decisions)), own, own_j)
+        planner = ClockPlanner(clock_problem(tables, decisions))
+        return ClockPass(planner, own, clock_problem(tables, decisions, free=False), own.step_time_s.value)
+
+    def slowed(self, straggler: Straggler) -> ClockPass:
+        """The pass where one rank takes longer, at its highest clocks, with the dynamic joules of those."""
+        problems = [_slowed(problem, straggler) for problem in (self.planner.problem, self.own_problem)]
+        own_s = ClockPlanner(problems[1]).fastest_s
+        return replace(self, planner=ClockPlanner(problems[0]), own_problem=problems[1], own_s=own_s)
+
+    @property
+    def own_j(self) -> float:
+        """What the problem counts of the step at the plan's own clocks."""
+        return highest_energy_j(self.own_problem, self.own_s)
 
     def deadline_s(self, straggler_s: float = 0.0) -> float:
         """The end of the plan's step at its own clocks, or the straggler's, a rounding error later."""
-        return max(self.own.step_time_s.value, self.planner.fastest_s, straggler_s) * (1 + 1e-9)
+        return max(self.own_s, self.planner.fastest_s, straggler_s) * (1 + 1e-9)
 
     def choose(self, deadline_s: float, pace_s: float = 0.0) -> tuple[float, float]:
         """Seconds and joules (GPUs and hosts) of a step with a clock per instruction.
@@ -111,39 +152,50 @@ class ClockPass:
         planner = ClockPlanner(self.planner.problem, straggler_s=pace_s) if pace_s else self.planner
         chosen = planner.plan(max(deadline_s, self.deadline_s(pace_s)))
         step_s = max(chosen.makespan_s, pace_s)
-        return step_s, self.energy_j(step_s, chosen.energy_j)
+        return step_s, self._whole_j(step_s, chosen.energy_j)
 
     def own_figures(self, pace_s: float = 0.0) -> tuple[float, float]:
-        """Seconds and joules of a step at the plan's own clocks, the steps `pace_s` apart."""
-        own_s, problem = self.own.step_time_s.value, self.planner.problem
-        step_s = max(own_s, pace_s)
-        waiting_w = problem.blocked_w_per_gpu * sum(problem.gpus_per_stage)
-        return step_s, self.energy_j(step_s, self.own_j + waiting_w * (step_s - own_s))
+        """Seconds and joules (GPUs and hosts) of a step at the plan's own clocks, the steps `pace_s` apart."""
+        step_s = max(self.own_s, pace_s)
+        return step_s, self._whole_j(step_s, highest_energy_j(self.own_problem, step_s))
 
-    def energy_j(self, step_s: float, joules: float) -> float:
+    def _whole_j(self, step_s: float, joules: float) -> float:
         """GPUs and hosts, of a step of `step_s` seconds in which the problem counts `joules`."""
         parts, own_s = self.own.energy_by_cause, self.own.step_time_s.value
-        sends_j = parts["dynamic"] + parts["blocked"] - self.own_j
+        sends_j = parts["dynamic"] + parts["blocked"] - highest_energy_j(self.own_problem, own_s)
         return joules + sends_j + parts["host"] * step_s / own_s
 
 
-def _planned(found: ClockPass, deadline_s: float | None, straggler_s: float) -> ClockedStep:
-    planner, own = found.planner, found.own
-    if straggler_s:
-        planner = ClockPlanner(planner.problem, straggler_s=straggler_s)
+def _slowed(problem: ClockProblem, straggler: Straggler) -> ClockProblem:
+    """The problem with one rank slowed down at its fastest options."""
+    options = dict(problem.options)
+    for key, own in problem.options.items():
+        if key[0] == straggler.rank:
+            fastest = min(own, key=lambda option: (option.time_s, option.energy_j))
+            later_s = (straggler.ratio - 1) * fastest.time_s
+            energy_j = fastest.energy_j + problem.blocked_w_per_gpu * later_s
+            options[key] = (ClockOption(fastest.clock_mhz, fastest.time_s + later_s, energy_j),)
+    return replace(problem, options=options)
+
+
+def _planned(found: ClockPass, deadline_s: float | None, straggler: Straggler) -> ClockedStep:
+    planner, own, end_s = found.planner, found.own, straggler.step_s
+    if end_s:
+        planner = ClockPlanner(planner.problem, straggler_s=end_s)
     problem, fastest_s = planner.problem, planner.fastest_s
-    chosen = planner.plan(found.deadline_s(straggler_s) if deadline_s is None else deadline_s)
-    least_s = max(fastest_s, straggler_s)
+    chosen = planner.plan(found.deadline_s(end_s) if deadline_s is None else deadline_s)
+    least_s = max(fastest_s, end_s)
     points = planner.frontier(least_s * (1 + 1e-12) * (1 + slack) for slack in SLACKS)
-    own_s, blocked_w = own.step_time_s.value, problem.blocked_w_per_gpu * sum(problem.gpus_per_stage)
     return ClockedStep(
         num_gpus=sum(problem.gpus_per_stage),
         num_instructions=len(problem.instructions),
         fastest_s=fastest_s,
         highest_j=highest_energy_j(problem, least_s),
-        own_s=own_s,
-        own_j=found.own_j + blocked_w * max(0.0, straggler_s - own_s),
-        straggler_s=straggler_s,
+        own_s=found.own_s,
+        own_j=highest_energy_j(found.own_problem, max(found.own_s, end_s)),
+        straggler_s=end_s,
+        slow_rank=straggler.rank,
+        slow_ratio=straggler.ratio,
         chosen=_point(chosen),
         stages=tuple(_stage_clocks(problem, chosen)),
         points=tuple(_point(point) for point in points),

@@ -23,10 +23,7 @@ def clocks_report(found: ClockedStep) -> str:
     if found.own_s > found.fastest_s * (1 + NOTABLE) or found.own_j < found.highest_j * (1 - NOTABLE):
         own = f"{format_seconds(max(found.own_s, found.straggler_s))}, {format_joules(found.own_j)}"
         lines += wrapped("Own", f"{own} at the plan's own clocks: {1 - found.own_j / found.highest_j:.1%} less")
-    if found.straggler_s:
-        late = f"{found.straggler_s / found.own_s:.3g} times the plan's own"
-        words = f"the step ends no sooner than {format_seconds(found.straggler_s)}, {late}, whatever these clocks are"
-        lines += wrapped("Straggler", f"{words}; its own GPUs stay at their highest, and count as if they were others")
+    lines += _straggler(found)
     chosen = found.chosen
     figures = f"{format_seconds(max(chosen.makespan_s, found.straggler_s))}, {format_joules(chosen.energy_j)}"
     words = f"{figures}: {_saving(found, chosen):.1%} less"
@@ -46,6 +43,20 @@ def clocks_report(found: ClockedStep) -> str:
         )
     lines += ["", *table(rows), "", *_stage_table(found)]
     return "\n".join(lines)
+
+
+def _straggler(found: ClockedStep) -> list[str]:
+    """Who is waited for; nothing where nobody is."""
+    lines = []
+    if found.slow_rank is not None:
+        words = f"pipeline rank {found.slow_rank} takes {found.slow_ratio:.3g} times as long as it should"
+        lines += wrapped("Straggler", f"{words}, at its highest clocks")
+    if found.straggler_s:
+        late = f"{found.straggler_s / found.own_s:.3g} times the plan's own step"
+        words = f"the step ends no sooner than {format_seconds(found.straggler_s)}, {late}, whatever these clocks are"
+        whose = "the straggler's own GPUs stay at their highest clocks and are counted as if they were others"
+        lines += wrapped("" if lines else "Straggler", f"{words}; {whose}")
+    return lines
 
 
 def _saving(found: ClockedStep, point: ClockPoint) -> float:
@@ -75,7 +86,11 @@ def clocks_json(found: ClockedStep) -> dict[str, Any]:
             "step_time_s": _modelled(found.own_s, "s", found.time_range),
             "energy_j": _modelled(found.own_j, "J", found.energy_range),
         },
-        "straggler_s": found.straggler_s or None,
+        "straggler": {
+            "step_s": found.straggler_s or None,
+            "rank": found.slow_rank,
+            "ratio": found.slow_ratio,
+        },
         "chosen": _point_json(found, found.chosen),
         "stages": [
             {"stage": own.stage, "kind": own.kind, "microbatches": own.microbatches, "clocks_mhz": own.clocks_mhz}
