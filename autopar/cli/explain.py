@@ -12,6 +12,7 @@ from autopar.cli.page import check_report, report_option
 from autopar.cli.pins import Pinned, parse_pins
 from autopar.errors import AutoparError, InputError
 from autopar.ir.plan import Plan
+from autopar.ir.savings import Savings
 from autopar.ir.serialize import check_writable, load_plan, write_atomic
 from autopar.ir.solution import Pins
 from autopar.planner.rival import make_rival
@@ -50,17 +51,19 @@ def explain(
         raise InputError("--pin says what a plan was made under for --savings; --why-not compares with other pins")
     plan = load_plan(plan_file)
     check_report(report, plan_file, trace)
-    _write_simulated(plan, trace, report, as_json)
-    rival = None
-    if pin_text is not None:
-        pins = _rival_pins(pin_text, plan.model.batch_size, "--why-not")
-        with progress_line(as_json) as progress:
-            rival = make_rival(plan, pins, progress)
+    if trace is not None:
+        check_writable(trace, "--trace")
     split = None
     if savings:
         pins = _rival_pins(made_under or "", plan.model.batch_size, "--pin")
         with progress_line(as_json) as progress:
             split = split_savings(plan, pins, use_cache=use_cache, progress=progress)
+    _write_simulated(plan, trace, report, as_json, split)
+    rival = None
+    if pin_text is not None:
+        pins = _rival_pins(pin_text, plan.model.batch_size, "--why-not")
+        with progress_line(as_json) as progress:
+            rival = make_rival(plan, pins, progress)
     if as_json:
         print_json(explain_json(plan, rival) | ({} if split is None else {"savings": savings_json(split)}))
     else:
@@ -76,10 +79,8 @@ def _rival_pins(text: str, batch_size: int, option: str) -> Pins:
     return pinned.pins
 
 
-def _write_simulated(plan: Plan, trace: str | None, report: str | None, as_json: bool) -> None:
+def _write_simulated(plan: Plan, trace: str | None, report: str | None, as_json: bool, savings: Savings | None) -> None:
     """The files that show the simulated step. A page does without it where the model is no longer to be had."""
-    if trace is not None:
-        check_writable(trace, "--trace")
     if trace is None and report is None:
         return
     detail, missing = None, ""
@@ -93,4 +94,4 @@ def _write_simulated(plan: Plan, trace: str | None, report: str | None, as_json:
     if trace is not None and detail is not None:
         write_atomic(trace, json.dumps(trace_json(detail.timeline, detail.passes)) + "\n")
     if report is not None:
-        write_atomic(report, plan_page(plan, detail, missing))
+        write_atomic(report, plan_page(plan, detail, missing, savings))

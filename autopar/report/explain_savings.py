@@ -6,6 +6,8 @@ from typing import Any
 
 from autopar.ir.savings import Savings, SavingStep
 from autopar.ir.serialize import quantity_json
+from autopar.report.page_html import Markup, definitions, section
+from autopar.report.page_html import table as page_table
 from autopar.report.text import table, wrapped
 from autopar.units import format_joules, format_seconds
 
@@ -44,6 +46,24 @@ def _share(found: Savings, saved_j: float) -> str:
     if found.fastest.energy_j is None:
         raise AssertionError("the plan of least time has figures")
     return f"{round(saved_j / found.fastest.energy_j.value, 3) + 0.0:.1%}"
+
+
+def savings_section(found: Savings) -> Markup:
+    """The same for the page."""
+    heading = ("", "GPUs", "step time", "energy", "saved")
+    rows = [_row(found, found.fastest, ""), *(_row(found, step) for step in found.steps)]
+    rows.append(("together", "", "", "", _share(found, found.saved_j)))
+    beside = [_row(found, step) for step in (*([found.beyond] if found.beyond else []), *found.alone)]
+    plans = [(step.cause, step.description or step.reason) for step in (found.fastest, *found.steps)]
+    caption = "With a clock for every forward and backward: on top of the plan, or all that is changed"
+    return section(
+        "Savings",
+        f"Energy against the plan of least time, by what the objective {found.objective} was free to choose; modelled.",
+        page_table("From the plan of least time to this one", heading, rows),
+        definitions(plans),
+        *([page_table(caption, heading, beside)] if beside else []),
+        *([definitions([("Note", remark) for remark in found.remarks])] if found.remarks else []),
+    )
 
 
 def savings_json(found: Savings) -> dict[str, Any]:

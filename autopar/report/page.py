@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from autopar.ir.plan import Plan
+from autopar.ir.savings import Savings
+from autopar.report.explain_savings import savings_section
 from autopar.report.page_detail import StepDetail, streams_section, timeline_section
 from autopar.report.page_html import Markup, definitions, page, section, table, tag
 from autopar.report.page_parts import (
@@ -26,12 +28,13 @@ from autopar.report.text import decision_words, header_words
 from autopar.units import format_seconds
 
 
-def plan_page(plan: Plan, detail: StepDetail | None = None, missing: str = "") -> str:
+def plan_page(plan: Plan, detail: StepDetail | None = None, missing: str = "", savings: Savings | None = None) -> str:
     """The whole document.
 
     Args:
         detail: the step simulated again; None: the parts that need it are left out.
         missing: why there is no detail.
+        savings: against the plan of least time, where they were asked for.
     """
     name = plan.model.source
     parts = [
@@ -43,6 +46,7 @@ def plan_page(plan: Plan, detail: StepDetail | None = None, missing: str = "") -
         memory_section(plan, detail),
         time_section(plan, detail),
         energy_section(plan),
+        savings_section(savings) if savings is not None else Markup(""),
         stage_section(plan, detail),
         splits_section(plan, detail) if detail is not None else Markup(""),
         baselines_section(plan),
