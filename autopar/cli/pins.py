@@ -23,7 +23,7 @@ COUNTS = ("dp", "tp", "pp", "vpp", "cp", "ep", "mbs", "gbs", "ga", "m")
 WORDS: Mapping[str, tuple[str, ...]] = {
     "recompute": RECOMPUTE,
     "schedule": SCHEDULES,
-    "zero": ("0", "1", "3"),
+    "zero": ("0", "1", "2", "3"),
     "dtype": CHOICES["dtype"],
 }
 SWITCHES = ("compile", "fused", "overlap", "fp8", "tf32")

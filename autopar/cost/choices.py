@@ -62,7 +62,8 @@ class ParameterChoices:
 
     Attributes:
         gathered_from: storage with the axes that expose a whole value at no cost replaced by what they expose.
-        reduced, scattered: [choice, axis], gradient is all-reduced (`replicated`) or reduce-scattered (`zero1`).
+        reduced, scattered: [choice, axis], gradient is all-reduced (`replicated`) or reduce-scattered (zero1, zero2).
+        early: [choice, axis], it is so after every microbatch (`zero2`).
         regathered: [choice], some axis is `zero3`.
     """
 
@@ -73,6 +74,7 @@ class ParameterChoices:
     gathered_from: Codes
     reduced: Mask
     scattered: Mask
+    early: Mask
     regathered: Mask
     preferences: tuple[Preference, ...]
 
@@ -111,7 +113,7 @@ class ChoiceMaker:
             preferences = tuple(
                 self._zero_preference(grid, axis)
                 for axis, role in enumerate(roles)
-                if self.pins.zero in (1, 3) and (role == "dp" or (role != "tp" and active[axis]))
+                if self.pins.zero in (1, 2, 3) and (role == "dp" or (role != "tp" and active[axis]))
             )
             self._parameters[key] = _parameter_choices(grid, options, preferences)
         return self._parameters[key]
@@ -208,10 +210,12 @@ class ChoiceMaker:
             return every[:1]
         pinned, zero = self._is_pinned(role), self.pins.zero
         allowed = {s.label for s in every}
+        if zero != 2:
+            allowed.discard("zero2")
         if pinned and role != "tp" and not (role == "ep" and name in self._expert_parameters):
             allowed.discard("sharded")
         if zero == 0 or (pinned and role == "tp"):
-            allowed -= {"zero1", "zero3"}
+            allowed -= {"zero1", "zero2", "zero3"}
         return tuple(s for s in every if s.label in allowed)
 
     @cached_property
@@ -221,7 +225,7 @@ class ChoiceMaker:
         return frozenset(name for op in regions for name in op.inputs if values[name].origin == "parameter")
 
     def _zero_preference(self, grid: Grid, axis: int) -> Preference:
-        """`zero` pinned to 1 or 3: that storage wherever it divides."""
+        """`zero` pinned to 1, 2 or 3: that storage wherever it divides."""
         labels = np.asarray([choice[axis].label if choice else "" for choice in grid.choices])
         wanted = labels == f"zero{self.pins.zero}"
         return Preference(~wanted & (labels != "sharded"), wanted)
@@ -243,7 +247,9 @@ def _parameter_choices(
     grid: Grid, options: Sequence[Sequence[ParameterAxisStrategy]], preferences: tuple[Preference, ...]
 ) -> ParameterChoices:
     labels = np.asarray([[s.label for s in choice] for choice in grid.choices])
-    whole = [[REPLICATE if s.label in ("replicated", "zero1") else s.storage for s in axis] for axis in options]
+    whole = [
+        [REPLICATE if s.label in ("replicated", "zero1", "zero2") else s.storage for s in axis] for axis in options
+    ]
     return ParameterChoices(
         grid,
         grid.codes([[s.storage for s in axis] for axis in options]),
@@ -251,7 +257,8 @@ def _parameter_choices(
         grid.codes([[s.optimizer for s in axis] for axis in options]),
         grid.codes(whole),
         labels == "replicated",
-        labels == "zero1",
+        np.isin(labels, ("zero1", "zero2")),
+        labels == "zero2",
         np.any(labels == "zero3", axis=1),
         preferences,
     )

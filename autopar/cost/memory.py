@@ -85,6 +85,9 @@ def gradient_bytes(value: Value, software: Software) -> float:
     return float(held_bytes(value.meta.num_bytes, item_bytes, 0, software).gradient)
 
 
+_NEVER = np.bool_(False)
+
+
 @dataclass(frozen=True)
 class Synced:
     """Gradients of one device that are copied into buckets; numbers or arrays alike.
@@ -94,24 +97,31 @@ class Synced:
         scattered: bytes of those that are scattered, however large.
         largest: bytes of the largest one that is scattered.
         parts: bytes of what scattering leaves.
+        early, early_largest, early_parts: the same three of those that are scattered after every microbatch.
     """
 
     summed: Any = 0.0
     scattered: Any = 0.0
     largest: Any = 0.0
     parts: Any = 0.0
+    early: Any = 0.0
+    early_largest: Any = 0.0
+    early_parts: Any = 0.0
 
     @property
     def room(self) -> Any:
         """Bytes beyond all gradients at the worst moment.
 
         That is when the largest bucket is filled and parts of others are there already; or, where only parts are left
-        of gradients, when updated parts lie side by side, gathered, and once more in gloo's copy.
+        of gradients, when updated parts lie side by side, gathered, and once more in gloo's copy. Of those scattered
+        early only parts count as gradients, so that their bucket is beyond them, and what it is copied from.
         """
         bucket = np.maximum(self.largest, np.minimum(self.scattered, BUCKET_BYTES))
         share = self.parts / np.maximum(self.scattered, 1.0)
         gathering = self.parts - self.scattered + bucket * (2.0 + share)
-        return np.maximum(np.minimum(self.summed, BUCKET_BYTES), np.maximum(bucket + self.parts, gathering))
+        late = np.maximum(np.minimum(self.summed, BUCKET_BYTES), np.maximum(bucket + self.parts, gathering))
+        early = np.maximum(self.early_largest, np.minimum(self.early, BUCKET_BYTES))
+        return np.maximum(late, early * (2.0 + self.early_parts / np.maximum(self.early, 1.0)))
 
     def __add__(self, other: Synced) -> Synced:
         return Synced(
@@ -119,32 +129,44 @@ class Synced:
             self.scattered + other.scattered,
             np.maximum(self.largest, other.largest),
             self.parts + other.parts,
+            self.early + other.early,
+            np.maximum(self.early_largest, other.early_largest),
+            self.early_parts + other.early_parts,
         )
 
 
-def synced(gradient: Any, reduced: Any, scattered: Any, parts: Any, software: Software) -> Synced:
-    """Of one parameter with a local gradient of so many bytes.
+def synced(
+    gradient: Any, reduced: Any, scattered: Any, parts: Any, software: Software, *, early: Any = _NEVER
+) -> Synced:
+    """Of one parameter with a local gradient of so many bytes before any cut.
 
     Args:
         gradient: bytes.
         reduced, scattered: on some axis; a gradient that is scattered counts as such.
         parts: into how many scattering cuts it.
         software: that copies gradients or not.
+        early: it is scattered after every microbatch.
     """
     if not software.copies_gradients:
-        return Synced(*(0.0 * gradient for _ in range(4)))
-    whole = np.where(scattered, gradient, 0.0)
+        return Synced(*(0.0 * gradient for _ in range(7)))
+    whole, soon = np.where(scattered & ~early, gradient, 0.0), np.where(early, gradient, 0.0)
     summed = np.where(reduced & ~scattered & (gradient < BUCKET_BYTES), gradient, 0.0)
-    return Synced(summed, whole, whole, whole / parts)
+    return Synced(summed, whole, whole, whole / parts, soon, soon, soon / parts)
 
 
 def synced_gradient(
     gradient: float, strategy: ParameterStrategy, axis_sizes: Sequence[int], software: Software
 ) -> Synced:
-    """As `synced`, of one parameter under its strategy."""
-    reduced, scattered = (any(axis.label == label for axis in strategy) for label in ("replicated", "zero1"))
-    parts = math.prod(size for axis, size in zip(strategy, axis_sizes, strict=True) if axis.label == "zero1")
-    return synced(gradient, np.bool_(reduced), np.bool_(scattered), parts, software)
+    """As `synced`, of one parameter under its strategy; `gradient` is what is kept of it."""
+    is_reduced = any(axis.label == "replicated" for axis in strategy)
+    late, early = (_parts(strategy, axis_sizes, label) for label in ("zero1", "zero2"))
+    reduced, scattered = np.bool_(is_reduced), np.bool_(late * early > 1)
+    return synced(gradient * early, reduced, scattered, late * early, software, early=np.bool_(early > 1))
+
+
+def _parts(strategy: ParameterStrategy, axis_sizes: Sequence[int], label: str) -> int:
+    """Ranks on the axes with this label."""
+    return math.prod(size for axis, size in zip(strategy, axis_sizes, strict=True) if axis.label == label)
 
 
 def parameter_bytes(
@@ -152,7 +174,8 @@ def parameter_bytes(
 ) -> tuple[float, float, float]:
     """Bytes of a parameter, its gradient and its optimizer state (with a master copy) on one device.
 
-    The gradient lies where the parameter does (zero1 gathers no gradient, but holds the whole one until the step).
+    The gradient lies where the parameter does (zero1 gathers no gradient, but holds the whole one until the step; zero2
+    does not).
     """
 
     def cut(sharding: Sharding) -> int:
@@ -162,4 +185,5 @@ def parameter_bytes(
     if not value.requires_grad:
         return value.meta.num_bytes / stored, 0.0, 0.0
     held = held_bytes(value.meta.num_bytes, BYTES_BY_DTYPE[value.meta.dtype], states, software)
-    return held.weights / stored, held.gradient / stored, held.optimizer / cut(optimizer_sharding(strategy))
+    gradient = held.gradient / (stored * _parts(strategy, axis_sizes, "zero2"))
+    return held.weights / stored, gradient, held.optimizer / cut(optimizer_sharding(strategy))

@@ -368,11 +368,14 @@ def _compute_dtype(op: Op, values: Mapping[str, Value]) -> str:
 
 @dataclass(frozen=True)
 class KeptParameters:
-    """`stored` with its own parts; parts [all choices] of what ops read and of the optimizer's state."""
+    """`stored` with its own parts; parts [all choices] of what ops read, of the optimizer's state, and into which
+    gradients are cut before the end of the step.
+    """
 
     stored: Kept
     exposed_parts: Array
     optimizer_parts: Array
+    early_parts: Array
 
 
 @dataclass(frozen=True)
@@ -397,6 +400,7 @@ class ParameterSheet:
     gathered_from: Codes
     reduced: Mask
     scattered: Mask
+    early: Mask
     regathered: Mask
     requires_grad: Mask
     block_bytes: Array
@@ -409,7 +413,8 @@ class ParameterSheet:
         (stored, a), (exposed, b), (optimizer, c) = (
             rows.parts(sizes, axis_sizes) for rows in (self.storage, self.exposed, self.optimizer)
         )
-        return KeptParameters(self.owners.keep(a & b & c, stored), exposed, optimizer)
+        early = np.prod(np.where(self.early, np.array(axis_sizes, dtype=np.float64), 1.0), axis=1)
+        return KeptParameters(self.owners.keep(a & b & c, stored), exposed, optimizer, early)
 
 
 def make_parameter_sheet(
@@ -438,6 +443,7 @@ def make_parameter_sheet(
         gathered_from=sharding_ids(np.concatenate([c.gathered_from for c in choices])),
         reduced=np.concatenate([c.reduced for c in choices]),
         scattered=np.concatenate([c.scattered for c in choices]),
+        early=np.concatenate([c.early for c in choices]),
         regathered=np.concatenate([c.regathered for c in choices]),
         requires_grad=np.array([value.requires_grad for value in parameters], dtype=np.bool_),
         block_bytes=block_bytes,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.cost.collective import LinearCost, collective_cost
+from autopar.cost.collective import collective_cost
 from autopar.cost.hardware import Cluster
 from autopar.cost.layouts import Codes, Mask
 from autopar.cost.memory import BUCKET_BYTES, Synced, held_bytes, optimizer_states, synced
@@ -120,7 +120,7 @@ class ParameterPricer:
         return Upkeep(
             whole,
             np.where(trained, held.weights, whole) / stored,
-            np.where(trained, held.gradient / stored, 0.0),
+            np.where(trained, held.gradient / (stored * found.early_parts[at]), 0.0),
             np.where(trained, held.optimizer / optimizer, 0.0),
             held.reduced / stored,
             held.update / optimizer,
@@ -148,12 +148,13 @@ class ParameterPricer:
         price.forward_s = terms[:, 0] + held.whole * terms[:, 1]
         again = np.where(moved & trained, price.forward_s, 0.0)
         scatter = np.where(trained, terms[:, 2] + held.whole * terms[:, 3], 0.0)
-        price.backward_s = again + scatter
         price.microbatch_j = held.whole * terms[:, 4] + np.where(trained & moved, 0.5 * held.whole * terms[:, 4], 0.0)
         room = np.where(moved, self._room(sheet, own, exposed, around), 0.0)
         price.workspace_bytes = np.maximum(room, self._bucket_room(held, sheet, found))
         price.state_bytes = held.weights + held.gradients + held.optimizer
-        self._synchronise(price, (sheet.reduced[at], sheet.scattered[at]), mesh, held.reduced)
+        masks = sheet.reduced[at], sheet.scattered[at], sheet.early[at]
+        scatter = scatter + self._synchronise(price, masks, mesh, held.reduced)
+        price.backward_s = again + scatter
         sync = np.where(trained, price.step_s, 0.0)
         update = np.where(trained, self._update_s(held, found.optimizer_parts[at]), 0.0)
         price.step_s = sync + update
@@ -184,14 +185,17 @@ class ParameterPricer:
         """Bytes of the bucket of each gradient, at the most: as if all parameters were kept as this one is."""
         at = found.stored.choices
         parts = found.optimizer_parts[at] / found.stored.parts[at]
-        reduced, scattered = sheet.reduced[at].any(axis=1), sheet.scattered[at].any(axis=1)
-        own = synced(held.gradients, reduced, scattered, parts, self.software)
+        reduced, scattered, early = (mask[at].any(axis=1) for mask in (sheet.reduced, sheet.scattered, sheet.early))
+        own = synced(held.gradients * found.early_parts[at], reduced, scattered, parts, self.software, early=early)
         total = np.full(len(at), self.total_bytes)
         everything = Synced(
             np.where(own.summed > 0, total, 0.0),
             np.where(own.scattered > 0, total, 0.0),
             own.largest,
             np.where(own.scattered > 0, total / parts, 0.0),
+            np.where(own.early > 0, total, 0.0),
+            own.early_largest,
+            np.where(own.early > 0, total / parts, 0.0),
         )
         room: Array = everything.room
         return room
@@ -219,23 +223,28 @@ class ParameterPricer:
         if software.overlap_gradients:
             price.step_s = traffic.sync_s * visible_share(traffic.sync_s, 2 * beside_s, slowdown) + traffic.update_s
 
-    def _synchronise(self, price: NodePrice, masks: tuple[Mask, Mask], mesh: StageMesh, gradient: Array) -> None:
-        """Adds gradient all_reduce (`replicated`) and reduce_scatter with all_gather (`zero1`), axis by axis."""
-        local = gradient.copy()
+    def _synchronise(self, price: NodePrice, masks: tuple[Mask, Mask, Mask], mesh: StageMesh, gradient: Array) -> Array:
+        """Adds gradient all_reduce (`replicated`) and reduce_scatter with all_gather (`zero1`), axis by axis.
+
+        Returns the seconds of each microbatch in place of each step, where sums are early (`zero2`).
+        """
+        reduced, scattered, early = masks
+        local, often, early_s = gradient.copy(), early.any(axis=1), np.zeros_like(gradient)
         for axis, size in enumerate(mesh.sizes):
             if size == 1:
                 continue
             group = mesh.group(axis)
-            parts = [collective_cost(self.cluster, kind, group) for kind in ("reduce_scatter", "all_gather")]
-            pair = LinearCost(
-                sum(p.latency_s for p in parts), sum(p.s_per_byte for p in parts), sum(p.j_per_byte for p in parts)
-            )
-            reduced, scattered = (mask[:, axis] for mask in masks)
-            for mask, cost in ((reduced, collective_cost(self.cluster, "all_reduce", group)), (scattered, pair)):
+            for kind, mask in (("all_reduce", reduced), ("reduce_scatter", scattered), ("all_gather", scattered)):
+                cost, is_early = collective_cost(self.cluster, kind, group), often & (kind != "all_gather")
                 latency = cost.latency_s * np.minimum(1.0, local / BUCKET_BYTES)
-                price.step_s = price.step_s + np.where(mask, latency + local * cost.s_per_byte, 0.0)
-                price.step_j = price.step_j + np.where(mask, local * cost.j_per_byte, 0.0)
-            local = np.where(scattered, local / size, local)
+                seconds = np.where(mask[:, axis], latency + local * cost.s_per_byte, 0.0)
+                joules = np.where(mask[:, axis], local * cost.j_per_byte, 0.0)
+                early_s += np.where(is_early, seconds, 0.0)
+                price.microbatch_j = price.microbatch_j + np.where(is_early, joules, 0.0)
+                price.step_s = price.step_s + np.where(is_early, 0.0, seconds)
+                price.step_j = price.step_j + np.where(is_early, 0.0, joules)
+            local = np.where(scattered[:, axis], local / size, local)
+        return early_s
 
 
 def visible_share(traffic_s: Array, compute_s: Array, slowdown: float) -> Array:

@@ -107,6 +107,7 @@ class Pins:
         even_cuts: every stage holds equally many of the repeated blocks, whatever the others cost.
         roles: those restrictions on every (dp, tp) mesh, also where a size is free.
         without: labels that no op may take on any axis.
+        zero: storage of parameters over ranks that split samples: 0 none, 1 to 3 those stages of ZeRO; None: any but 2.
         ops: (regex, label): on axes longer than one, ops whose name or module path the regex matches whole take the
             label wherever they have it.
     """

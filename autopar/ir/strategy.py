@@ -43,7 +43,7 @@ def output_sharding(strategy: Strategy, index: int) -> Sharding:
     return tuple(axis.outputs[index] for axis in strategy)
 
 
-PARAMETER_LABELS = ("invariant", "replicated", "zero1", "zero3", "sharded")
+PARAMETER_LABELS = ("invariant", "replicated", "zero1", "zero2", "zero3", "sharded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,13 @@ class ParameterAxisStrategy:
     | `invariant`  | `I`     | `I`     | `I`       | none: every rank computes the same whole gradient              |
     | `replicated` | `I`     | `R`     | `I`       | all_reduce of the gradient once a step (data parallel)         |
     | `zero1`      | `I`     | `R`     | `S<dim>`  | reduce_scatter of the gradient, all_gather of it, once a step  |
+    | `zero2`      | `I`     | `R`     | `S<dim>`  | per microbatch reduce_scatter, all_gather once a step          |
     | `zero3`      | `S<d>`  | `R`     | `S<dim>`  | per microbatch all_gather twice, reduce_scatter once           |
     | `sharded`    | `S<d>`  | `S<d>`  | `S<dim>`  | none (tensor parallel)                                         |
 
     `storage` is where the parameter lives between steps, `exposed` what the ops that read it see, `optimizer` how
-    its optimizer state (and update) is split.
+    its optimizer state (and update) is split. Under zero2 a gradient never waits whole for the end of the step: what a
+    microbatch leaves is cut at once. If one axis of a parameter says so, its sums over the others follow suit.
     """
 
     label: str

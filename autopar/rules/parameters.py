@@ -8,7 +8,7 @@ from autopar.ir.strategy import ParameterAxisStrategy
 
 
 def parameter_axis_strategies(value: Value) -> tuple[ParameterAxisStrategy, ...]:
-    """All ways, `invariant` first. Data-parallel sharding (zero1, zero3) uses the first dim that is longer than 1.
+    """All ways, `invariant` first. Data-parallel sharding (zero1 to zero3) uses the first dim that is longer than 1.
 
     A frozen parameter has no gradient: it is stored whole or sliced, never synchronised.
     """
@@ -21,5 +21,6 @@ def parameter_axis_strategies(value: Value) -> tuple[ParameterAxisStrategy, ...]
     if dims:
         first = shard(dims[0])
         whole.append(ParameterAxisStrategy("zero1", INVARIANT, REPLICATE, first))
+        whole.append(ParameterAxisStrategy("zero2", INVARIANT, REPLICATE, first))
         whole.append(ParameterAxisStrategy("zero3", first, REPLICATE, first))
     return (*whole, *sliced)

@@ -106,8 +106,9 @@ class Executor:
             bucket_bytes=options.bucket_bytes,
             master=dtype_of(options.master) if options.master else None,
         )
+        readers = Counter(name for program in programs for name in program.parameters)
+        self.store.sum_early(readers)
         if options.overlap_gradients:
-            readers = Counter(name for program in programs for name in program.parameters)
             self.store.overlap({name: decisions.num_microbatches * count for name, count in readers.items()})
         self._buffers = [
             {name: state[name].detach().clone().to(device) for name in (*program.buffers, *program.constants)}

@@ -36,6 +36,7 @@ from autopar.runtime.buckets import (
     gather_together,
     make_buckets,
 )
+from autopar.runtime.early import Early
 from autopar.runtime.mesh import RankMesh
 from autopar.torch_adapter import strided_shard
 
@@ -115,7 +116,8 @@ class ParameterStore:
         for value in values:
             strategy = strategies[value.name]
             self.items[value.name] = self._store(value, strategy, whole[value.name], tied.get(value.name, ()))
-        self._buckets = self._make_buckets(bucket_bytes)
+        self._buckets = self._make_buckets(bucket_bytes, early=False)
+        self._early = Early(self._make_buckets(bucket_bytes, early=True))
         self._cut_groups = in_groups(
             [item for item in self.items.values() if self._cuts(item)],
             lambda item: (item.leaf.dtype, tuple(axis for axis, _ in self._cuts(item))),
@@ -181,6 +183,15 @@ class ParameterStore:
             item.leaf.grad = item.updated.grad = item.boundary.grad = None
         if self._overlap is not None:
             self._overlap.begin()
+        self._early.begin()
+
+    def sum_early(self, uses: Mapping[str, int]) -> None:
+        """From now on cut the gradients of zero2 parameters while microbatches run.
+
+        Args:
+            uses: by value name, how many backwards of a microbatch add to each gradient.
+        """
+        self._early.watch(uses)
 
     def overlap(self, uses: Mapping[str, int]) -> None:
         """From now on start summing gradients while backward runs.
@@ -196,6 +207,8 @@ class ParameterStore:
         The leaf's own gradient is given up, so that a gradient that is split ends with its part alone in memory.
         Collectives run in the same order on every rank. A parameter without gradient keeps none.
         """
+        for name, gradient in self._early.finish():
+            self._hand_over(self.items[name], gradient)
         for bucket in self._buckets:
             if not bucket.is_started:
                 bucket.start()
@@ -246,11 +259,12 @@ class ParameterStore:
                 found.append(Reduction(i, SUM))
         return tuple(found)
 
-    def _make_buckets(self, limit_bytes: float) -> tuple[Bucket, ...]:
+    def _make_buckets(self, limit_bytes: float, *, early: bool) -> tuple[Bucket, ...]:
         members = [
             Member(name, item.leaf, reductions)
             for name, item in self.items.items()
             if item.value.requires_grad and not item.tied and (reductions := self._reductions(item))
+            if any(axis.label == "zero2" for axis in item.strategy) == early
         ]
         return make_buckets(members, self._mesh.axes, limit_bytes)
 

@@ -155,7 +155,7 @@ def named_plans(world: int) -> dict[str, Callable[[OpGraph], Decisions]]:
 
     plans: dict[str, Callable[[OpGraph], Decisions]] = {
         label: (lambda graph, label=label: data_parallel(graph, flat, label, 4))
-        for label in ("replicated", "zero1", "zero3")
+        for label in ("replicated", "zero1", "zero2", "zero3")
     }
     plans["tensor"] = lambda graph: tensor_parallel(graph, stage_mesh(1, world), 4)
     plans["gpipe"] = lambda graph: pipeline(graph, "gpipe")
