@@ -30,7 +30,7 @@ from torch.nn import functional
 from autopar.cli.sweep import parse_counts
 from autopar.cost.hardware import Cluster
 from autopar.cost.sync import Exchanged, price_sync, work_of
-from autopar.ir.study import Study, StudyCase
+from autopar.ir.study import Study, StudyCase, is_alone
 from autopar.ir.sync import parse_policy
 from autopar.planner.request import PlanRequest, choose_target
 from autopar.planner.study import Running, run_cases, run_policies
@@ -130,15 +130,15 @@ def worker(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def compute_s(make_task: Callable[[int, int], Task], num_workers: int) -> float:
-    """Seconds that a worker computes per step, measured alone in this process: the least of a few."""
+    """Processor seconds of a worker's step, measured alone in this process: the least of a few."""
     task = make_task(0, num_workers)
     for parameter in task.parameters:
         parameter.grad = torch.zeros_like(parameter)
     seconds = []
     for step in range(REPEATS + 1):
-        began = time.perf_counter()
+        began = time.process_time()
         task.gradient(step)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     return min(seconds[1:])
 
 
@@ -185,7 +185,9 @@ def summary(studies: Sequence[Study]) -> str:
             joules, best = min(known, key=lambda entry: entry[0])
             against = study.against_serial(best, figures)
             ratio = "" if against is None else f", x {against[0]:.2f}, E/E1 {against[1]:.2f}"
-            who = "serial" if best.num_workers == 1 else f"{best.policy} on {best.num_workers} workers"
+            who = (
+                "serial" if is_alone(best) else f"{best.policy} on {best.num_workers} of {best.num_processes} processes"
+            )
             lines.append(f"  {study.title}, {words}: {who}, {joules:.3g} J{ratio}")
     return "\n".join(lines)
 

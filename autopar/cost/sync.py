@@ -9,9 +9,11 @@ step of the global batch, on W workers, takes
     ps-sync        c + W (push + a) + a + W pull               a server takes messages one after another
     ps-async       max(c + push + a + pull, W (push + a + pull))      a worker's round, or the server's of W gradients
 
-The last is the steady state of a closed cycle with one queue and constant times; bounds in general: Denning and Buzen
-1978 (operational analysis). Energy is dynamic energy of computing, applying and sending, plus blocked power of every
-process (the server's too) and power of the hosts for the whole step. Coding and decoding are not priced.
+where workers in other nodes than the server's have slower pushes and pulls, each over one device's share of the ports.
+
+The last line is the steady state of a closed cycle with one queue and constant times; bounds in general: Denning and
+Buzen 1978 (operational analysis). Energy is dynamic energy of computing, applying and sending, plus blocked power of
+every process (the server's too) and power of the hosts for the whole step. Coding and decoding are not priced.
 """
 
 from __future__ import annotations
@@ -131,12 +133,19 @@ def _summed(asked: _Round) -> _Step:
 
 
 def _served(asked: _Round) -> _Step:
-    """Pushes and pulls. Messages between nodes have one device's share of the server's ports."""
+    """Pushes and pulls, of the workers beside the server and of those in other nodes."""
     policy, cluster, num_workers = asked.policy, asked.cluster, asked.num_workers
-    link = send_cost(cluster, same_node=policy.num_processes(num_workers) <= cluster.gpus_per_node)
-    moved_j = num_workers * sum(transfer.num_bytes for transfer in asked.sent) * link.j_per_byte
-    round_s = sum(link.time_s(transfer.num_bytes) for transfer in asked.sent) + asked.apply_s
+    near = min(num_workers, cluster.gpus_per_node - 1)
+    groups = [(near, send_cost(cluster, same_node=True)), (num_workers - near, send_cost(cluster, same_node=False))]
+    sent_bytes = sum(transfer.num_bytes for transfer in asked.sent)
+    rounds = [
+        (count, sum(link.time_s(transfer.num_bytes) for transfer in asked.sent) + asked.apply_s)
+        for count, link in groups
+        if count
+    ]
+    moved_j = sent_bytes * sum(count * link.j_per_byte for count, link in groups)
+    served_s, slowest_s = sum(count * own_s for count, own_s in rounds), max(own_s for _, own_s in rounds)
     if policy.kind == "ps-sync":
-        exchange_s = num_workers * round_s + asked.apply_s
+        exchange_s = served_s + asked.apply_s
         return _Step(asked.compute_s + exchange_s, exchange_s, moved_j, num_workers + 1)
-    return _Step(max(asked.compute_s + round_s, num_workers * round_s), round_s, moved_j, num_workers)
+    return _Step(max(asked.compute_s + slowest_s, served_s), slowest_s, moved_j, num_workers)

@@ -93,6 +93,17 @@ def test_times_are_sums_of_known_parts() -> None:
         assert price_sync(CLUSTER, parse_policy(text), WHAT, WORK, workers).step_time_s.value == pytest.approx(seconds)
 
 
+def test_workers_in_other_nodes_push_over_the_network() -> None:
+    """A server and 7 workers fill a node, 3 more workers have the other."""
+    num_bytes, apply_s = WHAT.num_bytes, apply_cost(CLUSTER, WHAT)[0]
+    near_s, far_s = (2 * send_cost(CLUSTER, same_node=same).time_s(num_bytes) + apply_s for same in (True, False))
+    assert far_s > near_s
+    price = price_sync(CLUSTER, parse_policy("ps-sync"), WHAT, WORK, 10)
+    assert price.step_time_s.value == pytest.approx(0.01 + 7 * near_s + 3 * far_s + apply_s)
+    price = price_sync(CLUSTER, parse_policy("ps-async"), WHAT, WORK, 10)
+    assert price.step_time_s.value == pytest.approx(max(0.01 + far_s, 7 * near_s + 3 * far_s))
+
+
 def simulated_s(compute_s: float, serve_s: float, workers: int, rounds: int = 400) -> float:
     """Seconds per gradient of each worker, when a server takes one gradient after another: an event simulation."""
     events = [(compute_s, worker) for worker in range(workers)]
