@@ -53,6 +53,7 @@ OPTIONS = {
     | {"--max-failures"}
     | HOSTS,
     "checkpoint": set(),
+    "meter": {"--json", "--seconds", "--zeus"},
     "unlock": {"--json"},
     "verify": {"--json"},
     "explain": {"--json", "--no-cache", "--pin", "--report", "--savings", "--trace", "--why-not"},

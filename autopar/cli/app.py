@@ -22,6 +22,7 @@ from autopar.cli.explain import explain
 from autopar.cli.export import export
 from autopar.cli.frontier import frontier
 from autopar.cli.gpus import gpus
+from autopar.cli.meter import meter
 from autopar.cli.plan import plan
 from autopar.cli.profile import profile
 from autopar.cli.replan import replan
@@ -52,6 +53,7 @@ for _command in (
     checkpoint,
     verify,
     unlock,
+    meter,
     export,
     explain,
     diff,

@@ -16,6 +16,9 @@ from autopar.meters.gpu import NvmlMeter
 from autopar.meters.rapl import RAPL_ROOT, RaplMeter
 from autopar.meters.reading import Reading, joined, unknown
 
+ALL_GPUS = ("all",)
+"""Stands for every GPU of the node."""
+
 
 @dataclass(frozen=True, slots=True)
 class NodeReading:
@@ -43,12 +46,14 @@ class NodeMeter:
     """A context. Nothing fails for want of a counter: the readings say what is unknown and why.
 
     Args:
-        gpus: indices or identifiers, as for `NvmlMeter`; None: the run uses no GPU.
+        gpus: indices or identifiers, as for `NvmlMeter`; ALL_GPUS; None: the run uses no GPU.
         nvml, rapl_root: doubles.
     """
 
-    def __init__(self, gpus: Sequence[int | str] | None, nvml: Any = None, rapl_root: Path = RAPL_ROOT) -> None:
-        self._gpu = None if gpus is None else NvmlMeter(gpus, nvml)
+    def __init__(
+        self, gpus: Sequence[int | str] | None = ALL_GPUS, nvml: Any = None, rapl_root: Path = RAPL_ROOT
+    ) -> None:
+        self._gpu = None if gpus is None else NvmlMeter(None if gpus is ALL_GPUS else gpus, nvml)
         self._host = RaplMeter(rapl_root)
         self._open = contextlib.ExitStack()
 
