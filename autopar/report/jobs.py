@@ -240,5 +240,14 @@ def _yaml(value: Any, indent: int = 0) -> list[str]:
 def _scalar(value: object) -> str:
     if isinstance(value, str):
         is_plain = PLAIN_YAML.fullmatch(value) and value.lower() not in YAML_WORDS
-        return value if is_plain else json.dumps(value)
+        return value if is_plain else f'"{"".join(map(_escaped, value))}"'
     return json.dumps(value)
+
+
+def _escaped(character: str) -> str:
+    """As within double quotes."""
+    if character in '"\\':
+        return f"\\{character}"
+    if " " <= character <= "~":
+        return character
+    return f"\\U{ord(character):08x}"
