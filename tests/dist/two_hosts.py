@@ -1,13 +1,15 @@
-"""Two network namespaces as two hosts: `unshare -nm python tests/dist/two_hosts.py PLAN CUT_AT MORE [OPTION...]`.
+"""Two network namespaces as two hosts: `unshare -nm python tests/dist/two_hosts.py SCENARIO PLAN [OPTION...]`.
 
-Runs PLAN on both, one half of the ranks on each. Once step CUT_AT is over the link goes down, and when both runs have
-ended it comes up again and they are started once more, for MORE steps. Prints what happened as JSON. The
-namespaces vanish with this process. Needs root, or a user namespace (`unshare -rnm`).
+Runs PLAN on both, one half of the ranks on each. Once step `CUT_AT` is over the link goes down. What then happens says
+the scenario: `again`: both runs end, the link comes up, and they are started once more, to end a few steps later;
+`waiting`: they are to start again by themselves, and the link comes up while they wait for each other. Prints what they
+said as JSON. The namespaces vanish with this process. Needs root, or a user namespace (`unshare -rnm`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -21,19 +23,24 @@ ADDRESSES = ("10.99.0.1", "10.99.0.2")
 OTHER_ADDRESS = "10.99.0.11"
 """Of host 0 too, on the same interface."""
 TIMEOUT_S = 10.0
+CUT_AT = 5
+MORE = 3
 SLACK_S = 60.0
 """For processes to end."""
 PATIENCE_S = 240.0
 """For what should take seconds, on a machine that does much else."""
 
 
-def main(plan: str, cut_at: str, more: str, *options: str) -> dict[str, Any]:
+def main(scenario: str, plan: str, *options: str) -> dict[str, Any]:
     make_hosts()
     with tempfile.TemporaryDirectory() as name:
-        first = run_both(Path(name), [plan, "--steps", "1000000", *options], int(cut_at))
+        directory = Path(name)
+        if scenario == "waiting":
+            return {"first": run_both(directory, [plan, "--steps", "400", *options], is_waiting=True)}
+        first = run_both(directory, [plan, "--steps", "1000000", *options], is_cut=True)
         on_host(1, "ip", "link", "set", "v1", "up")
-        second = run_both(Path(name), [plan, "--steps", more, *options], 0)
-        return {"first": first, "second": second}
+        last = max(map(int, re.findall(r"^step (\d+)/", first["texts"][0], re.MULTILINE)))
+        return {"first": first, "second": run_both(directory, [plan, "--steps", str(last + MORE), *options])}
 
 
 def make_hosts() -> None:
@@ -61,25 +68,31 @@ def on_host(host: int, *command: str) -> str:
     return run(*inside(host), *command)
 
 
-def run_both(directory: Path, arguments: list[str], cut_at: int) -> dict[str, Any]:
-    """Start the run on both hosts and wait for both; cut the link after a step, unless that is 0."""
+def run_both(
+    directory: Path, arguments: list[str], *, is_cut: bool = False, is_waiting: bool = False
+) -> dict[str, Any]:
+    """Start the run on both hosts and wait for both; cut the link on the way, and heal it once both wait."""
     runs = [_start(host, directory, arguments) for host in (0, 1)]
+    outputs = [directory / f"out_{host}" for host in (0, 1)]
     found: dict[str, Any] = {}
     try:
-        if cut_at:
-            _wait_for(runs, directory / "out_0", f"step {cut_at}/")
+        if is_cut or is_waiting:
+            _wait_for(runs, outputs[0], f"step {CUT_AT}/")
             found["listening"] = on_host(0, "ss", "-Hltn").splitlines()
             found["reaches"] = {address: _reaches(address) for address in (ADDRESSES[0], OTHER_ADDRESS)}
             on_host(1, "ip", "link", "set", "v1", "down")
         cut_s = time.monotonic()
+        if is_waiting:
+            for output in outputs:
+                _wait_for(runs, output, "going on from step")
+            on_host(1, "ip", "link", "set", "v1", "up")
         ended_s = [when - cut_s for when in _ended(runs)]
     finally:
         for process in runs:
             process.kill()
-    texts = [(directory / f"out_{host}").read_text() for host in (0, 1)]
     codes = [process.returncode for process in runs]
     left = [line for line in run("ps", "-eo", "pid,args").splitlines() if str(directory) in line]
-    return {**found, "codes": codes, "texts": texts, "ended_s": ended_s, "left": left}
+    return {**found, "codes": codes, "texts": [o.read_text() for o in outputs], "ended_s": ended_s, "left": left}
 
 
 def _start(host: int, directory: Path, arguments: list[str]) -> subprocess.Popen[str]:
