@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,17 @@ def test_nvml_is_not_imported_before_a_meter_is_opened(monkeypatch: pytest.Monke
     with meter as opened:
         opened.start()
         assert "nvidia-ml-py" in opened.stop().reason
+
+
+@pytest.mark.parametrize("module", ["autopar.meters", "autopar.clocks.hold", "autopar.planner.settings"])
+def test_trap_importing_starts_no_process_thread_or_device_work(module: str) -> None:
+    code = (
+        f"import sys, threading, {module}; from pathlib import Path; "
+        "children = Path('/proc/self/task').glob('*/children'); "
+        "loaded = {'pynvml', 'torch', 'zeus'} & set(sys.modules); "
+        "sys.exit(bool(loaded) or threading.active_count() > 1 or any(c.read_text() for c in children))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_binding_has_the_functions_constants_and_error_codes_that_double_and_adapter_use() -> None:

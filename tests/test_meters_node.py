@@ -49,6 +49,7 @@ def test_rapl_sums_packages_and_their_memory_but_not_parts_of_packages(tmp_path:
     assert reading.value_j == pytest.approx(50 + 3)
     assert (reading.scope, reading.source) == ("package", "counter")
     assert "memory" not in reading.reason
+    assert "whoever uses them" in reading.reason
 
 
 def test_trap_platform_zone_contains_the_packages_and_is_left_out(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from autopar.meters.reading import Counter, Reading, difference, joined, unknown
 
 RAPL_ROOT = Path("/sys/class/powercap")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+SHARED = "of whole packages, whoever uses them"
 POLL_PERIOD_S = 1.0
 MOST_PACKAGE_W = 1000.0
 """No package draws more: how soon a counter can have gone all the way round unseen."""
@@ -84,7 +85,7 @@ class RaplMeter:
         names = [zone.name for zone in self._zones]
         reading = difference(zeros, Counter(tuple(self._sums), now), "package", names)
         missing = "" if self._has_memory else "memory has no counter of its own here"
-        return replace(reading, reason=joined(reading.reason, missing), devices=self.devices)
+        return replace(reading, reason=joined(reading.reason, SHARED, missing), devices=self.devices)
 
     def _end_thread(self) -> None:
         if self._thread is not None:

@@ -103,12 +103,17 @@ def measure_gpu(
             say(f"power at {held.clocks_mhz[board.index]:g} MHz")
             yield held.clocks_mhz[board.index] * 1e6
 
-    bench = PowerBench(
-        idle_w, blocked_w, product, stream, at_clock, lambda: 1e6 * board.clock_mhz(),
-        _clocks_hz(board) if request.lock_clocks else (), board.power_limit_w(), f"{board.name} {board.uuid}",
-    )  # fmt: skip
     spec = load_cluster(request.name, 1).spec
-    found = measure_power(bench, spec.clock_control.ridge_share if spec.clock_control else USUAL_RIDGE)
+    try:
+        bench = PowerBench(
+            idle_w, blocked_w, product, stream, at_clock, lambda: 1e6 * board.clock_mhz(),
+            _clocks_hz(board) if request.lock_clocks else (), board.power_limit_w(), f"{board.name} {board.uuid}",
+        )  # fmt: skip
+        found = measure_power(bench, spec.clock_control.ridge_share if spec.clock_control else USUAL_RIDGE)
+    except NvmlError as error:
+        found = PowerProfile((), None, None, (f"power is not measured: {error}",))
+    if request.rules.window_s < OPS.window_s:
+        notes.append(f"windows of energy and power are short (ops {QUICK_OPS.window_s:g} s): within 10 % at best")
     if not request.lock_clocks:
         notes.append("clocks are left alone: --lock-clocks measures power by clock where it may set them")
     for what, watts, reason in (("idle", idle_w, idle_reason), ("blocked", blocked_w, blocked_reason)):

@@ -117,6 +117,8 @@ def node_meter(device: str) -> Iterator[NodeMeter | None]:
 def _gpus() -> list[int | str]:
     """The GPUs that the local ranks use, by identifier where torch tells."""
     count = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    if "MIG-" in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+        return visible_gpus(os.environ, count)
     named = [getattr(torch.cuda.get_device_properties(index), "uuid", None) for index in range(count)]
     if all(uuid is not None for uuid in named):
         return [f"GPU-{uuid}" for uuid in named]

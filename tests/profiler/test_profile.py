@@ -18,7 +18,7 @@ from autopar.ir.mesh import stage_mesh
 from autopar.ir.profile import OpProfile, ProfileKey
 from autopar.ir.tensor import TensorMeta
 from autopar.meters import Reading, ReplayMeter, WindowRules
-from autopar.profiler.measure import EnergyProbe, Settings, profile_ops
+from autopar.profiler.measure import EnergyProbe, Settings, _operands, local_ops, profile_ops
 from autopar.profiler.store import ProfileStore, append_rows, load_profile, read_rows
 from tests.toy_graphs import attention_graph, mlp_graph
 
@@ -155,3 +155,12 @@ def test_energy_that_the_meter_does_not_know_stays_unknown() -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(InputError, match="tpu"):
         profile_ops(GRAPH, Settings(device="tpu"))
+
+
+def test_trap_operands_are_random_since_power_depends_on_the_bits() -> None:
+    """Zeros draw far less power in products than what is trained on."""
+    keys = [key for key, _ in local_ops(mlp_graph(8, (16, 32)), Settings(axis_sizes=(1,)))]
+    for key in keys:
+        for operand in _operands(key, (False,) * len(key.inputs), "cpu")[0]:
+            if operand.is_floating_point():
+                assert operand.unique().numel() > 0.9 * operand.numel()
