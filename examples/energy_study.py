@@ -34,7 +34,7 @@ from autopar.ir.study import Study, StudyCase, is_alone
 from autopar.ir.sync import parse_policy
 from autopar.planner.request import PlanRequest, choose_target
 from autopar.planner.study import Running, run_cases, run_policies
-from autopar.planner.sweep import CPU, num_cores
+from autopar.planner.sweep import CPU, busy_note, num_cores
 from autopar.report.study import PRICED, RUN, plot_study, study_json, study_report
 from autopar.runtime.sync.replica import ModuleTask, Task
 
@@ -159,6 +159,7 @@ def priced(name: str, cluster: Cluster, counts: Sequence[int]) -> list[StudyCase
 def run_study(counts: Sequence[int], steps: int, profile: str | None, *, say: Callable[[str], None]) -> list[Study]:
     """One study per program."""
     torch.set_num_threads(1)
+    busy = busy_note()
     most = max(counts) + 1
     target = choose_target(PlanRequest(num_gpus=most, gpu=CPU, clocks="max", profile=profile))
     assert isinstance(target.cluster, Cluster)
@@ -168,9 +169,8 @@ def run_study(counts: Sequence[int], steps: int, profile: str | None, *, say: Ca
         cases[name] = priced(name, target.cluster, counts)
     running = Running(num_cores(), steps, rates=RATES)
     found = run_cases(cases, f"energy_study:{worker.__name__}", running, progress=say)
-    notes = ("predictions: computing measured here, exchanging and powers from the cost model of device cpu",)
-    if target.profile.note:
-        notes = (*notes, target.profile.note)
+    notes: tuple[str, ...] = ("predictions: computing measured here, exchanging and powers from the cost model of cpu",)
+    notes += tuple(note for note in (target.profile.note, busy) if note)
     return [Study(f"{name} on {CPU}", CPU, UNITS.get(name, SAMPLES), tuple(own), notes) for name, own in found.items()]
 
 

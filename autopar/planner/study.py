@@ -25,7 +25,7 @@ from autopar.ir.tensor import BYTES_BY_DTYPE
 from autopar.planner.execute import SEED
 from autopar.planner.plan import capture_graph, plan_graph
 from autopar.planner.request import PlanRequest, Progress, Target, choose_target, say_nothing
-from autopar.planner.sweep import hidden_gpus
+from autopar.planner.sweep import busy_note, hidden_gpus
 
 if TYPE_CHECKING:
     from autopar.runtime.sync.replica import Task
@@ -69,7 +69,7 @@ def study_model(
     Raises:
         InputError, CaptureError: the model or a number is wrong.
     """
-    progress = progress or say_nothing
+    progress, busy = progress or say_nothing, busy_note() if running is not None else ""
     if request.cluster is not None:
         raise InputError("a study is of one type of device: name it with --gpu")
     most = max(policy.num_processes(count) for policy in policies for count in workers)
@@ -88,14 +88,16 @@ def study_model(
         model = {"source": source, "options": dict(options), "batch_size": whole}
         entry = f"{__name__}:{model_worker.__name__}"
         cases = run_cases({source: cases}, entry, running, arguments=model, progress=progress)[source]
-    return Study(f"{source} on {target.choice.name}", target.choice.name, whole, tuple(cases), _notes(target, running))
+    return Study(
+        f"{source} on {target.choice.name}", target.choice.name, whole, tuple(cases), _notes(target, running, busy)
+    )
 
 
-def _notes(target: Target, running: Running | None) -> tuple[str, ...]:
+def _notes(target: Target, running: Running | None, busy: str) -> tuple[str, ...]:
     notes = [note for note in (target.choice.note, target.profile.note) if note]
     notes.append(f"priced with the optimizer {OPTIMIZER}, one message per exchange, nothing overlapped, coding free")
     if running is not None:
-        notes.append("every step that was run trains on the example batch")
+        notes += ["every step that was run trains on the example batch", *([busy] if busy else [])]
     return tuple(notes)
 
 

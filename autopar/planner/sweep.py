@@ -22,6 +22,8 @@ from autopar.planner.request import PlanRequest, Progress, say_nothing
 from autopar.units import format_seconds
 
 CPU = "cpu"
+BUSY = 0.75
+"""Load per core, before runs begin, from which they are disturbed."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,23 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def busy_note() -> str:
+    """A sentence if other programs keep this machine's cores busy, so that measured times will be too long; else ""."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load <= BUSY * num_cores():
+        return ""
+    return (
+        f"other programs kept this machine busy (load {load:.1f} on {num_cores()} cores): measured times are too long"
+    )
+
+
 def measure_sweep(found: Sweep, asked: Measuring, progress: Progress | None = None) -> Sweep:
     """The sweep with what was measured of its plans of few GPUs, one after another."""
-    return Sweep(tuple(_measured(point, asked, progress or say_nothing) for point in found.points))
+    busy = busy_note()
+    return Sweep(tuple(_measured(point, asked, progress or say_nothing, busy) for point in found.points))
 
 
-def _measured(point: SweepPoint, asked: Measuring, progress: Progress) -> SweepPoint:
+def _measured(point: SweepPoint, asked: Measuring, progress: Progress, busy: str) -> SweepPoint:
     plan = point.plan
     if plan is None:
         return point
@@ -137,7 +150,8 @@ def _measured(point: SweepPoint, asked: Measuring, progress: Progress) -> SweepP
             report = run_plan(plan, settings=RunSettings(asked.steps), progress=progress)
     except (InputError, WorkerError) as error:
         return replace(point, not_measured=str(error).splitlines()[0])
-    return replace(point, measured=measured_step(plan, report))
+    step = measured_step(plan, report)
+    return replace(point, measured=replace(step, notes=(*step.notes, *([busy] if busy else []))))
 
 
 @contextmanager

@@ -123,6 +123,13 @@ def test_the_text_and_the_page_tell_what_was_run(cli: Cli, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("_pretending")
+@pytest.mark.parametrize(("load", "is_told"), [(0.1, False), (1000.0, True)])
+def test_a_busy_machine_is_told(cli: Cli, monkeypatch: pytest.MonkeyPatch, load: float, is_told: bool) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    assert ("kept this machine busy" in " ".join(cli("sweep", *ON_CPU).out.split())) == is_told
+
+
+@pytest.mark.usefixtures("_pretending")
 def test_what_would_take_too_long_is_not_run(cli: Cli) -> None:
     content = cli("sweep", *ON_CPU, "--measure-limit", "1us", "--json").json
     assert all(point["measured"] is None for point in content["points"])
