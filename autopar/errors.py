@@ -10,7 +10,8 @@ AutoparError                 exit code 1: our fault, unless a subclass says othe
 ├── ProfileError             exit 1: a measurement failed or cannot be trusted
 ├── RewriteError             exit 1: the plan cannot be turned into a program (a bug of ours)
 └── WorkerError              exit 1: a process of a run died, hung or raised; names the rank
-    └── NetworkError         exit 1: ranks lost each other; names who waited, in which collective, and for whom
+    ├── NetworkError         exit 1: ranks lost each other; names who waited, in which collective, and for whom
+    └── StragglerError       exit 1: a rank makes the others wait, and the run is to go on without it
 """
 
 from __future__ import annotations
@@ -131,4 +132,11 @@ class NetworkError(WorkerError):
     """Ranks lost each other, or never met."""
 
     kind = "network"
+    is_lost = True
+
+
+class StragglerError(WorkerError):
+    """A rank makes the others wait, and the run is to go on without it: its state is saved."""
+
+    kind = "straggler"
     is_lost = True

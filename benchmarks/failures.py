@@ -10,6 +10,7 @@ starting, the others come 0 to 2 s after a step. Each line ends in its figure.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -61,14 +62,14 @@ class Killer:
     seen: set[int] = field(default_factory=set)
     _step: int = 0
     _is_over: bool = False
-    _life: int = 0
+    _left_over: set[int] = field(default_factory=set)
     _starts: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     _steps: threading.Event = field(default_factory=threading.Event)
 
     def follow(self, line: str) -> None:
         """Take note of a line of the run."""
         if line.startswith("starting "):
-            self._life += 1
+            self._left_over = self._partial()
             self._steps.clear()
             self._starts.release()
         if line.startswith("step "):
@@ -123,7 +124,16 @@ class Killer:
             time.sleep(0.0005)
 
     def _is_writing(self) -> bool:
-        return any(self.directory.glob("step_*.partial"))
+        """A checkpoint is being written by this start of the run, rather than left half written by an earlier one."""
+        return bool(self._partial() - self._left_over)
+
+    def _partial(self) -> set[int]:
+        """Inodes of directories of checkpoints that are not whole."""
+        found = set()
+        for path in self.directory.glob("step_*.partial"):
+            with contextlib.suppress(FileNotFoundError):
+                found.add(path.stat().st_ino)
+        return found
 
 
 def workers_of(parent: int) -> dict[int, int]:

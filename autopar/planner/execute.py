@@ -21,6 +21,7 @@ from autopar.ir.run import RunSettings
 from autopar.ir.serialize import dump_plan, parse_plan
 from autopar.ir.serialize_graph import graph_hash
 from autopar.meters import node_reading
+from autopar.planner.again import plan_for_world
 from autopar.planner.assemble import input_form, make_executor, make_serial_executor
 from autopar.planner.run_energy import RunEnergy, Window, run_energy
 from autopar.planner.settings import BoardSettings, held_boards, node_ranks
@@ -86,6 +87,7 @@ class RunReport:
         energy: of the average step over all devices, with its parts and the label of where each comes from.
         held: clocks and power limits that were set meanwhile, and what was not.
         first_step: done before, by a run whose checkpoint was taken up.
+        straggler: rank that made the others wait, and how many times slower than they it was (measured); None: none.
     """
 
     num_processes: int
@@ -95,6 +97,7 @@ class RunReport:
     notes: tuple[str, ...]
     held: Held
     first_step: int = 0
+    straggler: tuple[int, float] | None = None
 
     def __str__(self) -> str:
         first, last = self.losses[0], self.losses[-1]
@@ -175,6 +178,7 @@ def run_plan(
         notes=tuple(found["notes"]),
         held=held,
         first_step=found["first_step"],
+        straggler=None if found["straggler"] is None else (found["straggler"]["rank"], found["straggler"]["factor"]),
     )
 
 
@@ -388,6 +392,8 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     from autopar.runtime.processes import device_name, device_type
 
     plan, settings = parse_plan(arguments["plan"]), RunSettings(**arguments["settings"])
+    if settings.checkpoints:  # what a launcher restarts after a failure may have fewer processes
+        plan = plan_for_world(plan)
     device = device_name()
     ready = prepare(plan, "cpu")
     graph, batch, source, aliases = ready.captured.graph, ready.batch, ready.source, ready.captured.aliases
@@ -395,7 +401,8 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     options = replace(run_options(plan, device), optimizer=OptimizerOptions(max_norm=settings.clip_norm))
     executor = make_executor(graph, plan.decisions, ready.state, mesh, options)
     del ready  # the whole model; the executor has its own parts
-    course = Course(executor, settings, start_of(plan, settings, options.optimizer.kind), aliases)
+    start = start_of(plan, settings, options.optimizer.kind)
+    course = Course(executor, settings, start, aliases=aliases, work=work_of_ranks(plan))
     first_step, num_steps = course.position.step, course.num_left
     form = input_form(graph, plan.decisions, mesh, batch)
     feed, notes = open_feed(source, form, batch, settings, first_step)
@@ -409,7 +416,16 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "step_time": _fields(measured.step_time),
         "window": measured.window_fields(device),
         "notes": [*notes, *feed.remarks(measured.total_s)],
+        "straggler": None if course.straggler is None else asdict(course.straggler),
     }
+
+
+def work_of_ranks(plan: Plan) -> list[float]:
+    """Predicted seconds of forward and backward of a microbatch on each rank, of all chunks that it holds."""
+    decisions, count = plan.decisions, plan.decisions.num_ranks
+    seconds = [stage.forward_s.value + stage.backward_s.value for stage in plan.predicted.stages]
+    by_rank = [sum(seconds[rank::count]) for rank in range(count)]
+    return [work for work in by_rank for _ in range(decisions.mesh.num_devices)]
 
 
 def start_of(plan: Plan, settings: RunSettings, optimizer: str) -> Position:

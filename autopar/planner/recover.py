@@ -15,22 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from autopar.errors import InfeasibleError, InputError, WorkerError
+from autopar.errors import InfeasibleError, InputError, StragglerError, WorkerError
 from autopar.ir.hosts import Hosts
 from autopar.ir.plan import Plan
 from autopar.ir.run import RunSettings
-from autopar.ir.serialize import parse_plan
-from autopar.ir.solution import Pins
+from autopar.planner.again import Say, counted, plan_again
 from autopar.planner.choose import describe
 from autopar.planner.detect import detect_gpus
 from autopar.planner.execute import RunReport, run_plan
-from autopar.planner.recall import Command, finished_plan
-from autopar.planner.rival import check_unchanged, request_of
+from autopar.planner.request import say_nothing
 from autopar.planner.settings import BoardSettings
 
-REPLAN_LIMIT_S = 60.0
-"""Of a search after a failure: devices wait for it."""
-Say = Callable[[str], None]
 CountDevices = Callable[[Plan], int]
 """How many devices could run the plan's model now; called after a failure."""
 
@@ -76,14 +71,17 @@ class Survived:
         report: of its last part.
         plan: that it ended with.
         restarts: in order.
+        advice: the plan that would suit a straggler that was seen; "": there was none.
     """
 
     report: RunReport
     plan: Plan
     restarts: tuple[Restart, ...]
+    advice: str = ""
 
     def __str__(self) -> str:
-        lines = [
+        lines = [self.advice] if self.advice else []
+        lines += [
             f"  restarted  at step {r.step}, {r.num_gpus[0]} -> {r.num_gpus[1]} processes: {r.cause}"
             for r in self.restarts
         ]
@@ -111,7 +109,7 @@ def run_surviving(
         WorkerError, NetworkError: the failure that ended the run.
         InputError, PlanMismatchError, InfeasibleError: nothing to do, or no plan for what is left.
     """
-    policy, say, count = policy or Policy(), progress or _silent, count_devices or devices_here
+    policy, say, count = policy or Policy(), progress or say_nothing, count_devices or devices_here
     state = _State(plan, _visible_devices(), policy)
     restarts: list[Restart] = []
     while True:
@@ -129,14 +127,38 @@ def run_surviving(
                 raise
             before = state.plan.decisions.num_gpus
             step = _step_of(settings)
-            state = state.after(error, step)
+            if isinstance(error, StragglerError):
+                state = state.without(error.rank)
+                settings = replace(settings, adapt=False)
+            else:
+                state = state.after(error, step)
             if hosts is None or hosts.num_nodes == 1:
                 state = state.on(min(count(plan), plan.decisions.num_gpus - state.num_given_up), say)
             after = state.plan.decisions.num_gpus
             restarts.append(Restart(_first_line(error), step, (before, after)))
-            say(f"{_first_line(error)}; going on from step {step} with {_words(after)}")
+            say(f"{_first_line(error)}; going on from step {step} with {counted(after)}")
             continue
-        return Survived(report, state.plan, tuple(restarts))
+        return Survived(report, state.plan, tuple(restarts), _advice(state.plan, report))
+
+
+def _advice(plan: Plan, report: RunReport) -> str:
+    """What a step would take without the straggler, against what it takes with it."""
+    if report.straggler is None:
+        return ""
+    rank, factor = report.straggler
+    told = f"  straggler  rank {rank} was {factor:.2g} times slower than the others (measured)"
+    if plan.decisions.num_gpus == 1 or plan.cluster.description is not None:
+        return told
+    try:
+        other = plan_again(plan, plan.decisions.num_gpus - 1)
+    except InfeasibleError:
+        return f"{told}; no plan fits on the others alone"
+    ratio = other.predicted.step_time_s.value / (plan.predicted.step_time_s.value * factor)
+    verdict = "--adapt goes on so" if ratio < 1 else "the slow device still pays"
+    return (
+        f"{told}; without it, as {describe(other.decisions)}, a step takes {ratio:.2g} times as long as with it "
+        f"(modelled): {verdict}"
+    )
 
 
 @dataclass(frozen=True)
@@ -167,17 +189,21 @@ class _State:
     def after(self, error: WorkerError, step: int) -> _State:
         """Count the failure. Raises it if it was one too many."""
         is_new = step > self.step
-        counted = replace(
+        noted = replace(
             self, step=step, in_a_row=1 if is_new else self.in_a_row + 1, here=1 if is_new else self.here + 1
         )
-        if counted.in_a_row > self.policy.max_failures:
-            told = f"given up at step {step}: {counted.in_a_row} failures without a new checkpoint; the last: {error}"
+        if noted.in_a_row > self.policy.max_failures:
+            told = f"given up at step {step}: {noted.in_a_row} failures without a new checkpoint; the last: {error}"
             raise WorkerError(told, rank=error.rank) from error
-        if counted.here < self.policy.patience + 1 or self.plan.decisions.num_gpus == 1:
-            return counted
-        rank = error.rank if error.rank is not None and error.rank < len(self.devices) else len(self.devices) - 1
-        kept = tuple(device for i, device in enumerate(self.devices) if i != rank)
-        return replace(counted, devices=kept, here=0, num_given_up=self.num_given_up + 1)
+        if noted.here < self.policy.patience + 1 or self.plan.decisions.num_gpus == 1:
+            return noted
+        return noted.without(error.rank)
+
+    def without(self, rank: int | None) -> _State:
+        """Leave a device behind: that of the rank where it is known, else the last."""
+        place = rank if rank is not None and rank < len(self.devices) else len(self.devices) - 1
+        kept = tuple(device for i, device in enumerate(self.devices) if i != place)
+        return replace(self, devices=kept, here=0, num_given_up=self.num_given_up + 1)
 
     def on(self, num_gpus: int, say: Say) -> _State:
         """With a plan for so many devices. Raises InfeasibleError if there is none."""
@@ -186,42 +212,6 @@ class _State:
         if num_gpus == self.plan.decisions.num_gpus:
             return self
         return replace(self, plan=plan_again(self.plan, num_gpus, say), here=0)
-
-
-def plan_again(plan: Plan, num_gpus: int, say: Say | None = None) -> Plan:
-    """The same request for another number of devices, from the cache where it holds the answer.
-
-    Raises:
-        InputError: the plan is for several types of GPU.
-        PlanMismatchError: the model is no longer the plan's.
-        InfeasibleError: nothing fits on so many.
-    """
-    if plan.cluster.description is not None:
-        raise InputError("a cluster of several types of GPU has changed: plan again, with another --cluster")
-    say = say or _silent
-    count = plan.decisions.num_microbatches
-    same = Pins(num_microbatches=count)
-    failure: InfeasibleError | None = None
-    for pins, use_all in ((same, True), (Pins(), True), (Pins(), False)):
-        request = replace(
-            request_of(plan, pins),
-            num_gpus=num_gpus,
-            use_all=use_all,
-            with_baselines=False,
-            time_limit_s=REPLAN_LIMIT_S,
-        )
-        try:
-            found = parse_plan(finished_plan(Command(plan.model.source, plan.model.options, request)).plan_text)
-        except InfeasibleError as error:
-            failure = failure or error
-            continue
-        check_unchanged(plan, found.model.graph_hash)
-        if found.decisions.num_microbatches != count:
-            say(f"no plan for {num_gpus} devices has {count} microbatches: batch norms and dropout see others now")
-        say(f"planned again for {_words(num_gpus)}: {describe(found.decisions)}")
-        return found
-    assert failure is not None
-    raise failure
 
 
 def devices_here(plan: Plan) -> int:
@@ -246,11 +236,3 @@ def _step_of(settings: RunSettings) -> int:
 
 def _first_line(error: WorkerError) -> str:
     return (str(error).splitlines() or [""])[0]
-
-
-def _words(count: int) -> str:
-    return "1 process" if count == 1 else f"{count} processes"
-
-
-def _silent(_: str) -> None:
-    """Say nothing."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from autopar.errors import InputError
+from autopar.errors import InputError, StragglerError
 from autopar.ir.run import RunSettings
 from autopar.runtime.checkpoint import Saver, load
 from autopar.runtime.checkpoint_store import CheckpointStore, Position
 from autopar.runtime.executor import Executor
+from autopar.runtime.stragglers import Straggler, Watch
 
 HISTORY = "history.csv"
 """In the directory of checkpoints: step, loss, seconds, processes. A step that was done again stands there again."""
@@ -22,7 +23,15 @@ HISTORY = "history.csv"
 class Course:
     """See the module docstring. Every rank must make one and call the same methods."""
 
-    def __init__(self, executor: Executor, settings: RunSettings, start: Position, aliases: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        settings: RunSettings,
+        start: Position,
+        *,
+        aliases: Mapping[str, str],
+        work: Sequence[float],
+    ) -> None:
         """Load the newest checkpoint, if there is one.
 
         Args:
@@ -30,6 +39,7 @@ class Course:
             settings: of the run.
             start: where the run begins where there is no checkpoint, at step 0.
             aliases: of the model, see `Checkpoint`.
+            work: that the plan gives each rank in a step, in any unit.
 
         Raises:
             InputError: the checkpoints are of another model, batch or order of samples, or all are damaged.
@@ -41,6 +51,9 @@ class Course:
         if self._store is not None:
             self._take_up(self._store)
             self._saver = Saver(self._store, aliases, is_async=settings.is_async)
+        is_watched = self._store is not None and _world() > 1 and executor.options.device == "cpu"
+        self._watch = Watch(work) if is_watched else None
+        self.straggler: Straggler | None = None
 
     @property
     def num_left(self) -> int:
@@ -92,10 +105,26 @@ class Course:
         if _is_first():
             self._store.root.mkdir(parents=True, exist_ok=True)
             with (self._store.root / HISTORY).open("a", encoding="ascii") as file:
-                file.write(f"{done},{loss!r},{seconds:.6g},{dist.get_world_size() if dist.is_initialized() else 1}\n")
+                file.write(f"{done},{loss!r},{seconds:.6g},{_world()}\n")
         every = self._settings.every
-        if done == self._settings.steps or (every and done % every == 0):
+        is_due = done == self._settings.steps or bool(every and done % every == 0)
+        if is_due:
             self.save()
+        if self._watch is not None:
+            self._look_out(self._watch, is_due)
+
+    def _look_out(self, watch: Watch, is_saved: bool) -> None:
+        """Tell of a straggler once; raise StragglerError if the run is to go on without it."""
+        found = watch.after_step()
+        if found is None or self.straggler is not None or self.position.step == self._settings.steps:
+            return
+        self.straggler = found
+        _say(str(found))
+        if self._settings.adapt:
+            if not is_saved:
+                self.save()
+            self.finish()
+            raise StragglerError(str(found), rank=found.rank)
 
     def save(self) -> None:
         """Write a checkpoint now."""
@@ -107,6 +136,8 @@ class Course:
 
     def finish(self) -> None:
         """Wait for what is still being written."""
+        if self._watch is not None:
+            self._watch.stop()
         if self._store is not None:
             self._saver.finish()
 
@@ -118,6 +149,10 @@ def _of_first_rank(found: tuple[tuple[str, ...], tuple[str, ...]]) -> tuple[tupl
     told = [found]
     dist.broadcast_object_list(told, src=0)
     return told[0]
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _is_first() -> bool:

@@ -194,6 +194,8 @@ def _failure(codes: Mapping[int, int | None], directory: Path) -> AutoparError:
     _, rank, error = min(told, key=lambda entry: entry[:2])
     deliberate = getattr(errors, error["type"], None)
     if deliberate is not None and error["type"] not in ("InfeasibleError", "WorkerError"):
+        if issubclass(deliberate, WorkerError):
+            return deliberate(error["message"], rank=error["rank"])  # type: ignore[no-any-return]
         return deliberate(error["message"])  # type: ignore[no-any-return]
     message = f"rank {rank} failed: {error['type']}: {error['message']}\n{error['traceback']}"
     return WorkerError(message, rank=rank, is_lost=DEVICE_LOST.search(error["message"]) is not None)

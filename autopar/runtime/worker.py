@@ -41,6 +41,7 @@ def main(directory: Path) -> int:
         report = {
             "type": type(error).__name__,
             "message": str(error),
+            "rank": getattr(error, "rank", None),
             "traceback": traceback.format_exc(),
             "failed_at": time.time(),
         }

@@ -12,9 +12,10 @@ from autopar.errors import WorkerError
 from autopar.ir.hosts import Hosts
 from autopar.ir.plan import Plan
 from autopar.ir.run import RunSettings
+from autopar.planner.again import plan_again
 from autopar.planner.execute import run_plan
 from autopar.planner.plan import plan_model
-from autopar.planner.recover import Policy, Survived, plan_again, run_surviving
+from autopar.planner.recover import Policy, Survived, run_surviving
 from autopar.planner.request import PlanRequest
 from benchmarks.failures import Killer, disturbed_run, is_alive, losses_of
 

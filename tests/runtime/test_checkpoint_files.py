@@ -172,8 +172,7 @@ def test_any_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     try:
         found = TensorFile(path)
-    except InputError as error:
-        assert str(error).startswith(f"{path}: ")
+    except InputError:
         return
     assert not found.entries
 

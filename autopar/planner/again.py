@@ -1,0 +1,85 @@
+"""Planning a model again for another number of devices, under the request that its plan answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from autopar.errors import InfeasibleError, InputError
+from autopar.ir.plan import Plan
+from autopar.ir.serialize import dump_plan, parse_plan
+from autopar.ir.solution import Pins
+from autopar.planner.choose import describe
+from autopar.planner.recall import Command, finished_plan
+from autopar.planner.request import say_nothing
+from autopar.planner.rival import check_unchanged, request_of
+
+REPLAN_LIMIT_S = 60.0
+"""Of a search after a failure: devices wait for it."""
+Say = Callable[[str], None]
+
+
+def plan_again(plan: Plan, num_gpus: int, say: Say | None = None) -> Plan:
+    """The same request for another number of devices, from the cache where it holds the answer.
+
+    Raises:
+        InputError: the plan is for several types of GPU.
+        PlanMismatchError: the model is no longer the plan's.
+        InfeasibleError: nothing fits on so many.
+    """
+    if plan.cluster.description is not None:
+        raise InputError("a cluster of several types of GPU has changed: plan again, with another --cluster")
+    say = say or say_nothing
+    count = plan.decisions.num_microbatches
+    same = Pins(num_microbatches=count)
+    failure: InfeasibleError | None = None
+    for pins, use_all in ((same, True), (Pins(), True), (Pins(), False)):
+        request = replace(
+            request_of(plan, pins),
+            num_gpus=num_gpus,
+            use_all=use_all,
+            with_baselines=False,
+            time_limit_s=REPLAN_LIMIT_S,
+        )
+        try:
+            found = parse_plan(finished_plan(Command(plan.model.source, plan.model.options, request)).plan_text)
+        except InfeasibleError as error:
+            failure = failure or error
+            continue
+        check_unchanged(plan, found.model.graph_hash)
+        if found.decisions.num_microbatches != count:
+            say(f"no plan for {num_gpus} devices has {count} microbatches: batch norms and dropout see others now")
+        say(f"planned again for {counted(num_gpus)}: {describe(found.decisions)}")
+        return found
+    assert failure is not None
+    raise failure
+
+
+def plan_for_world(plan: Plan, say: Say | None = None) -> Plan:
+    """The plan for as many processes as there are; every rank must call, and the first one plans.
+
+    Raises:
+        InputError: there is none, or the model has changed.
+    """
+    import torch.distributed as dist
+
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == plan.decisions.num_gpus:
+        return plan
+    told: list[tuple[str, str]] = [("", "")]
+    if world == 1 or dist.get_rank() == 0:
+        try:
+            told = [(dump_plan(plan_again(plan, world, say)), "")]
+        except (InputError, InfeasibleError) as error:
+            told = [("", str(error))]
+    if world > 1:
+        dist.broadcast_object_list(told, src=0)
+    (text, fault), *_ = told
+    if fault:
+        raise InputError(f"the plan is for {counted(plan.decisions.num_gpus)}, and for {world}: {fault}")
+    return parse_plan(text)
+
+
+def counted(count: int) -> str:
+    """`1 process`, `3 processes`."""
+    return "1 process" if count == 1 else f"{count} processes"
