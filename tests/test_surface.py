@@ -40,7 +40,7 @@ OBJECTIVE |= {"--utilisation", "--window"}
 HOSTS = {"--master-addr", "--master-port", "--node-rank", "--nodes", "--timeout"}
 OPTIONS = {
     "plan": PLANNING | {"--json", "--no-cache", "--out", "--report", "--set"},
-    "run": {"--clip-norm", "--clock-schedule", "--json", "--lock-clocks", "--set-power-limit", "--steps"}
+    "run": {"--clip-norm", "--clock-schedule", "--compile", "--json", "--lock-clocks", "--set-power-limit", "--steps"}
     | {
         "--adapt",
         "--async-checkpoints",

@@ -39,6 +39,9 @@ OPTIONS = (
         metavar="N",
         help="In a row without a new checkpoint; one more ends the run. 0: never restart.",
     ),
+    click.option(
+        "--compile", "compile", flag_value="inductor", default="", help="Compile the stages with torch.compile."
+    ),
     click.option("--adapt", is_flag=True, help="Go on without a device that makes the others wait, if that is faster."),
 )
 

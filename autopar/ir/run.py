@@ -21,6 +21,7 @@ class RunSettings:
         data_seed: of the order of samples.
         data_workers: loader processes per rank; None: as the model file's `DataLoader` says, else none.
         adapt: go on without a device that makes the others wait, where that is faster.
+        compile: backend of `torch.compile` for the stages; "": as the plan was priced.
     """
 
     steps: int = 10
@@ -32,6 +33,7 @@ class RunSettings:
     data_seed: int = 0
     data_workers: int | None = None
     adapt: bool = False
+    compile: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be. Raises InputError."""

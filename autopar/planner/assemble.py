@@ -38,6 +38,7 @@ def make_executor(
         RewriteError: if the decisions do not fit the graph.
     """
     from autopar.rewrite.program import build_stage
+    from autopar.runtime.compiled import compiled_program
     from autopar.runtime.executor import Executor, RunOptions
 
     options = options or RunOptions()
@@ -45,6 +46,8 @@ def make_executor(
         build_stage(graph, decisions, stage, mesh.coordinate, axes=mesh.axes, device=options.device, seed=options.seed)
         for stage in range(mesh.stage, len(decisions.stages), mesh.num_stages)
     ]
+    if options.compile:
+        programs = [compiled_program(program, options.compile) for program in programs]
     return Executor(graph, decisions, programs, state, mesh=mesh, options=options)
 
 

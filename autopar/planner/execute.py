@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 SEED = 0
 """Of the weights, the example batch and the random streams."""
+COMPILER = "inductor"
+"""Backend of `torch.compile` for plans that are priced with compiled stages."""
 FLOAT64_TOLERANCE = 1e-10
 EAGER_TOLERANCE = 1e-4
 """Largest relative error of loss and gradients between the captured graph and the eager model in its own dtype."""
@@ -284,6 +286,7 @@ def run_options(plan: Plan, device: str) -> RunOptions:
         overlap_gradients=software.overlap_gradients,
         prefetch_parameters=software.prefetch_parameters,
         master="float32" if software.master_bytes else "",
+        compile=COMPILER if software.fusion == "compiled" else "",
     )
 
 
@@ -399,6 +402,7 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     graph, batch, source, aliases = ready.captured.graph, ready.batch, ready.source, ready.captured.aliases
     mesh = join_plan(graph, plan.decisions, device_type())
     options = replace(run_options(plan, device), optimizer=OptimizerOptions(max_norm=settings.clip_norm))
+    options = replace(options, compile=settings.compile or options.compile)
     executor = make_executor(graph, plan.decisions, ready.state, mesh, options)
     del ready  # the whole model; the executor has its own parts
     start = start_of(plan, settings, options.optimizer.kind)

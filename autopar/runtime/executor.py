@@ -58,6 +58,7 @@ class RunOptions:
         prefetch_parameters: gather the parameters of a block while its neighbour computes.
         bucket_bytes: of parameters whose gradients are summed together, at most.
         master: dtype of the copy of narrower parameters that the optimizer updates; "": it updates the parameters.
+        compile: backend of `torch.compile` that stages go through; "": they run as they are.
     """
 
     device: str = "cpu"
@@ -67,6 +68,7 @@ class RunOptions:
     prefetch_parameters: bool = False
     bucket_bytes: float = BUCKET_BYTES
     master: str = ""
+    compile: str = ""
 
 
 class Executor:

@@ -106,7 +106,8 @@ def _strayed(executor: Executor, reference: Executor, start: dict[str, torch.Ten
 
 def dropout_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Loss and gradients of a model that drops, under every known plan and number of microbatches, against one device
-    with one microbatch."""
+    with one microbatch.
+    """
     results = []
     whole = Bench("toy/dropout", 1)
     loss = whole.serial_loss
@@ -121,4 +122,16 @@ def dropout_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
             for name, item in executor.store.items.items():
                 errors.append(relative_error(executor.store.whole_gradient(name), expected[item.value.fqn]))
             results.append({"case": f"{label} M={count}", "error": max(errors)})
+    return results
+
+
+def compile_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Known plans whose stages are compiled against the serial step, which is not."""
+    results = []
+    for name in arguments["models"]:
+        bench = Bench(name, 4)
+        options = RunOptions(compile=arguments["backend"], overlap_gradients=True, prefetch_parameters=True)
+        for label in arguments["plans"]:
+            decisions = named_plans(dist.get_world_size())[label](bench.graph)
+            results.append({"case": f"{name} {label}", "error": bench.error_of(decisions, options)})
     return results

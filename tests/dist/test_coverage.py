@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -44,3 +46,21 @@ def test_bf16_keeps_batch_norms_in_float32() -> None:
 
 def test_dropout_is_the_same_under_every_plan_and_number_of_microbatches() -> None:
     check(errors_on(2, "coverage_worker:dropout_cases"), at_least=28)
+
+
+@pytest.mark.parametrize(
+    ("model", "plans"), [("toy/transformer", ["zero3", "1f1b recompute"]), ("toy/conv", ["tensor"])]
+)
+def test_compiled_stages_compute_what_plain_ones_do(model: str, plans: list[str]) -> None:
+    errors = errors_on(2, "coverage_worker:compile_cases", models=[model], backend="aot_eager", plans=plans)
+    check(errors, at_least=len(plans))
+
+
+@pytest.mark.slow
+def test_the_compiler_that_runs_use_computes_what_plain_stages_do() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
+    plans = ("zero1", "tensor")
+    check(
+        errors_on(2, "coverage_worker:compile_cases", models=("toy/skip",), backend="inductor", plans=plans), at_least=2
+    )
