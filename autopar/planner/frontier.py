@@ -1,4 +1,8 @@
-"""The time-energy frontier of a model: each point of the search simulated and made a plan of its own."""
+"""The time-energy frontier of a model: each point of the search simulated and made a plan of its own.
+
+Its ends are what `planner.plan` makes of least time and of least energy, so variants that no search knows (interleaved
+pipelines, recompute policies) stand there, too.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from autopar.errors import InfeasibleError
 from autopar.ir.plan import ModelReference, Plan
 from autopar.ir.solution import Objective, Solution
 from autopar.planner.choose import Choice, Chooser
@@ -13,13 +18,18 @@ from autopar.planner.plan import assemble_plan, capture_graph
 from autopar.planner.request import PlanRequest, Progress, choose_target, say_nothing
 from autopar.search.frontier import frontier
 
+ENDS = ("time", "energy")
+"""Objectives whose plans end the frontier."""
+SEARCHES = 1 + len(ENDS)
+"""That share a time limit."""
+
 
 @dataclass(frozen=True)
 class Traced:
     """Plans by rising time, none dominated when simulated.
 
     Attributes:
-        num_dropped: points of the search that the simulation shows dominated, or that break a limit when simulated.
+        num_dropped: plans found that the simulation shows dominated, or that break a limit when simulated.
         complete: no further point lies between them at the search's resolution.
     """
 
@@ -44,6 +54,8 @@ def trace_frontier(
         InfeasibleError: no plan fits or keeps the limits.
     """
     request = replace(request, with_baselines=False, objective=Objective("energy"))
+    if request.time_limit_s is not None:
+        request = replace(request, time_limit_s=request.time_limit_s / SEARCHES)
     target = choose_target(request)
     captured = capture_graph(source, options, request.batch_size, progress)
     chooser = Chooser(captured.graph, request, target, progress or say_nothing)
@@ -69,8 +81,19 @@ def trace_frontier(
         return replace(plan, notes=(*plan.notes, *captured.notes))
 
     plans = [plan for solution in found.points if (plan := plan_of(solution)) is not None]
-    kept = undominated(plans)
-    return Traced(kept, len(found.points) - len(kept), found.complete)
+    ends: list[Plan] = []
+    for kind in ENDS:
+        own = replace(request, objective=Objective(kind))
+        try:
+            choice = replace(chooser, request=own).choose(tables)
+        except InfeasibleError:
+            # The search's best for this end breaks a limit when simulated.
+            continue
+        end = assemble_plan(captured.graph, reference, own, target, choice)
+        if all(plan.decisions != end.decisions for plan in plans):
+            ends.append(replace(end, notes=(*end.notes, *captured.notes)))
+    kept = undominated([*plans, *ends])
+    return Traced(kept, len(found.points) + len(ends) - len(kept), found.complete)
 
 
 def undominated(plans: Sequence[Plan]) -> tuple[Plan, ...]:
