@@ -206,7 +206,7 @@ def _on_all_ranks(
             return worker(arguments)
     if progress is not None:
         ranks = hosts.local_ranks(num_processes)
-        others = f" ({ranks[0]} to {ranks[-1]} of {num_processes})" if hosts.num_nodes > 1 else ""
+        others = f" ({ranks[0]} to {ranks[-1]} of {num_processes}, at {hosts.where})" if hosts.num_nodes > 1 else ""
         progress(f"starting {len(ranks)} local processes{others}")
     job = Job(f"{worker.__module__}:{worker.__name__}", arguments, num_processes, environment or {})
     results: list[dict[str, Any]] = launch_local(job, hosts=hosts, on_line=progress)
