@@ -57,6 +57,11 @@ class Hosts:
             raise InputError(f"--master-addr {self.address} is no single address: give the one that all hosts reach")
 
     @property
+    def where(self) -> str:
+        """`address:port` of the meeting."""
+        return meeting_place(self.address, self.port)
+
+    @property
     def waits_s(self) -> float:
         """How long to wait for the others."""
         return self.join_timeout_s or (JOIN_S if self.num_nodes > 1 else LOCAL_JOIN_S)
@@ -67,6 +72,11 @@ class Hosts:
             raise InputError(f"{num_processes} processes do not divide into {self.num_nodes} hosts of equal size")
         count = num_processes // self.num_nodes
         return range(self.node_rank * count, (self.node_rank + 1) * count)
+
+
+def meeting_place(address: str, port: int) -> str:
+    """`10.0.0.1:29500` or `[fd00::1]:29500`."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _is_unspecified(address: str) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autopar.errors import InputError
-from autopar.ir.hosts import DEFAULT_PORT, JOIN_S, Hosts
+from autopar.ir.hosts import DEFAULT_PORT, JOIN_S, Hosts, meeting_place
 
 REPORT_S = 3.0
 """What a rank needs from the end of its wait to the message."""
@@ -47,7 +47,7 @@ class Meeting:
     @property
     def where(self) -> str:
         """`address:port`."""
-        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+        return meeting_place(self.address, self.port)
 
 
 def make_meeting(hosts: Hosts, port: int, job: Mapping[str, Any]) -> Meeting:
@@ -106,7 +106,6 @@ def listen(hosts: Hosts | Meeting) -> socket.socket:
     Raises:
         InputError: the address is not one of this host, cannot be found, or its port is taken.
     """
-    where = f"{hosts.address}:{hosts.port}"
     address = resolve(hosts)
     family, kind, protocol, _, target = socket.getaddrinfo(address, hosts.port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
@@ -121,6 +120,8 @@ def listen(hosts: Hosts | Meeting) -> socket.socket:
                 f"master address {hosts.address} is not an address of this host, which is node 0"
             ) from None
         if error.errno == errno.EADDRINUSE:
-            raise InputError(f"{where} is taken by another process: give another --master-port on every host") from None
-        raise InputError(f"cannot listen at {where}: {error.strerror}") from None
+            raise InputError(
+                f"{hosts.where} is taken by another process: give another --master-port on every host"
+            ) from None
+        raise InputError(f"cannot listen at {hosts.where}: {error.strerror}") from None
     return listener

@@ -43,11 +43,20 @@ class Sight:
     store_silent_s: float | None
 
 
+def announce(store: Store, rank: int) -> None:
+    """This rank's first sign of life."""
+    store.set(_beat_key(rank), "0")
+
+
+def _beat_key(rank: int) -> str:
+    return f"beat/{rank}"
+
+
 class Liveness:
     """Beats of this rank, and the others' as seen from here."""
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        """Every rank must make one; the store must answer."""
+        """Every rank must make one, after all have called `announce`."""
         self._store, self._rank, self._world_size = store, rank, world_size
         self._period_s = BEAT_S * max(1.0, world_size / BEAT_RANKS)
         self._over = threading.Event()
@@ -88,17 +97,16 @@ class Liveness:
         return Sight(silent, dict(heard), None)
 
     def _beat(self) -> None:
-        keys = [f"beat/{rank}" for rank in range(self._world_size)]
+        keys = [_beat_key(rank) for rank in range(self._world_size)]
         count = 0
         try:
             own = connect_again(self._store)
             while not self._over.wait(self._period_s):
                 count += 1
                 own.set(keys[self._rank], str(count))
-                there = [rank for rank, key in enumerate(keys) if own.check([key])]
-                numbers = own.multi_get([keys[rank] for rank in there])
+                numbers = own.multi_get(keys)
                 self._answered_s = time.monotonic()
-                for rank, number in zip(there, numbers, strict=True):
+                for rank, number in enumerate(numbers):
                     if number != self._numbers[rank]:
                         self._numbers[rank], self._changed_s[rank] = number, self._answered_s
         except dist.DistError:

@@ -16,7 +16,7 @@ from autopar.errors import NetworkError
 from autopar.ir.hosts import DEFAULT_TIMEOUT_S
 from autopar.runtime.failures import is_cut, is_network_failure, waiting_message
 from autopar.runtime.hosts import Meeting, external_meeting
-from autopar.runtime.liveness import Liveness
+from autopar.runtime.liveness import Liveness, announce
 from autopar.runtime.rendezvous import Peer, call_roll, choose_interface, open_external_store, open_store
 from autopar.torch_adapter import Store
 
@@ -96,6 +96,7 @@ def join(meeting: Meeting, rank: int, world_size: int, listener: int | None = No
 
 def _join(store: Store, meeting: Meeting, rank: int, world_size: int) -> Membership:
     interface = choose_interface(meeting)
+    announce(store, rank)
     peers = call_roll(store, meeting, rank, world_size)
     liveness = Liveness(store, rank, world_size) if world_size > 1 else None
     membership = Membership(rank, meeting, peers, liveness, interface)
