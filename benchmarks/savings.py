@@ -34,6 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SAME_TIME = 1e-6
 """Share by which the plan of the same time may be later: a step of exactly the least time is one plan alone."""
 
+ROUNDING = 1e-6
+"""Share of the fastest plan's energy by which two equal plans may differ."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -78,17 +81,26 @@ class Row:
         """Saved by clocks per instruction on the fastest plan, in the plan's time."""
         return self.savings.alone[-1].saved_j if self.savings.alone else 0.0
 
+    @property
+    def is_behind(self) -> bool:
+        """Clocks alone save more than the plan, clocks of its own included."""
+        return self.with_clocks_j < self.alone_j - ROUNDING * self.first_j
+
+    def share(self, joules: float) -> str:
+        """Of the fastest plan's energy."""
+        return f"{round(joules / self.first_j, 3) + 0.0:.1%}"
+
     def text(self) -> str:
         """One line."""
-        found, first_j = self.savings, self.first_j
-        parts = ", ".join(f"{step.cause} {step.saved_j / first_j:.1%}" for step in found.steps)
-        alone = [f"{step.saved_j / first_j:.1%}" for step in found.alone] or ["0.0%", "0.0%"]
-        ahead = f"ahead {(found.saved_j - self.alone_j) / first_j:+.1%}"
+        found = self.savings
+        parts = ", ".join(f"{step.cause} {self.share(step.saved_j)}" for step in found.steps)
+        alone = [self.share(step.saved_j) for step in found.alone] or ["0.0%", "0.0%"]
+        ahead = f"ahead by {self.share(found.saved_j - self.alone_j)}"
         return (
             f"{self.case:<12} up to {self.num_gpus:<3} {'as fast' if self.deadline else 'free':<8} "
-            f"fastest {words(found.fastest)}; plan {words(found.plan)}: saves {found.saved_j / first_j:.1%} ({parts}), "
-            f"with clocks {self.with_clocks_j / first_j:.1%}; clocks alone {alone[0]} in its time, {alone[1]} in the "
-            f"plan's; cpu {self.cpu_s:.0f} s; {ahead}, with clocks {(self.with_clocks_j - self.alone_j) / first_j:+.1%}"
+            f"fastest {words(found.fastest)}; plan {words(found.plan)}: saves {self.share(found.saved_j)} ({parts}), "
+            f"with clocks {self.share(self.with_clocks_j)}; clocks alone {alone[0]} in its time, {alone[1]} in the "
+            f"plan's; cpu {self.cpu_s:.0f} s; {ahead}, with clocks by {self.share(self.with_clocks_j - self.alone_j)}"
         )
 
     def content(self) -> dict[str, Any]:
@@ -167,7 +179,7 @@ def main() -> int:
                 print(f"{name} on up to {count}: {str(error).splitlines()[0]}", file=sys.stderr)
     if options.json:
         print(json.dumps([row.content() for row in rows], indent=1))
-    return int(any(row.with_clocks_j < row.alone_j for row in rows))
+    return int(any(row.is_behind for row in rows))
 
 
 if __name__ == "__main__":
