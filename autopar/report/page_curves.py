@@ -69,9 +69,9 @@ def _point_words(time_s: float, energy_j: float) -> str:
 
 def sweep_page(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], title: str, runs: Runs = NOTHING_RUN) -> str:
     """The best plan on each number of GPUs, and where more stop paying; `missing` are (number of GPUs, why none)."""
-    heading = ("GPUs", "speed-up", "efficiency", "J per s saved", *HEADING)
+    heading = ("GPUs", "speed-up", "efficiency", "energy ratio", "J per s saved", *HEADING)
     rows = [
-        (str(row.plan.decisions.num_gpus), f"{row.speedup:.2f}", f"{row.efficiency:.0%}",
+        (str(row.plan.decisions.num_gpus), f"{row.speedup:.2f}", f"{row.efficiency:.0%}", f"{row.energy_ratio:.2f}",
          "-" if row.marginal_j_per_s is None else f"{row.marginal_j_per_s:.4g}", *_figures(row.plan))
         for row in rows_of(plans)
     ]  # fmt: skip
@@ -94,8 +94,9 @@ def sweep_page(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], title:
             ),
             section(
                 "The plans",
-                f"Speed-up and efficiency are against {base}; joules per second saved, against the row before.",
-                table("Plans by number of GPUs", heading, rows, (0, 4, 11)),
+                f"Speed-up, efficiency and energy ratio are against {base}; joules per second saved, against the row "
+                "before.",
+                table("Plans by number of GPUs", heading, rows, (0, 5, 12)),
             ),
         ]
     parts += _run_section(plans, runs)

@@ -2,7 +2,8 @@
 
 Speed-up is the base's time over this one's (the base is the fewest GPUs that have a plan), efficiency is speed-up over
 the ratio of GPUs. The marginal price of a second is what the step to this number of GPUs from the one before costs:
-joules more per second less. Where plans were run on this machine, what was measured stands beside what was predicted.
+joules more per second less. Energy breaks even at the most GPUs that take less of it than the base. Where plans were
+run on this machine, what was measured stands beside what was predicted.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Row:
     plan: Plan
     speedup: float
     efficiency: float
+    energy_ratio: float
     marginal_j_per_s: float | None
 
 
@@ -62,8 +64,13 @@ def rows_of(plans: Sequence[Plan]) -> tuple[Row, ...]:
         ratio = plan.decisions.num_gpus / base.decisions.num_gpus
         saved_s = 0.0 if before is None else _time_s(before) - _time_s(plan)
         marginal = (_energy_j(plan) - _energy_j(before)) / saved_s if before is not None and saved_s > 0 else None
-        found.append(Row(plan, speedup, speedup / ratio, marginal))
+        found.append(Row(plan, speedup, speedup / ratio, _energy_j(plan) / _energy_j(base), marginal))
     return tuple(found)
+
+
+def cheaper_up_to(plans: Sequence[Plan]) -> int | None:
+    """The most GPUs that take less energy than the base; None where none do."""
+    return max((row.plan.decisions.num_gpus for row in rows_of(plans) if row.energy_ratio < 1), default=None)
 
 
 def best_counts(plans: Sequence[Plan]) -> dict[str, int]:
@@ -86,7 +93,7 @@ def sweep_report(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], runs
     """The table and the break-even points; `missing` are (number of GPUs, why there is no plan)."""
     lines: list[str] = []
     if plans:
-        rows = [("GPUs", "step time", "energy", "average", "peak", "speed-up", "eff.", "J per s saved")]
+        rows = [("GPUs", "step time", "energy", "E/E1", "average", "peak", "speed-up", "eff.", "J per s saved")]
         for row in rows_of(plans):
             predicted, marginal = row.plan.predicted, row.marginal_j_per_s
             rows.append(
@@ -94,6 +101,7 @@ def sweep_report(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], runs
                     str(row.plan.decisions.num_gpus),
                     format_seconds(predicted.step_time_s.value),
                     format_joules(predicted.energy_j.value),
+                    f"{row.energy_ratio:.2f}",
                     format_watts(predicted.average_power_w.value),
                     format_watts(predicted.peak_power_w.value),
                     f"{row.speedup:.2f}",
@@ -101,14 +109,17 @@ def sweep_report(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], runs
                     "-" if marginal is None else f"{marginal:.4g}",
                 )
             )
-        lines += [line[:WIDTH].rstrip() for line in table(rows)]
+        lines += [line[:WIDTH].rstrip() for line in table(rows, " ")]
         lines.append("")
         lines += [f"{plan.decisions.num_gpus:>6}  {point_words(plan)}"[:WIDTH] for plan in plans]
         lines.append("")
         least = ", ".join(f"{name} {count}" for name, count in best_counts(plans).items())
         lines += wrapped("Least at", f"{least} GPUs (all figures modelled; GPUs and hosts)")
         labels = sorted({plan.predicted.step_time_s.label for plan in plans})
-        lines += wrapped("Base", f"{plans[0].decisions.num_gpus} GPUs for speed-up and efficiency; {', '.join(labels)}")
+        base, most = plans[0].decisions.num_gpus, cheaper_up_to(plans)
+        less = "no number takes" if most is None else f"up to {most} take"
+        lines += wrapped("Break-even", f"{less} less energy than {base}")
+        lines += wrapped("Base", f"{base} GPUs for speed-up, efficiency and E/E1; {', '.join(labels)}")
     for count, reason in missing:
         lines += wrapped(f"{count} GPUs", f"no plan: {reason}")
     lines += _measured_lines(plans, runs)
@@ -154,6 +165,7 @@ def sweep_json(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], runs: 
             **{name: quantity_json(getattr(row.plan.predicted, name)) for name in FIGURES},
             "speedup": row.speedup,
             "efficiency": row.efficiency,
+            "energy_ratio": row.energy_ratio,
             "marginal_j_per_s": row.marginal_j_per_s,
             "description": point_words(row.plan),
             "gap": row.plan.solver.gap,
@@ -163,7 +175,13 @@ def sweep_json(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], runs: 
     ]
     without = [{"num_gpus": count, "reason": reason} for count, reason in missing]
     left_out = [{"num_gpus": count, "reason": reason} for count, reason in runs.left_out]
-    return {"points": points, "infeasible": without, "not_measured": left_out, "least_at": best_counts(plans)}
+    return {
+        "points": points,
+        "infeasible": without,
+        "not_measured": left_out,
+        "least_at": best_counts(plans),
+        "less_energy_than_base_up_to": cheaper_up_to(plans),
+    }
 
 
 def _measured_json(num_gpus: int, runs: Runs) -> dict[str, Any] | None:
