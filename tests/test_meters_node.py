@@ -197,10 +197,10 @@ class Monitor:
     def __call__(self, gpu_indices: list[int] | None) -> Monitor:
         return self
 
-    def begin_window(self, name: str) -> None:
+    def begin_window(self, name: str, *, sync_execution: bool) -> None:
         self.name = name
 
-    def end_window(self, name: str) -> SimpleNamespace:
+    def end_window(self, name: str, *, sync_execution: bool) -> SimpleNamespace:
         assert name == self.name
         return SimpleNamespace(gpu_energy=self.energy, total_energy=sum(self.energy.values()))
 

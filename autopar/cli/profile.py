@@ -51,6 +51,8 @@ def profile(
     for option, given in (("--batch", min(batch, default=1)), ("--processes", processes)):
         if given < 1:
             raise InputError(f"{option} must be at least 1, got {given}")
+    if lock_clocks and device == "cpu":
+        raise InputError("--lock-clocks needs --device cuda:N")
     path = Path(out) if out is not None else default_store()
     if out is None:
         path.parent.mkdir(parents=True, exist_ok=True)

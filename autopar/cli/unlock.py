@@ -12,13 +12,14 @@ from autopar.planner.settings import restore_boards
 
 
 @click.command()
+@click.option("--force", is_flag=True, help="Also of runs in other containers, which cannot be seen from here.")
 @json_option
-def unlock(as_json: bool) -> int:
+def unlock(force: bool, as_json: bool) -> int:
     """Restore clocks and power limits that dead runs left on the GPUs of this machine.
 
     Runs do so themselves, also when killed; this is for those that died together with what watches them.
     """
-    found = restore_boards()
+    found = restore_boards(with_invisible=force)
     if as_json:
         print_json(asdict(found))
     else:

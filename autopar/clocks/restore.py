@@ -57,8 +57,11 @@ def _undo(board: Board, saved: SavedBoard, setting: str) -> str:
     return f"GPU {saved.index}: {setting} had no earlier value"
 
 
-def restore_stale(directory: Path, binding: Any = None) -> Restored:
+def restore_stale(directory: Path, binding: Any = None, *, with_invisible: bool = False) -> Restored:
     """Restore after runs that are gone without having done it, and whose guardians are gone too.
+
+    Args:
+        with_invisible: also after those of other containers, of which it cannot be seen whether they live.
 
     Raises:
         InputError: the directory cannot be used, or holds a file that is none of ours.
@@ -70,8 +73,9 @@ def restore_stale(directory: Path, binding: Any = None) -> Restored:
             state.path.unlink(missing_ok=True)
         lines = [f"process {state.owner}: nothing left of its settings since this machine was started anew"
                  for state in void]  # fmt: skip
-        lines += [f"process {state.owner} still runs and restores by itself" for state in states if state.is_owned]
-        stale = [state for state in states if state not in void and not state.is_owned]
+        kept = [state for state in states if state.is_owned and (state.is_visible or not with_invisible)]
+        lines += [_why_kept(state) for state in kept]
+        stale = [state for state in states if state not in void and state not in kept]
         if not stale:
             return Restored(tuple(lines))
         try:
@@ -82,3 +86,9 @@ def restore_stale(directory: Path, binding: Any = None) -> Restored:
     return Restored(
         (*lines, *(line for one in found for line in one.lines)), tuple(text for one in found for text in one.failures)
     )
+
+
+def _why_kept(state: State) -> str:
+    if state.is_visible:
+        return f"process {state.owner} still runs and restores by itself"
+    return f"process {state.owner} is of another container, where it may still run; --force restores all the same"

@@ -4,7 +4,8 @@ A file is written before the first setting is touched and removed after the last
 before it is set, so that a kill at any moment leaves nothing out. Settings do not survive a reboot, and neither does
 the meaning of a file: it knows the boot that it was written in.
 
-Owners are known by process id and start time, since ids are used again.
+Owners are known by process id and start time, since ids are used again, and by the namespace of process ids: a process
+of another container cannot be seen from here, and counts as alive.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from autopar.errors import InputError
 
 STATE_VARIABLE = "AUTOPAR_STATE"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+NAMESPACE = Path("/proc/self/ns/pid")
 LOCKED, APPLICATION, LIMIT = "locked clock", "application clocks", "power limit"
 SETTINGS = (LOCKED, APPLICATION, LIMIT)
 
@@ -60,6 +62,7 @@ class State:
 
     path: Path
     boot: str
+    namespace: str
     owner: int
     owner_started: str
     boards: tuple[SavedBoard, ...]
@@ -70,9 +73,14 @@ class State:
         return self.boot == boot_id()
 
     @property
+    def is_visible(self) -> bool:
+        """Whether the run's process could be seen from here."""
+        return self.namespace == namespace_id()
+
+    @property
     def is_owned(self) -> bool:
-        """Whether the run still lives."""
-        return self.is_of_this_boot and started_at(self.owner) == self.owner_started
+        """Whether the run still lives, as far as can be seen."""
+        return self.is_of_this_boot and not (self.is_visible and started_at(self.owner) != self.owner_started)
 
     def write(self) -> None:
         """As a whole or not at all. Raises InputError."""
@@ -99,7 +107,8 @@ def state_directory() -> Path:
 def new_state(directory: Path, boards: tuple[SavedBoard, ...]) -> State:
     """Of this process; not yet written."""
     owner = os.getpid()
-    return State(directory / f"{owner}-{started_at(owner)}.json", boot_id(), owner, started_at(owner), boards)
+    name = f"{owner}-{started_at(owner)}.json"
+    return State(directory / name, boot_id(), namespace_id(), owner, started_at(owner), boards)
 
 
 def read_states(directory: Path) -> list[State]:
@@ -112,7 +121,8 @@ def read_state(path: Path) -> State:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         boards = tuple(_board(entry) for entry in content["boards"])
-        return State(path, str(content["boot"]), int(content["owner"]), str(content["owner_started"]), boards)
+        where = str(content["boot"]), str(content["namespace"])
+        return State(path, *where, int(content["owner"]), str(content["owner_started"]), boards)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not hold the settings of a run ({error}); remove it by hand") from error
 
@@ -147,6 +157,14 @@ def locked(directory: Path) -> Iterator[None]:
 def boot_id() -> str:
     """Of this machine since it was started; "" where the system does not tell."""
     return BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.is_file() else ""
+
+
+def namespace_id() -> str:
+    """Of the process ids that this process sees; "" where the system does not tell."""
+    try:
+        return os.readlink(NAMESPACE)
+    except OSError:
+        return ""
 
 
 def started_at(pid: int) -> str:

@@ -31,23 +31,32 @@ class ZeusMeter:
     ) -> None:
         self._clock, self._began = clock, clock()
         self._monitor: Any = None
+        self._errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError)
         self._reason = ""
         self._is_open = False
         try:
-            self._monitor = (monitor or _imported())(gpu_indices=None if indices is None else list(indices))
-        except ImportError:
-            self._reason = INSTALL
-        except (RuntimeError, ValueError, OSError) as error:
+            if monitor is None:
+                monitor, error = _imported()
+                self._errors = (*self._errors, error)
+            self._monitor = monitor(gpu_indices=None if indices is None else list(indices))
+        except ImportError as error:
+            is_missing = (error.name or "zeus").partition(".")[0] == "zeus"
+            self._reason = INSTALL if is_missing else f"Zeus cannot be imported: {error}"
+        except self._errors as error:
             self._reason = f"Zeus cannot be opened: {error}"
 
     def start(self) -> None:
         """Open a window."""
         self._began = self._clock()
-        if self._monitor is not None:
+        if self._monitor is None:
+            return
+        try:
             if self._is_open:
-                self._monitor.end_window(WINDOW)
-            self._monitor.begin_window(WINDOW)
+                self._monitor.end_window(WINDOW, sync_execution=False)
+            self._monitor.begin_window(WINDOW, sync_execution=False)
             self._is_open = True
+        except self._errors as error:
+            self._reason = f"Zeus cannot measure: {error}"
 
     def stop(self) -> Reading:
         """Close the window."""
@@ -55,7 +64,10 @@ class ZeusMeter:
         if self._monitor is None or not self._is_open:
             return unknown(self._reason or "the meter was not started", window_s, "gpu")
         self._is_open = False
-        found = self._monitor.end_window(WINDOW)
+        try:
+            found = self._monitor.end_window(WINDOW, sync_execution=False)
+        except self._errors as error:
+            return unknown(f"Zeus cannot measure: {error}", window_s, "gpu")
         joules = {int(index): float(value) for index, value in found.gpu_energy.items()}
         if not joules:
             return unknown("Zeus finds no GPU", window_s, "gpu")
@@ -67,8 +79,9 @@ class ZeusMeter:
         )
 
 
-def _imported() -> Callable[..., Any]:
+def _imported() -> tuple[Callable[..., Any], type[Exception]]:
+    """The monitor, and the base of Zeus's own errors. Raises ImportError."""
+    from zeus.exception import ZeusBaseError
     from zeus.monitor import ZeusMonitor
 
-    found: Callable[..., Any] = ZeusMonitor
-    return found
+    return ZeusMonitor, ZeusBaseError

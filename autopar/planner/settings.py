@@ -102,9 +102,9 @@ def node_ranks(num_processes: int, hosts: Hosts, environment: Mapping[str, str] 
     return range(first, first + count)
 
 
-def restore_boards() -> Restored:
-    """Restore what runs left behind that died together with their guardians. Raises InputError."""
-    return restore_stale(state_directory())
+def restore_boards(*, with_invisible: bool = False) -> Restored:
+    """Restore what runs left behind that died together with their guardians; see `restore_stale`."""
+    return restore_stale(state_directory(), with_invisible=with_invisible)
 
 
 def _left_over() -> list[str]:

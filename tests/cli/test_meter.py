@@ -68,10 +68,10 @@ def test_zeus_is_compared_over_the_same_window(tmp_path: Path) -> None:
         def __init__(self, gpu_indices: list[int] | None) -> None:
             self.first: list[int] = []
 
-        def begin_window(self, _: str) -> None:
+        def begin_window(self, _: str, *, sync_execution: bool) -> None:
             self.first = [nvml.nvmlDeviceGetTotalEnergyConsumption(i) for i in boards]
 
-        def end_window(self, _: str) -> SimpleNamespace:
+        def end_window(self, _: str, *, sync_execution: bool) -> SimpleNamespace:
             joules = {i: (nvml.nvmlDeviceGetTotalEnergyConsumption(i) - self.first[i]) / 1e3 for i in boards}
             return SimpleNamespace(gpu_energy=joules)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -141,13 +142,14 @@ def test_a_machine_without_a_driver_says_so(machine: Machine) -> None:
     assert "no GPU each" in told(clocked(), LOCK)[0]
 
 
-def leave_behind(machine: Machine) -> None:
-    """What a run leaves that died with its guardian."""
+def leave_behind(machine: Machine, namespace: str | None = None) -> None:
+    """What a run leaves that died with its guardian, or that lives in another container."""
     machine.states.mkdir()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     board = {"uuid": machine.boards()[1].uuid, "index": 1, "application_mhz": None, "limit_w": 350.0}
     content = {
         "boot": boot,
+        "namespace": namespace or os.readlink("/proc/self/ns/pid"),
         "owner": 2**22 + 1,
         "owner_started": "1",
         "boards": [{**board, "touched": ["power limit"]}],
@@ -166,6 +168,19 @@ def test_a_run_warns_of_what_a_dead_one_left_and_unlock_restores_it(
     assert invoke(["unlock"]) == 0
     assert "nothing to restore" in capsys.readouterr().out
     assert told(tiny_plan(), BoardSettings()) == []
+
+
+def test_a_run_of_another_container_may_live_and_is_restored_by_force_alone(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_behind(machine, namespace="pid:[1]")
+    assert told(tiny_plan(), BoardSettings()) == []
+    assert any("holds the same GPUs" in line for line in told(clocked(), LOCK))
+    assert invoke(["unlock"]) == 0
+    assert "another container" in capsys.readouterr().out
+    assert machine.settings()[1][1] == 400.0
+    assert invoke(["unlock", "--force"]) == 0
+    assert machine.settings()[1][1] == 350.0
 
 
 def test_unlock_that_may_not_fails_and_says_why(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
