@@ -54,7 +54,7 @@ OPTIONS = {
     | HOSTS,
     "checkpoint": set(),
     "meter": {"--json", "--seconds", "--zeus"},
-    "unlock": {"--json"},
+    "unlock": {"--force", "--json"},
     "verify": {"--json"},
     "export": {"--account", "--checkpoint", "--checkpoint-every", "--claim", "--directory", "--env", "--image", "--json"}
     | {"--master-port", "--name", "--nodes", "--out", "--partition", "--steps", "--time", "--timeout", "--to"},
