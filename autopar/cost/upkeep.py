@@ -66,6 +66,11 @@ def parameter_places(graph: OpGraph, skeleton: Skeleton) -> tuple[Place, ...]:
     return tuple(found)
 
 
+ALONE_BYTES = 2**20
+"""Shards below this size share one gather with the others of their block, and one scatter: a small parameter pays its
+share of one collective's latency (`program.gathered`)."""
+
+
 @dataclass(frozen=True)
 class Around:
     """What else goes on in the block of each parameter; arrays are [parameter].
@@ -145,9 +150,10 @@ class ParameterPricer:
         exposed = held.whole / found.exposed_parts[at]
         price, terms, moved = free_node(len(at)), gathering[at], sheet.regathered[at]
         trained = sheet.requires_grad[own] & self.training
-        price.forward_s = terms[:, 0] + held.whole * terms[:, 1]
+        latency = np.where(held.weights < ALONE_BYTES, sheet.whole_share[own], 1.0)
+        price.forward_s = latency * terms[:, 0] + held.whole * terms[:, 1]
         again = np.where(moved & trained, price.forward_s, 0.0)
-        scatter = np.where(trained, terms[:, 2] + held.whole * terms[:, 3], 0.0)
+        scatter = np.where(trained, latency * terms[:, 2] + held.whole * terms[:, 3], 0.0)
         price.microbatch_j = held.whole * terms[:, 4] + np.where(trained & moved, 0.5 * held.whole * terms[:, 4], 0.0)
         room = np.where(moved, self._room(sheet, own, exposed, around), 0.0)
         price.workspace_bytes = np.maximum(room, self._bucket_room(held, sheet, found))

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autopar.cost.collective import collective_cost
 from autopar.cost.device import Link
 from autopar.cost.hardware import Cluster
 from autopar.cost.predict import predict
@@ -18,7 +19,7 @@ from autopar.cost.table import CostTables
 from autopar.errors import InputError
 from autopar.ir.cost import CostNode, CostTable
 from autopar.ir.graph import OpGraph
-from autopar.ir.mesh import stage_mesh
+from autopar.ir.mesh import Group, stage_mesh
 from autopar.ir.placement import INVARIANT, PARTIAL, REPLICATE, shard
 from autopar.ir.solution import Pins
 from tests.cost.decide import decide
@@ -111,6 +112,21 @@ def test_a_gathered_parameter_takes_room_for_its_block_and_its_gradient() -> Non
     work = max(min(other.workspace_bytes) for other in table.nodes if other.kind == "op")
     assert node.workspace_bytes[row] == 128 + 32 + max(128, work)
     assert node.workspace_bytes[0] == 0
+
+
+def test_small_gathered_parameters_of_a_block_share_one_latency() -> None:
+    """1 us per collective: the shards of a weight and a bias are gathered together, those of 1 MiB and more alone."""
+    slow = plain_cluster(intra_node=Link(1e10, 1e-6, 0.0, 0.0, 0.0))
+    latency_s = collective_cost(slow, "all_gather", Group(2, 1)).latency_s
+    assert latency_s > 0
+    for width, collectives in ((8, 1), (2**20, 2)):
+        graph = mlp_graph(8, (4, width))
+        found = []
+        for cluster in (slow, plain_cluster()):
+            nodes = [node for node in make(graph, 2, cluster=cluster).nodes if node.kind == "param"]
+            found.append(sum(float(node.forward_s[labels(node).index("zero3")]) for node in nodes))
+        assert len(nodes) == 2
+        assert found[0] - found[1] == pytest.approx(collectives * latency_s, rel=1e-6)
 
 
 def test_edges_price_redistribution_of_the_local_value() -> None:
