@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ClockPoint:
-    """A step within one deadline: bound_j <= least energy <= energy_j, of the GPUs alone."""
+    """A step within one deadline: bound_j <= least energy <= energy_j, of GPUs and hosts but for sends."""
 
     deadline_s: float
     makespan_s: float

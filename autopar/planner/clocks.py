@@ -106,26 +106,29 @@ def clock_tables(graph: OpGraph, request: PlanRequest, progress: Progress | None
 class ClockPass:
     """The choice of clocks for the instructions of one plan.
 
-    Joules of a `ClockProblem` are those of the GPUs but for sends between stages, which no clock changes.
+    Joules of a `ClockProblem` are those of GPUs and hosts but for sends between stages, which no clock changes.
 
     Attributes:
         planner: of the problem with every clock.
         own: figures of the plan at its own clocks, its steps not paced.
         own_problem: with the plan's own clocks alone.
         own_s: step of the own problem; but for a straggler that of `own`.
+        sends_j: what the problems do not count.
     """
 
     planner: ClockPlanner
     own: Prediction
     own_problem: ClockProblem
     own_s: float
+    sends_j: float
 
     @staticmethod
     def of(tables: CostTables, decisions: Decisions) -> ClockPass:
         """The pass for a plan. Raises InputError if the batch does not divide."""
         own = predict(tables, replace(decisions, pace_s=0.0))
-        planner = ClockPlanner(clock_problem(tables, decisions))
-        return ClockPass(planner, own, clock_problem(tables, decisions, free=False), own.step_time_s.value)
+        own_s, problem = own.step_time_s.value, clock_problem(tables, decisions, free=False)
+        sends_j = own.energy_j.value - highest_energy_j(problem, own_s)
+        return ClockPass(ClockPlanner(clock_problem(tables, decisions)), own, problem, own_s, sends_j)
 
     def slowed(self, straggler: Straggler) -> ClockPass:
         """The pass where one rank takes longer, at its highest clocks, with the dynamic joules of those."""
@@ -152,18 +155,12 @@ class ClockPass:
         planner = ClockPlanner(self.planner.problem, straggler_s=pace_s) if pace_s else self.planner
         chosen = planner.plan(max(deadline_s, self.deadline_s(pace_s)))
         step_s = max(chosen.makespan_s, pace_s)
-        return step_s, self._whole_j(step_s, chosen.energy_j)
+        return step_s, chosen.energy_j + self.sends_j
 
     def own_figures(self, pace_s: float = 0.0) -> tuple[float, float]:
         """Seconds and joules (GPUs and hosts) of a step at the plan's own clocks, the steps `pace_s` apart."""
         step_s = max(self.own_s, pace_s)
-        return step_s, self._whole_j(step_s, highest_energy_j(self.own_problem, step_s))
-
-    def _whole_j(self, step_s: float, joules: float) -> float:
-        """GPUs and hosts, of a step of `step_s` seconds in which the problem counts `joules`."""
-        parts, own_s = self.own.energy_by_cause, self.own.step_time_s.value
-        sends_j = parts["dynamic"] + parts["blocked"] - highest_energy_j(self.own_problem, own_s)
-        return joules + sends_j + parts["host"] * step_s / own_s
+        return step_s, highest_energy_j(self.own_problem, step_s) + self.sends_j
 
 
 def _slowed(problem: ClockProblem, straggler: Straggler) -> ClockProblem:
@@ -225,8 +222,7 @@ def _stage_clocks(problem: ClockProblem, found: ClockPlan) -> Iterator[StageCloc
 
 def highest_energy_j(problem: ClockProblem, step_s: float) -> float:
     """Joules of a step of `step_s` seconds with every instruction at its fastest option."""
-    blocked_w = problem.blocked_w_per_gpu
-    total = blocked_w * sum(problem.gpus_per_stage) * step_s
+    blocked_w, total = problem.blocked_w_per_gpu, problem.waiting_w * step_s
     for instruction in problem.instructions:
         options = problem.options[instruction.stage, instruction.kind]
         fastest = min(options, key=lambda option: (option.time_s, option.energy_j))
@@ -264,7 +260,9 @@ def clock_problem(tables: CostTables, decisions: Decisions, *, free: bool = True
         replace(i, kind=i.kind + LAST) if i.kind.startswith(BACKWARD) and i.microbatch == last else i
         for i in instructions
     )
-    return ClockProblem(named, arcs, options, blocked_w, (decisions.mesh.num_devices,) * ranks)
+    cluster, gpus = tables.cluster, (decisions.mesh.num_devices,) * ranks
+    hosts_w = cluster.spec.host_w_per_node * cluster.nodes(decisions.num_gpus)
+    return ClockProblem(named, arcs, options, blocked_w, gpus, hosts_w)
 
 
 def _choices(tables: CostTables, decisions: Decisions, *, free: bool) -> list[list[tuple[float, StageCost]]]:

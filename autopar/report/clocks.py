@@ -19,7 +19,7 @@ NOTABLE = 1e-6
 def clocks_report(found: ClockedStep) -> str:
     """What lower clocks save at each deadline, and the clocks of every stage at the one asked for."""
     highest = f"{format_seconds(max(found.fastest_s, found.straggler_s))}, {format_joules(found.highest_j)}"
-    lines = wrapped("Highest", f"{highest} a step at the highest clocks ({found.num_gpus} GPUs, without hosts)")
+    lines = wrapped("Highest", f"{highest} a step at the highest clocks ({found.num_gpus} GPUs and their hosts)")
     if found.own_s > found.fastest_s * (1 + NOTABLE) or found.own_j < found.highest_j * (1 - NOTABLE):
         own = f"{format_seconds(max(found.own_s, found.straggler_s))}, {format_joules(found.own_j)}"
         lines += wrapped("Own", f"{own} at the plan's own clocks: {1 - found.own_j / found.highest_j:.1%} less")
@@ -74,7 +74,7 @@ def _stage_table(found: ClockedStep) -> list[str]:
 
 
 def clocks_json(found: ClockedStep) -> dict[str, Any]:
-    """The schedule and the figures; energies are modelled, of the GPUs without hosts."""
+    """The schedule and the figures; energies are modelled, of GPUs and hosts, without sends between stages."""
     return {
         "num_gpus": found.num_gpus,
         "num_instructions": found.num_instructions,

@@ -4,7 +4,7 @@ Columns: start s_v of every instruction, the step's length T, and one column per
 in time, with the segment's slope in J/s as its cost. The duration is d_v = t_first + sum of x_k: slopes rise, so a
 cheapest solution fills segments in order.
 
-    min  sum of slope x + P_blocked T
+    min  sum of slope x + P_waiting T
     s.t. s_w - s_v - d_v >= delay(v, w),  T - s_v - d_v >= 0,  least <= T <= deadline
 
 Its value plus the energies of the first hull points is a lower bound on every choice of options. Source: the
@@ -89,7 +89,7 @@ def relax(network: Network) -> Relaxation:
     slopes, lengths, segment_of = _segments(network)
     (rows, columns, coefficients), row_lower = _rows(network, first_s, segment_of)
     program = Program(
-        cost=np.concatenate([np.zeros(count), [network.blocked_w], slopes]),
+        cost=np.concatenate([np.zeros(count), [network.waiting_w], slopes]),
         lower=np.concatenate([np.zeros(count), [network.least_step_s], np.zeros(len(slopes))]),
         upper=np.concatenate([np.full(count, math.inf), [math.inf], lengths]),
         integer=np.zeros(count + 1 + len(slopes), dtype=np.bool_),

@@ -28,8 +28,8 @@ class Network:
         times_s, energies_j: per instruction, its options' times (ascending) and effective energies (descending).
         before, after: per instruction, pairs (neighbour, delay in seconds) along the arcs.
         order: a topological order.
-        blocked_w: power of all GPUs while they wait.
-        least_step_s: blocked power is drawn at least this long, even if the instructions end sooner.
+        waiting_w: power of all GPUs while they wait, and of all else that is drawn until the step ends.
+        least_step_s: this power is drawn at least this long, even if the instructions end sooner.
     """
 
     times_s: tuple[tuple[float, ...], ...]
@@ -37,7 +37,7 @@ class Network:
     before: tuple[tuple[tuple[int, float], ...], ...]
     after: tuple[tuple[tuple[int, float], ...], ...]
     order: tuple[int, ...]
-    blocked_w: float
+    waiting_w: float
     least_step_s: float = 0.0
 
     @cached_property
@@ -88,9 +88,9 @@ class Network:
         return max(self.finishes_s(choices))
 
     def energy_j(self, choices: Sequence[int]) -> float:
-        """Effective energy of the choices plus blocked power over the step."""
+        """Effective energy of the choices plus the power of waiting over the step."""
         dynamic = sum(energies[c] for energies, c in zip(self.energies_j, choices, strict=True))
-        return dynamic + self.blocked_w * max(self.makespan_s(choices), self.least_step_s)
+        return dynamic + self.waiting_w * max(self.makespan_s(choices), self.least_step_s)
 
 
 class _State:

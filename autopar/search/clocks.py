@@ -3,7 +3,9 @@
 An instruction (stage, kind, microbatch) runs at one of its options (clock, time, energy). GPUs that wait draw the
 blocked power, so a step of T seconds costs
 
-    E = sum over instructions of g (E_o - P_b t_o) + P_b (sum over stages of g) T ,     g = GPUs of the stage
+    E = sum over instructions of g (E_o - P_b t_o) + (P_b (sum over stages of g) + P_s) T ,    g = GPUs of the stage
+
+where P_s is drawn whatever the GPUs do (hosts).
 
 The relaxation over the options' convex hulls (`clock_lp`) bounds E from below; its durations are rounded down to real
 options, which meets the deadline, and the slack that rounding leaves is put to use (`clock_schedule`).
@@ -73,6 +75,7 @@ class ClockProblem:
 
     Attributes:
         gpus_per_stage: GPUs that run each stage in step; one entry per stage.
+        shared_w: drawn until the step ends, whatever the GPUs do.
 
     Raises:
         InputError: for missing options, times that are not positive, arcs that name no instruction or form a cycle.
@@ -83,12 +86,15 @@ class ClockProblem:
     options: Mapping[tuple[int, str], tuple[ClockOption, ...]]
     blocked_w_per_gpu: float
     gpus_per_stage: tuple[int, ...]
+    shared_w: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.instructions:
             raise InputError("a pipeline needs instructions")
         if not (math.isfinite(self.blocked_w_per_gpu) and self.blocked_w_per_gpu >= 0):
             raise InputError(f"blocked power is finite and at least 0 W, not {self.blocked_w_per_gpu}")
+        if not (math.isfinite(self.shared_w) and self.shared_w >= 0):
+            raise InputError(f"shared power is finite and at least 0 W, not {self.shared_w}")
         for key in sorted({(i.stage, i.kind) for i in self.instructions}):
             if not (0 <= key[0] < len(self.gpus_per_stage) and self.gpus_per_stage[key[0]] > 0):
                 raise InputError(f"no GPUs are given for stage {key[0]}")
@@ -103,6 +109,11 @@ class ClockProblem:
                 raise InputError(f"{arc} joins instructions outside 0..{len(self.instructions) - 1}")
             if not (arc.delay_s >= 0 and math.isfinite(arc.delay_s)):
                 raise InputError(f"a delay is finite and at least 0 s: {arc}")
+
+    @property
+    def waiting_w(self) -> float:
+        """What the step costs per second besides the work of its instructions."""
+        return self.blocked_w_per_gpu * sum(self.gpus_per_stage) + self.shared_w
 
 
 @dataclass(frozen=True)
@@ -360,6 +371,6 @@ def _network(
         before=tuple(tuple((u, delays[u, v]) for u in sorted(graph.predecessors(v))) for v in range(count)),
         after=tuple(tuple((w, delays[v, w]) for w in sorted(graph.successors(v))) for v in range(count)),
         order=tuple(nx.lexicographical_topological_sort(graph)),
-        blocked_w=problem.blocked_w_per_gpu * sum(problem.gpus_per_stage),
+        waiting_w=problem.waiting_w,
         least_step_s=straggler_s,
     )

@@ -43,13 +43,14 @@ def makespan_s(problem: ClockProblem, times_s: tuple[float, ...]) -> float:
 
 
 def energy_j(problem: ClockProblem, options: tuple[ClockOption, ...], least_step_s: float = 0.0) -> float:
-    """Busy joules plus blocked power over the rest of the step, GPU by GPU."""
+    """Busy joules plus blocked power over the rest of the step, GPU by GPU, and what is drawn beside them."""
     step_s = max(least_step_s, makespan_s(problem, tuple(o.time_s for o in options)))
     busy_j = sum(
         problem.gpus_per_stage[i.stage] * o.energy_j for i, o in zip(problem.instructions, options, strict=True)
     )
     busy_s = sum(problem.gpus_per_stage[i.stage] * o.time_s for i, o in zip(problem.instructions, options, strict=True))
-    return busy_j + problem.blocked_w_per_gpu * (sum(problem.gpus_per_stage) * step_s - busy_s)
+    waiting_j = problem.blocked_w_per_gpu * (sum(problem.gpus_per_stage) * step_s - busy_s)
+    return busy_j + waiting_j + problem.shared_w * step_s
 
 
 def brute_force(problem: ClockProblem, deadline_s: float, least_step_s: float = 0.0) -> float:
@@ -88,7 +89,8 @@ def problems(draw: st.DrawFn) -> ClockProblem:
             ClockOption(1000.0 + n, draw(st.floats(0.5, 3.0)), draw(st.floats(1.0, 20.0))) for n in range(count)
         )
     gpus = draw(st.sampled_from([(1, 1), (2, 3)]))
-    return ClockProblem(instructions, arcs, options, draw(st.sampled_from([0.0, 2.0])), gpus)
+    blocked_w, shared_w = draw(st.sampled_from([0.0, 2.0])), draw(st.sampled_from([0.0, 5.0]))
+    return ClockProblem(instructions, arcs, options, blocked_w, gpus, shared_w)
 
 
 @settings(max_examples=60, deadline=None)
