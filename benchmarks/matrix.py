@@ -90,7 +90,8 @@ def draw_pairs(models: Sequence[Subject], processes: int, count: int, seed: int 
         lacking = [model for model in models if missing & model.features(processes)] if is_enough else models
         model = lacking[number % len(lacking)]
         wanted = frozenset(missing & model.features(processes))
-        pair = draw_pair(model, processes, wanted, seed * 10**6 + number)
+        half = (models.index(model) + processes // 2) % 2
+        pair = draw_pair(model, processes, wanted, number=seed * 10**6 + number, half=half)
         idle = 0 if wanted & pair.features else idle + is_enough
         if wanted & pair.features or not (is_enough or pair in drawn):
             drawn.append(pair)
@@ -115,24 +116,21 @@ def verify_pairs(pairs: Sequence[Pair], processes: int, tell: Callable[[Verdict]
                 now.append((pair, dump_plan(pair.plan())))
             except (AutoparError, AssertionError, ValueError) as error:
                 add(pair, {}, f"no plan: {error}")
-        lines: list[dict[str, float]] = []
+        left = [pair for pair, _ in now]
+
+        def take(line: str, left: list[Pair] = left) -> None:
+            if line.startswith("{"):
+                add(left.pop(0), json.loads(line))
+
         job = Job("benchmarks.matrix:worker", {"plans": [text for _, text in now]}, processes)
         try:
-            launch_local(job, timeout_s=120 + 30 * len(now), on_line=lambda line: _take(line, lines))  # noqa: B023
+            launch_local(job, timeout_s=120 + 30 * len(now), on_line=take)
         except AutoparError as error:
-            done = len(lines)
-            waiting = [pair for pair, _ in now[done + 1 :]] + waiting
-            now, failure = now[: done + 1], str(error)
-        else:
-            failure = ""
-        for (pair, _), errors in itertools.zip_longest(now, lines, fillvalue=None):
-            add(pair, errors or {}, "" if errors else failure)
+            if not left:
+                raise
+            add(left.pop(0), {}, str(error))
+        waiting = left + waiting
     return verdicts
-
-
-def _take(line: str, lines: list[dict[str, float]]) -> None:
-    if line.startswith("{"):
-        lines.append(json.loads(line))
 
 
 def worker(arguments: Mapping[str, Any]) -> None:

@@ -70,15 +70,15 @@ class Pair:
         return assemble_plan(subject.graph, reference, request, choose_target(request), choice)
 
 
-def draw_pair(subject: Subject, processes: int, wanted: Wanted, number: int) -> Pair:
-    """One pair by hypothesis, the same for the same arguments."""
+def draw_pair(subject: Subject, processes: int, wanted: Wanted, *, number: int, half: int) -> Pair:
+    """One pair by hypothesis, the same for the same arguments; see `pairs`."""
     found: list[Pair] = []
 
     @seed(number)
     @settings(
         max_examples=2, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
     )
-    @given(pairs(subject, processes, wanted))
+    @given(pairs(subject, processes, wanted, half))
     def collect(pair: Pair) -> None:
         found.append(pair)
 
@@ -87,15 +87,19 @@ def draw_pair(subject: Subject, processes: int, wanted: Wanted, number: int) -> 
 
 
 @st.composite
-def pairs(draw: st.DrawFn, subject: Subject, processes: int, wanted: Wanted) -> Pair:
-    """Pairs of a model on exactly so many processes."""
+def pairs(draw: st.DrawFn, subject: Subject, processes: int, wanted: Wanted, half: int) -> Pair:
+    """Pairs of a model on exactly so many processes, with every second number of microbatches, from the `half`-th on.
+
+    A model is captured and run serially once for each number of microbatches, which takes longer than a plan does.
+    """
     every = shapes(len(subject.graph.blocks), processes)
     gains = {shape: _shape_gain(shape, wanted) for shape in every}
     numbers = sorted({shape.num_stages for shape in every} | {1})
     numbers += [number for number in numbers if number < processes] * 2  # a stage of one device has nothing to split
     stages = _one(draw, numbers, lambda k: any(gains[s] for s in every if s.num_stages == k))
     shape = _one(draw, [s for s in every if s.num_stages == stages], lambda s: gains[s])
-    count = _one(draw, subject.counts(shape), lambda m: {f"{m} microbatches on {stages} stages"} & wanted)
+    counts = subject.counts(shape)
+    count = _one(draw, counts[half::2] or counts, lambda m: {f"{m} microbatches on {stages} stages"} & wanted)
     keep = _one(draw, KEPT, lambda k: {f"recompute {k}", f"recompute {k} beside full"} & wanted)
     table = subject.tables(shape.pins).table(stage_mesh(*shape.sizes), count)
     if table is None:

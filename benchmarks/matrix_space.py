@@ -33,6 +33,7 @@ from autopar.search.space import mesh_sizes, microbatch_counts
 GPU = "h100-sxm-80gb"
 DEVICES = 4
 MOST_CHUNKS = 3
+ZERO_LEVELS = (None, 0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _role_pins(num_devices: int) -> Iterator[Pins]:
         dp, rest = divmod(num_devices, tp * (cp or 1))
         if rest or dp == 0 or (cp is None) != (ep is None) or dp % (ep or 1) or (cp, ep) == (1, 1):
             continue
-        for zero, sequence in itertools.product((None, 0, 1, 3), (None, True, False) if tp > 1 else (None,)):
+        for zero, sequence in itertools.product(ZERO_LEVELS, (None, True, False) if tp > 1 else (None,)):
             yield Pins(dp=dp, tp=tp, zero=zero, sequence=sequence, ep=ep, cp=cp)
 
 
@@ -120,7 +121,7 @@ class Subject:
             for shape in every:
                 found |= self._pipeline_features(shape)
                 table = None
-                if shape.pins == Pins() and shape.sizes != (1,):
+                if shape.pins in (Pins(), Pins(dp=shape.sizes[0], tp=1, zero=2)) and max(shape.sizes) > 1:
                     table = self.tables(shape.pins).table(stage_mesh(*shape.sizes), 1)
                 found |= set() if table is None else self._table_features(table)
             self._features[processes] = frozenset(found)
