@@ -28,7 +28,12 @@ WORDS: Mapping[str, tuple[str, ...]] = {
 }
 SWITCHES = ("compile", "fused", "overlap", "fp8", "tf32")
 """Of the software; see `planner.software`."""
-KEYS = (*COUNTS, "sp", *WORDS, "software", *SWITCHES, *SPECIAL, "op:REGEX")
+SCHEMES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "a": (("conv[123]d.*", "dim0"), ("(linear|addmm|mm).*", "columns")),
+}
+"""Of "one weird trick" (Krizhevsky 2014), `owt=`: samples of convolutions and outputs of fully connected layers are
+split over the same ranks. (a): every rank gathers the samples of all, so that the fully connected batch is theirs."""
+KEYS = (*COUNTS, "sp", *WORDS, "software", *SWITCHES, *SPECIAL, "owt", "op:REGEX")
 _TRUTH = {"on": True, "off": False}
 
 
@@ -65,7 +70,7 @@ def parse_pins(text: str, batch_size: int | None = None) -> Pinned:
     labels: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = part.rpartition("=") if part.startswith("op:") and "=" in part else part.partition("=")
-        if key.startswith("op:") or key in SPECIAL:
+        if key.startswith("op:") or key == "owt" or key in SPECIAL:
             _add_labels(labels, key, value)
         elif key in found:
             raise InputError(f"--pin {key}: the same choice is fixed twice")
@@ -104,6 +109,11 @@ def _add_labels(labels: dict[str, Any], key: str, value: str) -> None:
         if value != "off":
             raise InputError(f"--pin {key}={value}: expected {key}=off")
         labels["without"] = tuple(sorted({*labels.get("without", ()), *SPECIAL[key]}))
+        return
+    if key == "owt":
+        if value not in SCHEMES:
+            raise InputError(f"--pin owt={value}: expected one of {', '.join(SCHEMES)}")
+        labels["ops"] = (*labels.get("ops", ()), *SCHEMES[value])
         return
     regex = key.removeprefix("op:")
     if not regex or not value:

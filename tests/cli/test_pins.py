@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autopar.cli.pins import KEYS, Pinned, parse_pins, pinned_options
+from autopar.cli.pins import KEYS, SCHEMES, Pinned, parse_pins, pinned_options
 from autopar.errors import InputError
 from autopar.ir.software import FUSIONS
 from autopar.ir.solution import Pins
@@ -32,6 +32,8 @@ from autopar.planner.software import chosen_software
         ("tp=8,sp=off", None, {"dp": 1, "tp": 8, "sequence": False}, None),
         ("cp=2", None, {"dp": 1, "tp": 1, "cp": 2}, None),
         ("dp=8,ep=4,cp=1", None, {"dp": 8, "tp": 1, "ep": 4}, None),
+        ("zero=2", None, {"zero": 2}, None),
+        ("pp=1,owt=a", None, {"pp": 1, "ops": SCHEMES["a"]}, None),
         ("recompute=selective-op", None, {"recompute": "selective-op"}, None),
     ],
 )
@@ -51,7 +53,8 @@ def test_pins_in_words(text: str, batch: int | None, pins: dict[str, Any], batch
         ("dp", "--pin dp=: expected a whole number"),
         ("dp=0", "at least 1"),
         ("dp=1.5", "a whole number"),
-        ("zero=2", "expected one of 0, 1, 3"),
+        ("zero=4", "expected one of 0, 1, 2, 3"),
+        ("owt=d", "--pin owt=d: expected one of a"),
         ("schedule=x", "expected one of 1f1b, gpipe"),
         ("recompute=some", "expected one of none, full, selective, selective-op, alternate"),
         ("sp=yes,tp=2", "expected sp=on or sp=off"),

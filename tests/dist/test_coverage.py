@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from autopar.capture.precision import in_precision
+from autopar.cli.pins import parse_pins
+from autopar.planner.execute import verify_plan
+from autopar.planner.plan import plan_model
+from autopar.planner.request import PlanRequest
 from autopar.runtime.launch import Job, launch_local
-from tests.dist.models import source
-from tests.dist.test_decisions import check, errors_on
+from tests.dist.models import ROOT, source
+from tests.dist.test_decisions import TOLERANCE, check, errors_on
 
 pytestmark = pytest.mark.dist
 
@@ -64,3 +68,13 @@ def test_the_compiler_that_runs_use_computes_what_plain_stages_do() -> None:
     check(
         errors_on(2, "coverage_worker:compile_cases", models=("toy/skip",), backend="inductor", plans=plans), at_least=2
     )
+
+
+def test_scheme_a_of_one_weird_trick_runs_on_alexnet() -> None:
+    options = {"width": "8", "hidden": "32", "classes": "8", "image": "64", "batch": "8"}
+    request = PlanRequest(2, gpu="cpu", use_all=True, pins=parse_pins("pp=1,m=2,owt=a").pins, with_baselines=False)
+    plan = plan_model(str(ROOT / "examples" / "alexnet.py"), options, request)
+    labels = {name: axis.label for name, (axis,) in plan.decisions.ops.items()}
+    assert {label for name, label in labels.items() if name.startswith("conv2d")} == {"dim0"}
+    assert {label for name, label in labels.items() if name.startswith("linear")} == {"columns"}
+    assert verify_plan(plan).worst_gradient_error <= TOLERANCE
