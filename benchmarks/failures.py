@@ -136,23 +136,19 @@ class Killer:
         return found
 
 
-def workers_of(parent: int) -> dict[int, int]:
-    """Ranks of the worker processes of a parent, by process."""
+def workers_of(parent: int, word: bytes = b"autopar.runtime.worker") -> dict[int, int]:
+    """Ranks of the worker processes of a parent, whose command has the word, by process."""
     found = {}
     for path in Path("/proc").iterdir():
         if not path.name.isdigit():
             continue
         try:
-            state = (path / "stat").read_text().rpartition(")")[2].split()
-            if (
-                int(state[1]) != parent
-                or state[0] == "Z"
-                or b"autopar.runtime.worker" not in (path / "cmdline").read_bytes()
-            ):
+            state, owner = (path / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(owner) != parent or state == "Z" or word not in (path / "cmdline").read_bytes().split(b"\0"):
                 continue
             variables = dict(part.partition(b"=")[::2] for part in (path / "environ").read_bytes().split(b"\0"))
             found[int(path.name)] = int(variables[b"RANK"])
-        except (OSError, KeyError, IndexError):
+        except (OSError, KeyError, ValueError):
             continue
     return found
 

@@ -102,16 +102,19 @@ class RunReport:
     straggler: tuple[int, float] | None = None
 
     def __str__(self) -> str:
-        first, last = self.losses[0], self.losses[-1]
         time = self.step_time
         before = f" after {self.first_step} done before" if self.first_step else ""
         lines = [
-            f"{len(self.losses)} steps{before} on {self.num_processes} processes: loss {first:.6g} -> {last:.6g}",
+            f"{len(self.losses)} steps{before} on {self.num_processes} processes{self._loss_words}",
             f"  step time  {time.value:.4g} s ({time.low:.4g} to {time.high:.4g}), {time.label}",
             f"  energy     {self.energy.total.value:.4g} J per step, {self.energy.total.label}: {self.energy.text}",
         ]
         notes = (*self.notes, *self.energy.notes, *self.held.notes)
         return "\n".join([*lines, *(f"  note: {note}" for note in notes), *(f"    {c}" for c in self.held.commands)])
+
+    @property
+    def _loss_words(self) -> str:
+        return f": loss {self.losses[0]:.6g} -> {self.losses[-1]:.6g}" if self.losses else ""
 
 
 def verify_plan(
@@ -395,8 +398,9 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     from autopar.runtime.processes import device_name, device_type
 
     plan, settings = parse_plan(arguments["plan"]), RunSettings(**arguments["settings"])
+    replanned: list[str] = []
     if settings.checkpoints:  # what a launcher restarts after a failure may have fewer processes
-        plan = plan_for_world(plan)
+        plan = plan_for_world(plan, replanned.append)
     device = device_name()
     ready = prepare(plan, "cpu")
     graph, batch, source, aliases = ready.captured.graph, ready.batch, ready.source, ready.captured.aliases
@@ -410,7 +414,10 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     first_step, num_steps = course.position.step, course.num_left
     form = input_form(graph, plan.decisions, mesh, batch)
     feed, notes = open_feed(source, form, batch, settings, first_step)
-    measured = measure_steps(executor, feed, num_steps, first_step=first_step, after_step=course.after_step)
+    if num_steps:
+        measured = measure_steps(executor, feed, num_steps, first_step=first_step, after_step=course.after_step)
+    else:
+        measured = course.past()
     feed.close()
     course.finish()
     return {
@@ -419,7 +426,7 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "losses": list(measured.losses),
         "step_time": _fields(measured.step_time),
         "window": measured.window_fields(device),
-        "notes": [*notes, *feed.remarks(measured.total_s)],
+        "notes": [*replanned, *course.remarks, *notes, *feed.remarks(measured.total_s)],
         "straggler": None if course.straggler is None else asdict(course.straggler),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,14 +11,20 @@ from pathlib import Path
 import torch.distributed as dist
 
 from autopar.errors import InputError, StragglerError
+from autopar.ir.quantity import Quantity
 from autopar.ir.run import RunSettings
 from autopar.runtime.checkpoint import Saver, load
 from autopar.runtime.checkpoint_store import CheckpointStore, Position
 from autopar.runtime.executor import Executor
+from autopar.runtime.measure import Measured
 from autopar.runtime.stragglers import Straggler, Watch
 
 HISTORY = "history.csv"
 """In the directory of checkpoints: step, loss, seconds, processes. A step that was done again stands there again."""
+
+
+RECENT_STEPS = 100
+"""Of the history, that count where a run has no step of its own."""
 
 
 class Course:
@@ -57,14 +64,16 @@ class Course:
 
     @property
     def num_left(self) -> int:
-        """Steps to do. Raises InputError if there are none."""
-        left = self._settings.steps - self.position.step
-        if left < 1:
-            raise InputError(
-                f"{self._settings.checkpoints}: {self.position.step} steps are done already, and --steps "
-                f"{self._settings.steps} counts them too: give more, or another directory"
-            )
-        return left
+        """Steps to do. A worker that is lost at the very end leaves none."""
+        return max(0, self._settings.steps - self.position.step)
+
+    def past(self) -> Measured:
+        """What the history says of steps that were done before, for a run with none left. Nothing was metered."""
+        assert self._store is not None
+        rows = [line.split(",") for line in (self._store.root / HISTORY).read_text(encoding="ascii").splitlines()]
+        seconds = [float(row[2]) for row in rows[-RECENT_STEPS:]]
+        step_time = Quantity(statistics.median(seconds), "s", "measured", min(seconds), max(seconds))
+        return Measured((), step_time, None, 0, 1, 0.0)
 
     def _take_up(self, store: CheckpointStore) -> None:
         """Of the checkpoints that look whole the newest whose bytes are."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +17,13 @@ from autopar.errors import WorkerError
 from autopar.ir.hosts import Hosts
 from autopar.ir.plan import Plan
 from autopar.ir.run import RunSettings
+from autopar.ir.serialize import save_plan
 from autopar.planner.again import plan_again
 from autopar.planner.execute import run_plan
 from autopar.planner.plan import plan_model
 from autopar.planner.recover import Policy, Survived, run_surviving
 from autopar.planner.request import PlanRequest
-from benchmarks.failures import Killer, disturbed_run, is_alive, losses_of
+from benchmarks.failures import Killer, disturbed_run, is_alive, losses_of, workers_of
 
 pytestmark = pytest.mark.dist
 MODEL = str(Path(__file__).parents[2] / "benchmarks" / "models" / "points.py")
@@ -119,3 +125,24 @@ def test_a_plan_for_fewer_devices_keeps_its_microbatches() -> None:
     assert again.decisions.num_gpus == 3
     assert again.decisions.num_microbatches == plan.decisions.num_microbatches
     assert again.model == plan.model
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_and_plans_for_the_processes_it_has(tmp_path: Path) -> None:
+    save_plan(planned(4), tmp_path / "plan.json")
+    run = f"--steps 400 --checkpoint {tmp_path / 'ck'} --checkpoint-every 20 --json".split()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "--max-restarts", "2", "-m", "autopar", "run", str(tmp_path / "plan.json"), *run]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        while not (tmp_path / "ck" / "latest").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        victim, *_ = (worker for worker, rank in workers_of(process.pid, b"run").items() if rank == 1)
+        os.kill(victim, signal.SIGKILL)
+        text, _ = process.communicate()
+    assert process.returncode == 0
+    report = json.loads(text)
+    assert report["num_processes"] == 2
+    assert report["first_step"] >= 20
+    assert sorted(losses_of(tmp_path / "ck")) == list(range(1, 401))
+    assert not is_alive(victim)
