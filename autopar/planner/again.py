@@ -48,7 +48,7 @@ def plan_again(plan: Plan, num_gpus: int, say: Say | None = None) -> Plan:
             continue
         check_unchanged(plan, found.model.graph_hash)
         if found.decisions.num_microbatches != count:
-            say(f"no plan for {num_gpus} devices has {count} microbatches: batch norms and dropout see others now")
+            say(f"no plan for {num_gpus} devices has {count} microbatches: batch norms see others now")
         say(f"planned again for {counted(num_gpus)}: {describe(found.decisions)}")
         return found
     assert failure is not None

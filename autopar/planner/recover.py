@@ -3,7 +3,7 @@
 `run_surviving` starts the run, and again after each failure that another start may get over (a worker was killed, hung,
 lost its device or its peers). If fewer devices are left, the model is planned again for them, under the same request:
 objective, limits, batch and software stay, and so does the number of microbatches where a plan with it exists, since
-batch norms and dropout depend on it. A failure that repeats without a new checkpoint in between ends the run.
+batch norms depend on it. A failure that repeats without a new checkpoint in between ends the run.
 
 Under torchrun it is torchrun that restarts; `plan_for_world` then plans for as many processes as it started.
 """
