@@ -118,4 +118,4 @@ def _look_at(ranks: Sequence[int], peers: Mapping[int, Peer], rank: int) -> str:
     if nodes == [peers[rank].node]:
         return "the process is stopped or was killed: look at its log and at the host's memory"
     places = sorted({peers[other].address or peers[other].host for other in ranks})
-    return f"its host or the link to it is down: look at 'ping {places[0]}' and at what node {nodes[0]} printed"
+    return f"the process, its host or the link is down: look at what node {nodes[0]} printed and at 'ping {places[0]}'"

@@ -30,7 +30,7 @@ def told(text: str, sight: Sight) -> str:
 def test_a_silent_host_is_named_with_its_ranks_and_address() -> None:
     message = told(TIMED_OUT, Sight({2: 20.0, 3: 19.0}, {1: ""}, None))
     assert message.startswith("rank 0 waited 57 s in ")
-    assert "rank 2, 3 on node 1 (10.0.0.2) silent for 20 s; its host or the link to it is down" in message
+    assert "rank 2, 3 on node 1 (10.0.0.2) silent for 20 s; the process, its host or the link is down" in message
     assert "ping 10.0.0.2" in message
 
 

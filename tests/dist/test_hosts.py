@@ -85,12 +85,21 @@ def test_a_cut_link_is_one_message_on_each_host_and_a_healed_one_resumes(make_pl
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_namespaces")
-def test_runs_that_keep_checkpoints_wait_for_the_link_and_go_on(make_plan: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mishap", "here", "there"),
+    [
+        ("waiting", r"rank \d waited 7 s in", r"rank \d waited 7 s in"),
+        ("killed", r"rank \d lost a connection in .* on node 1", r"rank \d was killed by SIGKILL"),
+    ],
+)
+def test_runs_that_keep_checkpoints_go_on_by_themselves(
+    mishap: str, here: str, there: str, make_plan: Any, tmp_path: Path
+) -> None:
     keep = ("--checkpoint", str(tmp_path / "kept"), "--checkpoint-every", "100")
-    found = on_two_hosts("waiting", make_plan(4, "dp=2,pp=2"), *keep)["first"]
+    found = on_two_hosts(mishap, make_plan(4, "dp=2,pp=2"), *keep)["first"]
     assert (found["codes"], found["left"]) == ([0, 0], [])
-    for text in found["texts"]:
-        assert len(re.findall("waited 7 s in", text.partition("going on from step")[0])) == 1
+    for text, told in zip(found["texts"], (here, there), strict=True):
+        assert len(re.findall(told, text.partition("going on from step")[0])) == 1
     assert max(losses(found["texts"][0])) == 400
 
 

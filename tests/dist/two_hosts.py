@@ -2,14 +2,17 @@
 
 Runs PLAN on both, one half of the ranks on each. Once step `CUT_AT` is over the link goes down. What then happens says
 the scenario: `again`: both runs end, the link comes up, and they are started once more, to end a few steps later;
-`waiting`: they are to start again by themselves, and the link comes up while they wait for each other. Prints what they
-said as JSON. The namespaces vanish with this process. Needs root, or a user namespace (`unshare -rnm`).
+`waiting`: they are to start again by themselves, and the link comes up while they wait for each other; `killed`: in
+place of the link, a worker of host 1 goes. Prints what they said as JSON. The namespaces vanish with this process. It
+needs root, or a user namespace (`unshare -rnm`).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -35,9 +38,9 @@ def main(scenario: str, plan: str, *options: str) -> dict[str, Any]:
     make_hosts()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        if scenario == "waiting":
-            return {"first": run_both(directory, [plan, "--steps", "400", *options], is_waiting=True)}
-        first = run_both(directory, [plan, "--steps", "1000000", *options], is_cut=True)
+        if scenario != "again":
+            return {"first": run_both(directory, [plan, "--steps", "400", *options], scenario)}
+        first = run_both(directory, [plan, "--steps", "1000000", *options], "cut")
         on_host(1, "ip", "link", "set", "v1", "up")
         last = max(map(int, re.findall(r"^step (\d+)/", first["texts"][0], re.MULTILINE)))
         return {"first": first, "second": run_both(directory, [plan, "--steps", str(last + MORE), *options])}
@@ -68,21 +71,28 @@ def on_host(host: int, *command: str) -> str:
     return run(*inside(host), *command)
 
 
-def run_both(
-    directory: Path, arguments: list[str], *, is_cut: bool = False, is_waiting: bool = False
-) -> dict[str, Any]:
-    """Start the run on both hosts and wait for both; cut the link on the way, and heal it once both wait."""
+def run_both(directory: Path, arguments: list[str], mishap: str = "") -> dict[str, Any]:
+    """Start the run on both hosts and wait for both.
+
+    Args:
+        directory: for what they say.
+        arguments: of `autopar run`.
+        mishap: `cut`: the link, for good; `waiting`: the link, until both hosts wait; `killed`: a worker of host 1.
+    """
     runs = [_start(host, directory, arguments) for host in (0, 1)]
     outputs = [directory / f"out_{host}" for host in (0, 1)]
     found: dict[str, Any] = {}
     try:
-        if is_cut or is_waiting:
+        if mishap:
             _wait_for(runs, outputs[0], f"step {CUT_AT}/")
             found["listening"] = on_host(0, "ss", "-Hltn").splitlines()
             found["reaches"] = {address: _reaches(address) for address in (ADDRESSES[0], OTHER_ADDRESS)}
-            on_host(1, "ip", "link", "set", "v1", "down")
+            if mishap == "killed":
+                _kill_worker()
+            else:
+                on_host(1, "ip", "link", "set", "v1", "down")
         cut_s = time.monotonic()
-        if is_waiting:
+        if mishap == "waiting":
             for output in outputs:
                 _wait_for(runs, output, "going on from step")
             on_host(1, "ip", "link", "set", "v1", "up")
@@ -93,6 +103,13 @@ def run_both(
     codes = [process.returncode for process in runs]
     left = [line for line in run("ps", "-eo", "pid,args").splitlines() if str(directory) in line]
     return {**found, "codes": codes, "texts": [o.read_text() for o in outputs], "ended_s": ended_s, "left": left}
+
+
+def _kill_worker() -> None:
+    for process in map(int, run("ip", "netns", "pids", "host1").split()):
+        if b"autopar.runtime.worker" in Path(f"/proc/{process}/cmdline").read_bytes():
+            os.kill(process, signal.SIGKILL)
+            return
 
 
 def _start(host: int, directory: Path, arguments: list[str]) -> subprocess.Popen[str]:
