@@ -125,7 +125,7 @@ def parallelize(
 
     Args:
         model: see the module docstring.
-        plan: a plan or its file; None: the best plan for the processes that torchrun started.
+        plan: a plan or its file, whose precision the model takes; None: the best plan for torchrun's processes.
         objective, gpu: for the plan that is made if none is given; `gpu` None: what this machine has.
         optimizer: `adamw` or `sgd`.
     """
@@ -133,7 +133,8 @@ def parallelize(
     request = _request_here({"objective": _objective(objective), "gpu": gpu} | settings)
     training = TrainingOptions(optimizer, learning_rate, weight_decay, max_norm, seed)
     chosen = load_plan(plan) if isinstance(plan, str) else plan
-    return open_session(source_of(model, example_batch, options), request, chosen, training)
+    precision = None if chosen is None else chosen.model.options.get(PRECISION_OPTION)
+    return open_session(source_of(model, example_batch, options, precision), request, chosen, training)
 
 
 @overload

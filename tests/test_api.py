@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import autopar
+from autopar.capture.source import load_source
 from autopar.errors import InputError, PlanMismatchError
 from autopar.ir.plan import Plan
 
@@ -112,6 +113,19 @@ def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
     wider = Net(16)
     with pytest.raises(PlanMismatchError, match="another model"):
         autopar.parallelize(wider, plan, example_batch=example_batch())
+
+
+def test_a_plan_in_bf16_trains_beside_a_copy_in_float32() -> None:
+    example, options = str(ROOT / "examples" / "mlp.py"), {"inputs": "32", "hidden": "64", "layers": "2", "batch": "8"}
+    plan = autopar.plan(example, gpus=1, gpu="cpu", options=options, precision="bf16")
+    session = autopar.parallelize(example, plan, options=options)
+    batch = load_source(example, options).raw_batch()
+    losses = [session.step(batch) for _ in range(3)]
+    assert losses[2] < losses[0]
+    assert {parameter.dtype for parameter in session.parameters()} == {torch.float32}
+    assert {leaf.dtype for leaf in session.executor.store.leaves.values()} == {torch.bfloat16}
+    with pytest.raises(InputError, match="model of a source file"):
+        autopar.plan(Net, gpus=1, precision="bf16")
 
 
 def test_a_module_needs_an_example_batch() -> None:

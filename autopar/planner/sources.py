@@ -14,20 +14,30 @@ if TYPE_CHECKING:
     from autopar.capture.model_source import ModelSource
 
 
-def source_of(model: Any, example_batch: Any = None, options: Mapping[str, str] | None = None) -> ModelSource:
-    """A source for a file, a builder function, an `nn.Module` class or an `nn.Module`.
+def source_of(
+    model: Any, example_batch: Any = None, options: Mapping[str, str] | None = None, precision: str | None = None
+) -> ModelSource:
+    """A source for a file, a builder function, an `nn.Module` class or an `nn.Module`, in a precision if given.
 
     For a function or class, `example_batch` and `loss` come from the module that defines it.
 
     Raises:
         InputError: it is none of these, or there is no example batch.
     """
-    from autopar.capture.model_source import ModelSource
-    from autopar.capture.source import bind_options, load_source
+    from autopar.capture.precision import in_precision
+    from autopar.capture.source import load_source
 
-    if isinstance(model, str):
-        return load_source(model, options or {})
+    found = (
+        load_source(model, options or {}) if isinstance(model, str) else _object_source(model, example_batch, options)
+    )
+    return found if precision is None else in_precision(found, precision)
+
+
+def _object_source(model: Any, example_batch: Any, options: Mapping[str, str] | None) -> ModelSource:
     import torch
+
+    from autopar.capture.model_source import ModelSource
+    from autopar.capture.source import bind_options
 
     if isinstance(model, torch.nn.Module):
         if example_batch is None:
