@@ -66,14 +66,21 @@ def losses(text: str) -> dict[int, str]:
 
 
 @pytest.mark.usefixtures("_namespaces")
-def test_a_cut_link_is_one_message_on_each_host_and_a_healed_one_resumes(make_plan: Any, tmp_path: Path) -> None:
+def test_a_cut_link_is_one_message_on_each_host() -> None:
+    run = on_two_hosts("cut", "-")["first"]
+    check_one_message(run)
+    local = {line.split()[3].rpartition(":")[0] for line in run["listening"]}
+    assert local == {two_hosts.ADDRESSES[0]}
+    assert run["reaches"] == {two_hosts.ADDRESSES[0]: True, two_hosts.OTHER_ADDRESS: False}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_namespaces")
+def test_training_tells_a_cut_link_and_resumes_once_it_has_healed(make_plan: Any, tmp_path: Path) -> None:
     keep = ("--checkpoint", str(tmp_path / "kept"), "--checkpoint-every", "2", "--max-failures", "0")
     found = on_two_hosts("again", make_plan(2, "dp=2"), *keep)
     first, second = found["first"], found["second"]
     check_one_message(first)
-    local = {line.split()[3].rpartition(":")[0] for line in first["listening"]}
-    assert local == {two_hosts.ADDRESSES[0]}
-    assert first["reaches"] == {two_hosts.ADDRESSES[0]: True, two_hosts.OTHER_ADDRESS: False}
     assert (second["codes"], second["left"]) == ([0, 0], [])
     before, after = losses(first["texts"][0]), losses(second["texts"][0])
     assert max(after) == max(before) + two_hosts.MORE

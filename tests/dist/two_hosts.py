@@ -1,10 +1,10 @@
 """Two network namespaces as two hosts: `unshare -nm python tests/dist/two_hosts.py SCENARIO PLAN [OPTION...]`.
 
-Runs PLAN on both, one half of the ranks on each. Once step `CUT_AT` is over the link goes down. What then happens says
-the scenario: `again`: both runs end, the link comes up, and they are started once more, to end a few steps later;
-`waiting`: they are to start again by themselves, and the link comes up while they wait for each other; `killed`: in
-place of the link, a worker of host 1 goes. Prints what they said as JSON. The namespaces vanish with this process. It
-needs root, or a user namespace (`unshare -rnm`).
+Runs PLAN (`-`: ranks that only sum) on both, one half of the ranks on each. Once step `CUT_AT` is over the link goes
+down. What then happens says the scenario: `cut`: no more; `again`: both runs end, the link comes up, and they are
+started once more, to end a few steps later; `waiting`: they are to start again by themselves, and the link comes up
+while they wait for each other; `killed`: in place of the link, a worker of host 1 goes. Prints what they said as JSON.
+The namespaces vanish with this process. It needs root, or a user namespace (`unshare -rnm`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,8 @@ def main(scenario: str, plan: str, *options: str) -> dict[str, Any]:
     make_hosts()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
+        if scenario == "cut":
+            return {"first": run_both(directory, [plan, *options], scenario)}
         if scenario != "again":
             return {"first": run_both(directory, [plan, "--steps", "400", *options], scenario)}
         first = run_both(directory, [plan, "--steps", "1000000", *options], "cut")
@@ -114,7 +115,11 @@ def _kill_worker() -> None:
 
 def _start(host: int, directory: Path, arguments: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "autopar", "run", *arguments, "--timeout", str(TIMEOUT_S)]
-    command += ["--nodes", "2", "--node-rank", str(host), "--master-addr", ADDRESSES[0], "--master-port", str(PORT)]
+    if arguments[0] == "-":
+        command = [sys.executable, __file__, "host", str(host)]
+    else:
+        command += ["--nodes", "2", "--node-rank", str(host)]
+        command += ["--master-addr", ADDRESSES[0], "--master-port", str(PORT)]
     with (directory / f"out_{host}").open("w") as output:
         return subprocess.Popen(
             ["env", f"TMPDIR={directory}", *inside(host), *command],
@@ -152,6 +157,24 @@ def _ended(runs: list[subprocess.Popen[str]]) -> list[float]:
     return [found[i] for i in range(len(runs))]
 
 
+def sum_on(host: int) -> int:
+    """This host's rank of a run that sums until it fails."""
+    from autopar.errors import NetworkError
+    from autopar.ir.hosts import Hosts
+    from autopar.runtime.launch import Job, launch_local
+
+    hosts = Hosts(2, host, ADDRESSES[0], PORT, TIMEOUT_S)
+    try:
+        launch_local(
+            Job("tests.dist.host_cases:sum_for_ever", {}, 2), hosts=hosts, on_line=lambda line: print(line, flush=True)
+        )
+    except NetworkError as error:
+        print(f"autopar: {error}")
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    socket.setdefaulttimeout(PATIENCE_S)
+    if sys.argv[1] == "host":
+        sys.exit(sum_on(int(sys.argv[2])))
     print(json.dumps(main(*sys.argv[1:])))
