@@ -22,8 +22,14 @@ POSITION = Position(step=2, seed=0, data_seed=0, batch_size=8, optimizer="adamw"
 OPTIONS = RunOptions(optimizer=OptimizerOptions("adamw", learning_rate=1e-2))
 
 
+FEW = ("zero1", "tensor", "1f1b")
+"""Plans that differ most in how they cut parameters and their optimizer states."""
+
+
 def _plans(bench: Bench, count: int) -> dict[str, Decisions]:
-    plans = {name: make(bench.graph) for name, make in named_plans(dist.get_world_size()).items()}
+    """Plans by name; without random ones, a few."""
+    named = named_plans(dist.get_world_size())
+    plans = {name: make(bench.graph) for name, make in named.items() if count or name in FEW}
     for index in range(count):
         rng = random.Random(f"checkpoint/{index}")
         mesh, num_stages = random_shape(rng, len(bench.graph.blocks))
@@ -90,6 +96,12 @@ def reshard_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
             "loss of its rows": executor.compute_gradients([_alone(tensor, rows) for tensor in bench.batch]),
         })  # fmt: skip
     return results
+
+
+def few_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Both of the above in processes that are started once."""
+    resumed = resume_cases({**arguments, "models": ["toy/transformer"], "is_async": True, "count": 0})
+    return [*resumed, *reshard_cases({**arguments, "model": "toy/conv", "count": 0})]
 
 
 def _alone(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:

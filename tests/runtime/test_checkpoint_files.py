@@ -58,7 +58,7 @@ def _at(step: int):  # type: ignore[no-untyped-def]
 
 def taken_up(bench: Bench, root: Path) -> Course:
     executor = make_serial_executor(bench.graph, bench.state, OPTIONS, num_microbatches=2)
-    return Course(executor, RunSettings(steps=9, checkpoints=str(root)), _at(0), {})
+    return Course(executor, RunSettings(steps=9, checkpoints=str(root)), _at(0), aliases={}, work=[])
 
 
 def tensor_file(root: Path, step: int) -> Path:
@@ -146,7 +146,7 @@ def test_pickles_are_not_opened(root: Path, tmp_path: Path) -> None:
     assert not struck.exists()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_changed_manifest_is_read_or_refused(written: Path, tmp_path_factory: pytest.TempPathFactory, data) -> None:  # type: ignore[no-untyped-def]
     source = written / "step_00000004"
@@ -165,7 +165,7 @@ def test_a_changed_manifest_is_read_or_refused(written: Path, tmp_path_factory: 
     assert found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(header=st.binary(max_size=80) | st.from_type(dict).map(lambda x: json.dumps({"a": str(x)}).encode()))
 def test_any_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, header: bytes) -> None:
     path = tmp_path_factory.mktemp("bytes") / "x.safetensors"
