@@ -18,7 +18,7 @@ from autopar.search.clocks import ClockOption, ClockPlanner, ClockProblem, pipel
 from autopar.search.solve import search
 from tests.strategies import FakeSource, fake_sources
 
-FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SLACK = 2e-6
 """Relative difference between answers that both keep the tolerance."""
 TIME, ENERGY = Objective("time"), Objective("energy")
