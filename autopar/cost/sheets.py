@@ -207,11 +207,8 @@ def make_op_sheet(
         weights[GRADIENTS] = 0.0
     saved_root = np.concatenate([block.saved_root for block in blocks])
     gathered = _gathers_again(ops, choices, widths, codes, tensors)
-    attended = _read_whole(
-        [work_kind(op) == "attention" and op.name not in again for op in ops], choices, widths, codes
-    )
     beside = gathered.any(axis=1) & _roots_in(kept_by_makers, ops, counts, tensors) & ~np.bool_(regathers)
-    computed = _roots_in(frozenset(v.name for v in tensors.values.values() if v.origin == "op"), ops, counts, tensors)
+    attended = _attended(ops, choices, widths, codes, tensors=tensors, again=again)
     return OpSheet(
         facts=_facts(ops, tensors, kept_shared, moves, training=training),
         choices=tuple(choices),
@@ -225,7 +222,7 @@ def make_op_sheet(
         written=weights[WRITTEN], gradients=weights[GRADIENTS],
         saved_root=saved_root,
         kept_share=np.concatenate([block.kept_share for block in blocks]),
-        copied=np.where((beside | (attended.any(axis=1) & computed)) & (saved_root < 0), 1.0, 0.0)
+        copied=np.where((beside | attended) & (saved_root < 0), 1.0, 0.0)
         + np.concatenate([_traded(op, found, op.name in again) for op, found in zip(ops, choices, strict=True)]),
         gathers_again=gathered & regathers,
         reruns=make_reruns(ops, again),
@@ -260,6 +257,23 @@ def _read_whole(are: Sequence[bool], choices: Sequence[OpChoices], widths: Codes
     counts = [len(found.grid.choices) for found in choices]
     splits = np.concatenate([np.repeat(c.splits_work, width, axis=0) for c, width in zip(choices, widths, strict=True)])
     found: Mask = np.repeat(np.asarray(are), widths * counts)[:, None] & splits & (codes <= REPLICATE_CODE)
+    return found
+
+
+def _attended(
+    ops: Sequence[Op],
+    choices: Sequence[OpChoices],
+    widths: Codes,
+    codes: Codes,
+    *,
+    tensors: Tensors,
+    again: Mapping[str, Again],
+) -> Mask:
+    """[row], computed values that attention reads whole where its choice splits the work, unless it runs again."""
+    is_one = [work_kind(op) == "attention" and op.name not in again for op in ops]
+    computed = frozenset(value.name for value in tensors.values.values() if value.origin == "op")
+    counts = [len(found.grid.choices) for found in choices]
+    found: Mask = _read_whole(is_one, choices, widths, codes).any(axis=1) & _roots_in(computed, ops, counts, tensors)
     return found
 
 

@@ -237,8 +237,8 @@ def _notes(graph: OpGraph, request: PlanRequest, target: Target, choice_made: Ch
     if locked:
         commands = ", ".join(f"sudo nvidia-smi --lock-gpu-clocks={hz / 1e6:.0f}" for hz in locked)
         notes.append(
-            f"the figures hold at locked clocks, which 'autopar run' does not set: {commands} on the stage's GPUs "
-            "(undo: --reset-gpu-clocks); --clocks max plans without"
+            "the figures hold at locked clocks: 'autopar run --lock-clocks' sets and restores them where it may, else "
+            f"{commands} on the stage's GPUs (undo: --reset-gpu-clocks); --clocks max plans without"
         )
     if request.gpu_power_limit_w is not None:
         watts = f"{request.gpu_power_limit_w:g}"
