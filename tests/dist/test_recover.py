@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,9 @@ from autopar.errors import WorkerError
 from autopar.ir.hosts import Hosts
 from autopar.ir.plan import Plan
 from autopar.ir.run import RunSettings
-from autopar.ir.serialize import dump_plan, save_plan
+from autopar.ir.serialize import save_plan
 from autopar.planner.again import plan_again
-from autopar.planner.execute import run_worker
+from autopar.planner.execute import run_plan
 from autopar.planner.plan import plan_model
 from autopar.planner.recover import Policy, Survived, run_surviving
 from autopar.planner.request import PlanRequest
@@ -55,7 +54,7 @@ def test_a_worker_killed_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     check(survived, killer, steps=12)
     assert "killed by SIGKILL" in survived.restarts[0].cause
     calm = RunSettings(steps=12, checkpoints=str(tmp_path / "calm"))
-    run_worker({"plan": dump_plan(planned(1)), "settings": asdict(calm)})
+    run_plan(planned(1), calm)
     expected, found = losses_of(tmp_path / "calm"), losses_of(tmp_path / "rough")
     assert max(abs(found[s] - expected[s]) / expected[s] for s in expected) < 1e-5
 
