@@ -51,7 +51,8 @@ def test_the_search_estimates_the_gradient(example: ModuleType) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_the_study_runs_and_says_where_energy_is_least(example: ModuleType) -> None:
+def test_the_study_runs_and_says_where_energy_is_least(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PATH.parent))  # as when it is run as a script
     studies = example.run_study((1, 2), 3, "none", say=lambda _phrase: None)
     assert [study.title.partition(" on ")[0] for study in studies] == list(example.TASKS)
     for study in studies:
