@@ -204,11 +204,14 @@ def measure(num_kills: int, steps: int, every: int, seed: int) -> dict[str, obje
         survived = disturbed_run(plan, RunSettings(steps=steps, checkpoints=str(rough), every=every), killer)
         wall_s = time.perf_counter() - started
         expected, found = losses_of(calm), losses_of(rough)
-    lost = [kill.saved - restart.step for kill, restart in zip(killer.kills, survived.restarts, strict=True)]
-    again = [max(0, k.step - r.step) for k, r in zip(killer.kills, survived.restarts, strict=True)]
+    killed = [restart for restart in survived.restarts if "SIGKILL" in restart.cause]
+    pairs = list(zip(killer.kills, killed, strict=True))
+    lost = [kill.saved - restart.step for kill, restart in pairs]
+    again = [max(0, kill.step - restart.step) for kill, restart in pairs]
     return {
         "kills": len(killer.kills),
         "restarts": len(survived.restarts),
+        "other_failures": [restart.cause for restart in survived.restarts if "SIGKILL" not in restart.cause],
         "processes": [survived.restarts[0].num_gpus[0], *(r.num_gpus[1] for r in survived.restarts)],
         "moments": {m: sum(k.moment == m for k in killer.kills) for m in sorted(set(MOMENTS))},
         "kills_while_writing": sum(k.is_writing for k in killer.kills),
