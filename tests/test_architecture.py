@@ -58,7 +58,10 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 """Distribution -> packages that may import it. numpy may be imported anywhere."""
 TORCH_FREE_AT_IMPORT = ("planner", "api")
 """These import torch, and torch-bound stages, only inside the functions that need them."""
-TORCH_BOUND_MODULES = ("autopar.planner.materialise", "autopar.planner.power",)
+TORCH_BOUND_MODULES = (
+    "autopar.planner.materialise",
+    "autopar.planner.power",
+)
 """Except for these, which are themselves imported only there."""
 
 

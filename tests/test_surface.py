@@ -56,8 +56,9 @@ OPTIONS = {
     "meter": {"--json", "--seconds", "--zeus"},
     "unlock": {"--force", "--json"},
     "verify": {"--json"},
-    "export": {"--account", "--checkpoint", "--checkpoint-every", "--claim", "--directory", "--env", "--image", "--json"}
-    | {"--master-port", "--name", "--nodes", "--out", "--partition", "--steps", "--time", "--timeout", "--to"},
+    "export": {"--account", "--checkpoint", "--checkpoint-every", "--claim", "--directory", "--env", "--image"}
+    | {"--json", "--master-port", "--name", "--nodes", "--out"}
+    | {"--partition", "--steps", "--time", "--timeout", "--to"},
     "explain": {"--json", "--no-cache", "--pin", "--report", "--savings", "--trace", "--why-not"},
     "estimate": PLANNING | {"--json", "--set"},
     "frontier": PLANNING - OBJECTIVE | {"--json", "--out-dir", "--plot", "--points", "--report", "--set"},

@@ -75,7 +75,7 @@ class Session:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Over `parameters()`."""
+        """Over plain tensors that share the memory of `parameters()`, in the same order."""
         return self.executor.optimizer
 
     def _tensors(self, batch: Any) -> list[torch.Tensor]:
