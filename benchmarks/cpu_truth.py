@@ -5,7 +5,7 @@
 Each model is profiled (as `autopar profile --device cpu` does), planned under several pins with that profile, and
 trained for real by two gloo processes of one thread each. All plans of a model take turns, step by step. A step counts
 if the processes hardly waited for a core meanwhile (the scheduler's own count), so that other programs on the machine
-do not count as the plan's; where none was so lucky the calmest steps count, and the line says how disturbed they were.
+do not count as the plan's; where few were so lucky the calmer half counts, and the line says how disturbed it was.
 
 Memory is what torch's allocator had handed out at the worst moment of two steps, to the byte, without the batch (which
 was there before); growth of resident
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = 2
 CALM = 0.03
 """Largest share of a step that a process may have waited for a core."""
-WANTED, LEAST = 5, 3
+WANTED, LEAST = 20, 5
 """Calm steps of each plan, after which measuring ends; steps of each that are taken however long they last."""
 LOOK_S, IDLE = 0.1, 0.15
 """How long the machine must be idle before a step, and the share of its cores that may be busy then."""
@@ -176,10 +176,7 @@ def worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _next_plan(steps: Mapping[str, Sequence[tuple[float, float]]], deadline: float) -> str | None:
-    """Rank 0 waits until the machine is idle and names the plan to run; None ends it.
-
-    That is the one with the fewest calm steps; past the deadline the one with the fewest steps.
-    """
+    """Rank 0 waits until the machine is idle and names the plan with the fewest steps; None ends it."""
     import torch.distributed as dist
 
     calm = {name: sum(share <= CALM for _, share in found) for name, found in steps.items()}
@@ -189,7 +186,7 @@ def _next_plan(steps: Mapping[str, Sequence[tuple[float, float]]], deadline: flo
         is_late = time.monotonic() > deadline
         counts = {name: len(found) for name, found in steps.items()}
         if min(calm.values()) < WANTED and not (is_late and min(counts.values()) >= LEAST):
-            chosen = [min(steps, key=lambda name: (0 if is_late else calm[name], counts[name]))]
+            chosen = [min(steps, key=counts.__getitem__)]
     dist.broadcast_object_list(chosen, 0)
     return chosen[0]
 
@@ -279,7 +276,7 @@ def _plan(source: str, model: Model, pins: Pins, profile: Path) -> Plan:
 
 def _case(model: str, name: str, plan: Plan, ranks: Sequence[Mapping[str, Any]]) -> Case:
     steps = sorted(ranks[0]["steps"], key=lambda step: step[1])
-    calm = [step for step in steps if step[1] <= CALM] or steps[:LEAST]
+    calm = steps[: max(LEAST, (len(steps) + 1) // 2, sum(share <= CALM for _, share in steps))]
     per_stage = plan.decisions.mesh.num_devices
     return Case(
         model,
