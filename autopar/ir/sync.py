@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from autopar.errors import InputError
 from autopar.ir.measured import energy_of
@@ -101,7 +102,7 @@ def parse_policy(text: str) -> SyncPolicy:
     kind, equals, count = head.partition("=")
     if equals and kind != "local":
         raise InputError(f"{text}: only local takes a number, e.g. local=8")
-    fields: dict[str, float] = {}
+    fields: dict[str, Any] = {}
     if equals:
         fields["local_steps"] = _number(text, count, whole=True)
     compression, equals, detail = tail.partition("=")
@@ -110,7 +111,7 @@ def parse_policy(text: str) -> SyncPolicy:
         if name is None:
             raise InputError(f"{text}: {compression or 'nothing'} takes no number")
         fields[name] = _number(text, detail, whole=name == "rank")
-    return SyncPolicy(kind, compression=compression if plus else "none", **fields)  # type: ignore[arg-type]
+    return SyncPolicy(kind, compression=compression if plus else "none", **fields)
 
 
 def _number(text: str, part: str, *, whole: bool) -> float:

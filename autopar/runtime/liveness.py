@@ -7,6 +7,7 @@ store that is cut off does not answer at all.
 
 from __future__ import annotations
 
+import atexit
 import json
 import threading
 import time
@@ -26,6 +27,8 @@ CUT_BEATS = 3
 """where a connection broke, after so many."""
 SETTLE_S = 1.0
 """How long a failing rank waits for what the others, which fail at the same time, have to say."""
+STOP_S = 2.0
+"""How long the end waits for a thread that the store has not answered yet."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,13 @@ class Liveness:
         self._changed_s = [self._answered_s] * world_size
         self._thread = threading.Thread(target=self._beat, daemon=True, name="liveness")
         self._thread.start()
+        atexit.register(self.stop)
 
     def stop(self) -> None:
-        """No more beats."""
+        """No more beats; also at the process's end, which aborts where a thread is still inside the store."""
+        atexit.unregister(self.stop)
         self._over.set()
-        self._thread.join(2 * self._period_s)
+        self._thread.join(STOP_S)
 
     def sight(self, reason: str, *, is_cut: bool = False) -> Sight:
         """Tell the others that this rank fails, and hear what they have to say.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from datetime import timedelta
@@ -162,3 +164,22 @@ def test_torchruns_variables_describe_the_meeting() -> None:
     assert timedelta(seconds=meeting.limit_s) < timedelta(seconds=60)
     with pytest.raises(InputError, match="launcher's variables"):
         external_meeting(variables | {"MASTER_PORT": "x"}, 60.0)
+
+
+ENDS_AMID_BEATS = """
+import time
+from torch.distributed import TCPStore
+from autopar.runtime import liveness
+
+liveness.BEAT_S = 1e-6
+store = TCPStore("127.0.0.1", 0, 1, is_master=True)
+liveness.announce(store, 0)
+liveness.Liveness(store, 0, 1)
+time.sleep(0.05)
+"""
+
+
+def test_a_process_that_just_ends_does_not_abort_its_beats() -> None:
+    """A loop of one's own under torchrun never says that it is over."""
+    done = subprocess.run([sys.executable, "-c", ENDS_AMID_BEATS], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
