@@ -71,6 +71,20 @@ class RunOptions:
     compile: str = ""
 
 
+@dataclass(frozen=True)
+class _StepLoss:
+    """The mean loss of a step, perhaps still on its way from the stage that knows it."""
+
+    total: Tensor
+    work: dist.Work | None = None
+
+    def value(self) -> float:
+        """Waits for it."""
+        if self.work is not None:
+            self.work.wait()
+        return float(self.total)
+
+
 class Executor:
     """One rank of a run."""
 
@@ -152,15 +166,15 @@ class Executor:
         """
         loss = self._compute(batch)
         self._update()
-        return loss
+        return loss.value()
 
     def compute_gradients(self, batch: Sequence[Tensor]) -> float:
         """Forward and backward of all microbatches; gradients are finished but nothing is updated."""
         loss = self._compute(batch)
         self.store.expose_gradients()
-        return loss
+        return loss.value()
 
-    def _compute(self, batch: Sequence[Tensor]) -> float:
+    def _compute(self, batch: Sequence[Tensor]) -> _StepLoss:
         self._pacer.wait()
         self.store.zero_gradients()
         microbatches = self._microbatches(batch)
@@ -171,7 +185,7 @@ class Executor:
             program.scope.finish()
             program.stream.step += 1
         self.store.sync_gradients()
-        return self._mean_loss(losses)
+        return self._begin_mean(losses)
 
     def update(self) -> None:
         """Clip and apply the gradients of `compute_gradients`."""
@@ -225,12 +239,13 @@ class Executor:
             self._schedule.step()
         return [loss.detach() * self.decisions.num_microbatches for loss in losses]
 
-    def _mean_loss(self, losses: Sequence[Tensor]) -> float:
+    def _begin_mean(self, losses: Sequence[Tensor]) -> _StepLoss:
+        """A stage that is done updates its parameters while earlier ones still run backward."""
         total = torch.stack(list(losses)).double().mean() if losses else torch.zeros((), dtype=torch.float64)
         total = total.to(self.options.device)
-        if self.mesh.pipeline is not None:
-            dist.all_reduce(total, group=self.mesh.pipeline)
-        return float(total)
+        if self.mesh.pipeline is None:
+            return _StepLoss(total)
+        return _StepLoss(total, dist.all_reduce(total, group=self.mesh.pipeline, async_op=True))
 
     def clip_gradients(self) -> float | None:
         """Scale all gradients so that their common norm is at most `max_norm`; the norm before, None without a limit.
