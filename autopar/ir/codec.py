@@ -4,6 +4,9 @@
 type annotations, and refuses everything it does not know: an unknown or missing key, another type, NaN. Types that
 have a text form (a sharding, a strategy) are given as `TextForm`s by the caller. `decode` names the JSON path
 of the fault, e.g. `$.predicted.step_time_s.value`. What a file holds is decided in `serialize`, not here.
+
+A field that came later than the first files is declared with `metadata=ADDED` and a default: it is written where it
+differs from the default alone, so that older files are read, and what does not use it is written as before.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from functools import lru_cache
 from typing import Any
 
 LINE_WIDTH = 118
+ADDED: Mapping[str, bool] = types.MappingProxyType({"added": True})
+"""Metadata of a field that older files do not have."""
 
 
 class DecodeError(ValueError):
@@ -51,7 +56,9 @@ def encode(value: Any, annotation: Any, forms: TextForms) -> Any:
         return forms[annotation].format(value)
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         hints = _hints(annotation)
-        return {name: encode(getattr(value, name), hint, forms) for name, hint in hints.items()}
+        added = _added(annotation)
+        kept = [name for name in hints if name not in added or getattr(value, name) != added[name]]
+        return {name: encode(getattr(value, name), hints[name], forms) for name in kept}
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is types.UnionType or origin is typing.Union:
         present = next(a for a in arguments if a is not type(None))
@@ -131,12 +138,13 @@ def _lines(value: Any, indent: str, offset: int) -> list[str]:
 def _decode_dataclass(value: Any, annotation: Any, forms: TextForms, path: str) -> Any:
     pairs = _expect(value, dict, path)
     hints = _hints(annotation)
-    unknown, missing = sorted(pairs.keys() - hints.keys()), sorted(hints.keys() - pairs.keys())
+    unknown = sorted(pairs.keys() - hints.keys())
+    missing = sorted(hints.keys() - pairs.keys() - _added(annotation).keys())
     if unknown:
         raise DecodeError(f"{path}.{unknown[0]}", f"unknown key; known here: {', '.join(sorted(hints))}")
     if missing:
         raise DecodeError(f"{path}.{missing[0]}", "missing key")
-    fields = {name: decode(pairs[name], hint, forms, f"{path}.{name}") for name, hint in hints.items()}
+    fields = {n: decode(pairs[n], hint, forms, f"{path}.{n}") for n, hint in hints.items() if n in pairs}
     try:
         return annotation(**fields)
     except ValueError as error:
@@ -182,6 +190,12 @@ def _shown(value: Any) -> str:
 @lru_cache(maxsize=256)
 def _hints(annotation: Any) -> dict[str, Any]:
     return typing.get_type_hints(annotation)
+
+
+@lru_cache(maxsize=256)
+def _added(annotation: Any) -> dict[str, Any]:
+    """Defaults of the fields that older files do not have."""
+    return {field.name: field.default for field in dataclasses.fields(annotation) if "added" in field.metadata}
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

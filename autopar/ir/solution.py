@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from autopar.ir.codec import ADDED
 from autopar.ir.mesh import StageMesh
 from autopar.ir.placement import Sharding
 from autopar.ir.strategy import ParameterStrategy, Strategy
@@ -166,6 +167,8 @@ class Decisions:
         pace_s: seconds between the starts of two steps at least (an average power cap needs it); 0: no waiting.
         interleave: chunks per pipeline rank: `stages` are then the chunks in order, and rank k of K holds chunks k,
             k + K, ...; 1: every stage is a rank.
+        stage_meshes: one per stage, of the same axes in other sizes, `mesh` being the first; (): all have `mesh`. What
+            several stages read has one placement, by axis, for all of them.
     """
 
     mesh: StageMesh
@@ -177,6 +180,7 @@ class Decisions:
     parameters: Mapping[str, ParameterStrategy]
     pace_s: float = 0.0
     interleave: int = 1
+    stage_meshes: tuple[StageMesh, ...] = field(default=(), metadata=ADDED)
 
     @property
     def num_ranks(self) -> int:
@@ -184,8 +188,29 @@ class Decisions:
         return len(self.stages) // self.interleave
 
     @property
+    def meshes(self) -> tuple[StageMesh, ...]:
+        """Of every pipeline rank."""
+        return self.stage_meshes or (self.mesh,) * self.num_ranks
+
+    @property
     def num_gpus(self) -> int:
-        return self.mesh.num_devices * self.num_ranks
+        return sum(mesh.num_devices for mesh in self.meshes)
+
+    def at(self, stage: int) -> Decisions:
+        """The decisions as stage (or chunk) `stage` sees them: all on its mesh."""
+        return replace(self, mesh=self.stage_meshes[stage], stage_meshes=()) if self.stage_meshes else self
+
+    def first_gpu(self, rank: int) -> int:
+        """The first of the GPUs of a pipeline rank; the others follow."""
+        return sum(mesh.num_devices for mesh in self.meshes[:rank])
+
+    def place_of(self, gpu: int) -> tuple[int, int]:
+        """Pipeline rank of a GPU, and its place among those of that rank."""
+        for rank, mesh in enumerate(self.meshes):
+            if gpu < mesh.num_devices:
+                return rank, gpu
+            gpu -= mesh.num_devices
+        raise ValueError(f"the plan has {self.num_gpus} GPUs")
 
 
 @dataclass(frozen=True)
