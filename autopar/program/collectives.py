@@ -76,6 +76,14 @@ def all_reduce_sum(x: Tensor, axis: AxisGroup) -> Tensor:
     return total
 
 
+def let_go(buffer: Tensor) -> None:
+    """Give back the memory of a buffer now that its collective is over, and all that lies in it.
+
+    A thread of the communication library refers to it a while longer, by chance until long after the next allocation.
+    """
+    buffer.untyped_storage().resize_(0)
+
+
 def all_gather_dim(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
     """Slices of all ranks, joined along `dim`."""
     if axis.size == 1:
@@ -83,7 +91,11 @@ def all_gather_dim(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
     mine = x.contiguous()
     every = x.new_empty((axis.size, *x.shape))
     all_gather_flat(every.view(-1), mine.view(-1), axis).wait()
-    return torch.cat(every.unbind(0), dim) if dim else every.view(axis.size * x.shape[0], *x.shape[1:])
+    if not dim:
+        return every.view(axis.size * x.shape[0], *x.shape[1:])
+    joined = torch.cat(every.unbind(0), dim)
+    let_go(every)
+    return joined
 
 
 def reduce_scatter_dim(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
@@ -91,37 +103,43 @@ def reduce_scatter_dim(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
     if axis.size == 1:
         return x
     chunks = torch.stack(x.chunk(axis.size, dim)).contiguous()
-    mine = x.new_empty(chunks.shape[1:])
-    reduce_scatter_flat(mine.view(-1), chunks.view(-1), axis).wait()
-    return mine
+    shape = chunks.shape[1:]
+    return SliceOfSum(chunks, axis).result().view(shape)
 
 
 class SliceOfSum:
-    """An all_reduce under way, of whose result a slice is wanted."""
+    """This rank's slice of a sum over ranks, under way.
 
-    def __init__(self, work: dist.Work, mine: Tensor, part: Tensor) -> None:
-        self._mine = mine
-        self._sum: tuple[dist.Work, Tensor] | None = (work, part)
+    Gloo has no reduce_scatter of its own: it sums a copy everywhere. The copy is what is spared here, and the slice has
+    memory of its own only once the sum is there.
+    """
+
+    def __init__(self, parts: Tensor, axis: AxisGroup) -> None:
+        """Start: parts[axis.size, ..], a slice for each rank, fill memory of their own and are lost."""
+        self._index = axis.index
+        self._parts: Tensor | None = parts.view(axis.size, -1)
+        self._mine: Tensor | None = None
+        if parts.device.type == "cpu":
+            self._work: dist.Work = dist.all_reduce(self._parts, group=axis.process_group, async_op=True)
+        else:
+            self._mine = parts.new_empty(parts.numel() // axis.size)
+            self._work = _reduce_scatter_single(self._mine, parts.view(-1), group=axis.process_group, async_op=True)
 
     def wait(self) -> None:
-        """Until the slice is there; the sum is let go."""
-        if self._sum is not None:
-            work, part = self._sum
-            work.wait()
-            self._mine.copy_(part)
-            self._sum = None
+        """Until the slice is there; the parts are let go."""
+        if self._parts is None:
+            return
+        self._work.wait()
+        if self._mine is None:
+            self._mine = self._parts[self._index].clone()
+        let_go(self._parts)
+        self._parts = None
 
-
-def reduce_scatter_flat(mine: Tensor, parts: Tensor, axis: AxisGroup) -> dist.Work | SliceOfSum:
-    """Start: into mine[N], this rank's slice of the sum over ranks of parts[axis.size * N], which are lost.
-
-    Gloo has no reduce_scatter of its own: it sums a copy everywhere. The copy is what is spared here.
-    """
-    if parts.device.type == "cpu":
-        work: dist.Work = dist.all_reduce(parts, group=axis.process_group, async_op=True)
-        return SliceOfSum(work, mine, parts.view(axis.size, -1)[axis.index])
-    found: dist.Work = _reduce_scatter_single(mine, parts, group=axis.process_group, async_op=True)
-    return found
+    def result(self) -> Tensor:
+        """The slice, flat; waits for it."""
+        self.wait()
+        assert self._mine is not None
+        return self._mine
 
 
 def all_gather_flat(parts: Tensor, mine: Tensor, axis: AxisGroup) -> dist.Work:
@@ -137,7 +155,10 @@ def all_to_all_dims(x: Tensor, axis: AxisGroup, source_dim: int, target_dim: int
     sent = torch.stack(x.chunk(axis.size, target_dim)).contiguous()
     received = sent.new_empty(sent.shape)
     dist.all_to_all_single(received.view(-1), sent.view(-1), group=axis.process_group)
-    return torch.cat(received.unbind(0), source_dim)
+    let_go(sent)
+    joined = torch.cat(received.unbind(0), source_dim)
+    let_go(received)
+    return joined
 
 
 class _Conjugate(torch.autograd.Function):

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from autopar.program.collectives import AxisGroup, SliceOfSum, all_gather_flat, reduce_scatter_flat
+from autopar.program.collectives import AxisGroup, SliceOfSum, all_gather_flat, let_go
 
 T = TypeVar("T")
 
@@ -80,6 +79,14 @@ class Gather:
         self._work.wait()
         assert self._every is not None
         spread_slices(self._every, wholes, self._dims)
+        let_go(self._every)
+        self._end()
+
+    def _end(self) -> None:
+        """Let go of what was sent, unless it is a part itself."""
+        assert self._flat is not None
+        if self._flat.untyped_storage().data_ptr() != self._parts[0].untyped_storage().data_ptr():
+            let_go(self._flat)
         self._flat = self._every = None
 
     def finish(self) -> list[Tensor]:
@@ -91,7 +98,7 @@ class Gather:
         self._work.wait()
         assert self._every is not None
         (part,), every = self._parts, self._every
-        self._flat = self._every = None
+        self._end()
         return [every.view(self._size * part.shape[0], *part.shape[1:])]
 
 
@@ -100,14 +107,12 @@ class Scatter:
 
     def __init__(self, tensors: Sequence[Tensor], dims: Sequence[int], axis: AxisGroup) -> None:
         """Start it: each rank wants its slices, along `dims`, of the sums over ranks."""
-        stacked = stacked_slices(tensors, dims, axis.size)
-        self.mine = stacked.new_empty(stacked.shape[1])
         self._shapes = [_sliced(x.shape, dim, axis.size) for x, dim in zip(tensors, dims, strict=True)]
-        self.work: dist.Work | SliceOfSum = reduce_scatter_flat(self.mine, stacked.view(-1), axis)
+        self.work = SliceOfSum(stacked_slices(tensors, dims, axis.size), axis)
 
     def slices(self) -> list[Tensor]:
-        """This rank's, once `work` has been waited for."""
-        return views(self.mine, self._shapes)
+        """This rank's, in one run of memory; waits for them."""
+        return views(self.work.result(), self._shapes)
 
 
 def _sliced(shape: Sequence[int], dim: int, count: int) -> tuple[int, ...]:

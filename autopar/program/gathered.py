@@ -248,7 +248,6 @@ class GatherScope:
         if all(id(leaf) in self.deferred for leaf in leaves):
             self._late = scatter, leaves
             return None
-        scatter.work.wait()
         return scatter.slices()
 
     def finish(self) -> None:
@@ -256,7 +255,6 @@ class GatherScope:
         if self._late is None:
             return
         (scatter, leaves), self._late = self._late, None
-        scatter.work.wait()
         for leaf, part in zip(leaves, scatter.slices(), strict=True):
             gradient = part.to(leaf.grad_dtype or part.dtype)
             leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)

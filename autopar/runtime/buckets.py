@@ -121,8 +121,7 @@ def reduce_together(
             scatter, flat = Scatter(gradients, [step.dim for step in steps], axis), None
             gradients = []
             yield scatter.work
-            gradients = scatter.slices()
-            flat = scatter.mine
+            gradients, flat = scatter.slices(), scatter.work.result()
     return gradients
 
 
