@@ -65,10 +65,10 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class ClockControl:
-    """Lockable SM clocks and the voltage they need, as a share of the least one.
+    """SM clocks and the voltage they need, as a share of the least one.
 
     Attributes:
-        step_hz: spacing of the clocks that the driver accepts.
+        step_hz: spacing of the clocks that the driver locks; 0: it locks none, and only a power limit lowers them.
         ridge_share: up to this share of the highest clock the voltage is the least.
         voltage_rise: voltage at the highest clock, less 1; linear in between.
         blocked_share: see `power`.
@@ -86,7 +86,8 @@ class DeviceSpec:
 
     Without `multiprocessors` GEMMs are not cut into tiles; an efficiency of backward that is 0 is that of forward, one
     of tf32 that is 0 is that of other GEMMs.
-    `clock_control` is None where clocks cannot be locked; `clock_share` is the clock it is set to over the highest.
+    `clock_control` is None where nothing is known of lower clocks; `clock_share` is the clock that is set over the
+    highest.
     `sustained_share` is the clock, over the highest, at which large GEMMs hold `limit_w`; rates are those there.
     `memory_clock_share` of the dynamic power of memory traffic follows the clock.
     `unseen_share` of the memory that moves is handed out beside what is modelled.
@@ -214,10 +215,11 @@ def _link(numbers: Mapping[str, Number], value: Callable[[str], float], level: s
 
 
 def _clock_control(numbers: Mapping[str, Number]) -> ClockControl | None:
-    keys = [f"clock.{name}" for name in ("step_hz", "ridge_share", "voltage_rise", "blocked_share")]
+    keys = [f"clock.{name}" for name in ("ridge_share", "voltage_rise", "blocked_share")]
     if not all(key in numbers for key in keys):
         return None
-    return ClockControl(*(numbers[key].value for key in keys))
+    step_hz = numbers["clock.step_hz"].value if "clock.step_hz" in numbers else 0.0
+    return ClockControl(step_hz, *(numbers[key].value for key in keys))
 
 
 def _numbers(data: Any, path: str, file: str) -> Iterator[Number]:

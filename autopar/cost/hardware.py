@@ -22,6 +22,8 @@ CLOCKS_ABOVE_RIDGE = 24
 """Clocks from the ridge to the highest, where time and energy trade; evenly spaced."""
 CLOCKS_BELOW_RIDGE = (0.85, 0.7, 0.55)
 """Shares of the ridge: slower and hardly thriftier, for power caps."""
+LIMIT_STEP_HZ = 15e6
+"""Spacing of the clocks to which a power limit lowers boards whose clocks cannot be locked; those of most others."""
 LEAST_SHARE = 0.25
 """Of the highest clock: a power limit lowers clocks no further; what is left is waited for."""
 
@@ -75,19 +77,20 @@ class Cluster:
     def clocks_hz(self) -> tuple[float, ...]:
         """Clocks worth planning with, highest first; only the highest where clocks cannot be locked."""
         control, highest = self.spec.clock_control, self.spec.clock_max_hz
-        if control is None or not self.free_clocks:
+        if control is None or not control.step_hz or not self.free_clocks:
             return (highest,)
         below = [share * control.ridge_share for share in CLOCKS_BELOW_RIDGE]
         usable = {hz for hz in self._steps_hz(below) if self.spec.clock_min_hz <= hz < highest}
         return (highest, *sorted(usable, reverse=True))
 
     def _steps_hz(self, below: Sequence[float]) -> list[float]:
-        """Clocks that the driver accepts, from the highest that large kernels hold to the ridge, and `below` it."""
+        """Clocks of the board, from the highest that large kernels hold to the ridge, and `below` it."""
         control, highest, top = self.spec.clock_control, self.spec.clock_max_hz, self.spec.sustained_share
         if control is None:
             return []
         above = [top - (top - control.ridge_share) * k / CLOCKS_ABOVE_RIDGE for k in range(CLOCKS_ABOVE_RIDGE + 1)]
-        return [round(share * highest / control.step_hz) * control.step_hz for share in (*above, *below)]
+        step_hz = control.step_hz or LIMIT_STEP_HZ
+        return [round(share * highest / step_hz) * step_hz for share in (*above, *below)]
 
     def slower_specs(self) -> tuple[DeviceSpec, ...]:
         """The device at every clock below its own, highest first."""
@@ -100,7 +103,7 @@ class Cluster:
         control, highest = self.spec.clock_control, self.spec.clock_max_hz
         if control is None:
             return ()
-        step, ridge = 2 * control.step_hz / highest, control.ridge_share
+        step, ridge = 2 * (control.step_hz or LIMIT_STEP_HZ) / highest, control.ridge_share
         below = [ridge - step * k for k in range(1, math.ceil((ridge - LEAST_SHARE) / step))]
         shares = {hz / highest for hz in (*self._steps_hz(below), *self.clocks_hz)}
         slower = [share for share in shares if LEAST_SHARE <= share < self.spec.clock_share]
@@ -151,8 +154,9 @@ def load_cluster(
     path = data_directory("costmodels") / f"{gpu}.json"
     names = _names()
     if gpu not in names:
-        close = get_close_matches(gpu.lower(), names, n=4, cutoff=0.3) or list(names)
-        raise InputError(f"unknown GPU {gpu!r}; close to it: {', '.join(close)} (all: `autopar gpus`)")
+        close = get_close_matches(gpu.casefold(), names, n=4, cutoff=0.3)
+        hint = f"; close to it: {', '.join(close)}" if close else ""
+        raise InputError(f"unknown GPU {gpu!r}{hint} (all: 'autopar gpus')")
     spec = read_device(path)
     per_node = spec.gpus_per_node if gpus_per_node is None else gpus_per_node
     memory = spec.capacity_bytes - spec.reserve_bytes if memory_bytes is None else memory_bytes

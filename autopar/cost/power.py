@@ -34,6 +34,10 @@ from autopar.cost.device import ClockControl, DeviceSpec
 from autopar.cost.roofline import flop_rate, memory_rate, on_tf32
 from autopar.ir.cost import Array
 
+REST_SHARE = 0.25
+"""Of what the limit leaves: power of a training program on one GPU between its large products (memory traffic, short
+kernels, waiting for input). Fitted jointly to watts under power limits of three boards, ml-energy/zeus (NSDI 2023); the
+least error of each board lies between 0.2 and 0.25 (benchmarks/energy.py)."""
 LEAST_SPEED = 0.3
 """Of computing: a power limit lowers clocks no further."""
 BISECTIONS = 40
@@ -126,16 +130,16 @@ def speed_within(spec: DeviceSpec, natural_w: float) -> float:
 def program_under_limit(spec: DeviceSpec, average_w: float) -> tuple[float, float]:
     """Time over that under the board's own limit, and average power, of a program that drew `average_w` there.
 
-    It is taken for phases of large products and phases of memory traffic that together draw this average; a limit
-    slows each down as it does such kernels.
+    It is taken for phases of large products and phases of everything else that together draw this average; a limit
+    slows products down as it does such kernels, and the rest only if it is lower than what that draws.
     """
-    product_w, memory_w = spec.gemm_share * rated_dynamic_w(spec), spec.memory_share * rated_dynamic_w(spec)
-    memory_w = min(memory_w, max(0.0, average_w - spec.blocked_w))
-    share = min(1.0, max(0.0, average_w - spec.blocked_w - memory_w) / (product_w - memory_w))
+    product_w, rest_w = spec.gemm_share * rated_dynamic_w(spec), REST_SHARE * rated_dynamic_w(spec)
+    rest_w = min(rest_w, max(0.0, average_w - spec.blocked_w))
+    share = min(1.0, max(0.0, average_w - spec.blocked_w - rest_w) / (product_w - rest_w))
     limit_w = dynamic_limit_w(spec)
     products_s = share / speed_within(spec, product_w)
-    memory_s = (1.0 - share) * max(1.0, memory_w / limit_w)
-    total_s = products_s + memory_s
-    dynamic_j = products_s * min(product_w, limit_w) + memory_s * min(memory_w, limit_w)
-    idle_w = min(average_w, spec.blocked_w) if not share and not memory_w else spec.blocked_w
+    others_s = (1.0 - share) * max(1.0, rest_w / limit_w)
+    total_s = products_s + others_s
+    dynamic_j = products_s * min(product_w, limit_w) + others_s * min(rest_w, limit_w)
+    idle_w = min(average_w, spec.blocked_w) if not share and not rest_w else spec.blocked_w
     return total_s, idle_w + dynamic_j / total_s

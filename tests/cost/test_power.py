@@ -22,6 +22,7 @@ from autopar.cost.power import (
     dynamic_limit_w,
     kernel_energy_j,
     program_under_limit,
+    rated_dynamic_w,
     speed_within,
     stage_w,
 )
@@ -125,6 +126,29 @@ def test_a_lower_limit_never_lowers_time_or_raises_power_of_a_program(data: st.D
     assert tight[1] <= max(low, min(average_w, spec.blocked_w)) * (1 + 1e-9)
     assert free[0] == pytest.approx(1.0)
     assert free[1] <= average_w * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("spec", [s for s in list_gpus() if s.clock_control is not None], ids=lambda s: s.name)
+def test_every_curve_is_that_of_a_board(spec: DeviceSpec) -> None:
+    """What no clock draws lies above 0, so that the thriftiest clock of large products is the ridge, not the least."""
+    assert spec.clock_control is not None
+    ridge = spec.clock_control.ridge_share / spec.sustained_share
+    product_w = spec.gemm_share * rated_dynamic_w(spec)
+    assert 0.85 * spec.limit_w <= spec.blocked_w + product_w <= spec.limit_w
+    assert spec.idle_w < spec.blocked_w < 0.4 * spec.limit_w
+
+    def energy(speed: float) -> float:
+        return (spec.blocked_w + product_w * clock_power_factor(spec, speed)) / speed
+
+    speeds = [0.3 + 0.01 * k for k in range(71)]
+    best = min(speeds, key=energy)
+    assert best == pytest.approx(ridge, abs=0.011)
+    assert 0.6 <= best * spec.sustained_share <= 0.85
+    times = [
+        1 / speed_within(replace(spec, power_limit_w=share * spec.limit_w), product_w) for share in (0.9, 0.7, 0.5)
+    ]
+    assert times[0] < 1.1 < times[1] * 1.05 < 1.45
+    assert 1.15 < times[2] < 2.2
 
 
 def test_a_lower_limit_never_lowers_step_time_and_is_kept_by_every_kernel() -> None:
