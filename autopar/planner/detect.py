@@ -14,18 +14,24 @@ known_gpus = list_gpus
 DEFAULT_GPU = "h100-sxm-80gb"
 
 _NAME_PATTERNS = (
-    (r"H100.*HBM3", "h100-sxm-80gb"),
-    (r"H100 PCIe", "h100-pcie-80gb"),
-    (r"H200", "h200-sxm-141gb"),
-    (r"B200", "b200-sxm-180gb"),
-    (r"A100.*SXM4.*80GB", "a100-sxm-80gb"),
-    (r"A100.*SXM4.*40GB", "a100-sxm-40gb"),
-    (r"V100.*SXM2.*32GB", "v100-sxm2-32gb"),
-    (r"V100.*SXM2.*16GB", "v100-sxm2-16gb"),
-    (r"L40S", "l40s"),
+    (r"\bH100.*HBM3", "h100-sxm-80gb"),
+    (r"\bH100 PCIe", "h100-pcie-80gb"),
+    (r"\bH200(?! NVL)", "h200-sxm-141gb"),
+    (r"\bB200", "b200-sxm-180gb"),
+    (r"\bA100.*SXM4.*80GB", "a100-sxm-80gb"),
+    (r"\bA100.*SXM4.*40GB", "a100-sxm-40gb"),
+    (r"\bA100.*80GB PCIe", "a100-pcie-80gb"),
+    (r"\bA40\b", "a40"),
+    (r"\bV100.*SXM2.*32GB", "v100-sxm2-32gb"),
+    (r"\bV100.*SXM3.*32GB", "v100-sxm3-32gb"),
+    (r"\bV100.*PCIE.*32GB", "v100-pcie-32gb"),
+    (r"\bP100.*PCIE.*16GB", "p100-pcie-16gb"),
+    (r"\bL40S\b", "l40s"),
     (r"\bL4\b", "l4"),
-    (r"RTX 4090", "rtx-4090"),
-    (r"K20", "k20"),
+    (r"\bRTX 4090$", "rtx-4090"),
+    (r"\bQuadro RTX 6000$", "rtx-6000"),
+    (r"\bK20[cms]?\b", "k20"),
+    (r"\bK40[cmst]?\b", "k40"),
 )
 """NVML product name (pattern) to the name of a device file in costmodels/."""
 
