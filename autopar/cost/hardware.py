@@ -154,7 +154,8 @@ def load_cluster(
     path = data_directory("costmodels") / f"{gpu}.json"
     names = _names()
     if gpu not in names:
-        close = get_close_matches(gpu.casefold(), names, n=4, cutoff=0.3)
+        low = gpu.casefold()
+        close = [name for name in names if low and name.startswith(low)] or get_close_matches(low, names, n=3)
         hint = f"; close to it: {', '.join(close)}" if close else ""
         raise InputError(f"unknown GPU {gpu!r}{hint} (all: 'autopar gpus')")
     spec = read_device(path)
