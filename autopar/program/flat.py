@@ -70,9 +70,16 @@ class Gather:
             axis: of several ranks.
         """
         self._parts, self._dims, self._size = list(parts), list(dims), axis.size
-        self._flat: Tensor | None = flattened(self._parts)
-        self._every: Tensor | None = self._flat.new_empty((axis.size, self._flat.numel()))
-        self._work = all_gather_flat(self._every.view(-1), self._flat, axis)
+        self._every: Tensor | None = parts[0].new_empty((axis.size, sum(part.numel() for part in parts)))
+        self._work = all_gather_flat(self._every.view(-1), self._sent(self._every[axis.index]), axis)
+
+    def _sent(self, place: Tensor) -> Tensor:
+        """This rank's parts in one run: where they belong in the result, or a single part where it lies."""
+        if len(self._parts) == 1 and self._parts[0].is_contiguous():
+            return self._parts[0].view(-1)
+        for part, row in zip(self._parts, place.split([part.numel() for part in self._parts]), strict=True):
+            row.view(part.shape).copy_(part)
+        return place
 
     def finish_into(self, wholes: Sequence[Tensor]) -> None:
         """Wait; fill tensors. Call this or `finish`, once."""
@@ -80,14 +87,7 @@ class Gather:
         assert self._every is not None
         spread_slices(self._every, wholes, self._dims)
         let_go(self._every)
-        self._end()
-
-    def _end(self) -> None:
-        """Let go of what was sent, unless it is a part itself."""
-        assert self._flat is not None
-        if self._flat.untyped_storage().data_ptr() != self._parts[0].untyped_storage().data_ptr():
-            let_go(self._flat)
-        self._flat = self._every = None
+        self._every = None
 
     def finish(self) -> list[Tensor]:
         """Wait; the joined tensors."""
@@ -97,8 +97,7 @@ class Gather:
             return wholes
         self._work.wait()
         assert self._every is not None
-        (part,), every = self._parts, self._every
-        self._end()
+        (part,), every, self._every = self._parts, self._every, None
         return [every.view(self._size * part.shape[0], *part.shape[1:])]
 
 

@@ -119,12 +119,17 @@ class Frame:
             self.ready |= {member.key: batch for member in batch.members}
 
     def enter_backward(self) -> None:
-        """At the first need of backward: start this frame's gathers, if not started, and those needed next."""
+        """At the first need of backward: finish this frame's gathers, then start those needed next.
+
+        What is gathered lies in memory twice until it is finished: not while the next ones are under way too.
+        """
         if self.is_backward:
             return
         self.is_backward = True
         self.start()
         if self.previous is not None:
+            for batch in self.ready.values():
+                batch.wholes()
             self.previous.start()
 
     def expose(self, key: Key, scope: GatherScope) -> Tensor | None:
