@@ -77,8 +77,8 @@ class Gather:
         """This rank's parts in one run: where they belong in the result, or a single part where it lies."""
         if len(self._parts) == 1 and self._parts[0].is_contiguous():
             return self._parts[0].view(-1)
-        for part, row in zip(self._parts, place.split([part.numel() for part in self._parts]), strict=True):
-            row.view(part.shape).copy_(part)
+        for row, whole in zip(views(place, [part.shape for part in self._parts]), self._parts, strict=True):
+            row.copy_(whole)
         return place
 
     def finish_into(self, wholes: Sequence[Tensor]) -> None:
