@@ -95,6 +95,7 @@ def read_rows(
     """
     from autopar.rewrite.layout import layout_of
 
+    decisions = decisions.at(stage)
     layout, parts = layout_of(graph, decisions), partition(graph, decisions.stages)
     ops = [op for part in parts[stage::num_stages] for op in part.ops]
     rows: set[int] = set()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from autopar.ir.placement import Sharding
 from autopar.program.collectives import AxisGroup
 from autopar.program.gathered import GatherScope, GatherSteps
 from autopar.program.local_ops import attention_dropout, dropout
@@ -52,12 +53,20 @@ LOSS_OUTPUT = "loss:whole"
 
 @dataclass(frozen=True)
 class BoundaryTensor:
-    """A value that crosses a cut, as one rank sends or receives it."""
+    """A value that crosses a cut, as one rank sends or receives it.
+
+    Attributes:
+        shape: of the rank's part.
+        whole: shape of the whole value.
+        sharding: that it crosses in, on both sides.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     requires_grad: bool
+    whole: tuple[int, ...] = ()
+    sharding: Sharding = ()
 
 
 @dataclass(frozen=True)

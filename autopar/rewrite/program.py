@@ -49,6 +49,7 @@ def build_stage(
     Raises:
         RewriteError: if the decisions do not fit the graph.
     """
+    decisions = decisions.at(stage)
     layout = layout_of(graph, decisions)
     part = partition(graph, decisions.stages)[stage]
     attributes = Attributes(
@@ -89,7 +90,10 @@ def _unbound_axes(decisions: Decisions, coordinate: tuple[int, ...]) -> tuple[Ax
 
 def _boundary(layout: Layout, names: Sequence[str]) -> tuple[BoundaryTensor, ...]:
     values = layout.graph.values
-    return tuple(BoundaryTensor(n, layout.local_shape(n), values[n].meta.dtype, values[n].requires_grad) for n in names)
+    return tuple(
+        BoundaryTensor(n, layout.local_shape(n), v.meta.dtype, v.requires_grad, tuple(v.meta.shape), layout.kept(n))
+        for n, v in ((name, values[name]) for name in names)
+    )
 
 
 def _segments(

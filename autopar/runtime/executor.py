@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,10 +25,11 @@ from autopar.ir.pipeline import effective_schedule
 from autopar.ir.solution import Decisions
 from autopar.program.stage import BoundaryTensor, StageProgram
 from autopar.runtime.buckets import BUCKET_BYTES
-from autopar.runtime.lean_stage import LeanStage
-from autopar.runtime.mesh import RankMesh, join_mesh, serial_mesh
+from autopar.runtime.lean_stage import LeanStage, ReshardingStage
+from autopar.runtime.mesh import RankMesh, join_mesh, join_meshes, serial_mesh
 from autopar.runtime.pace import Pacer
 from autopar.runtime.parameters import ParameterStore, tied_stages
+from autopar.runtime.resharding import make_cut
 from autopar.runtime.stage_runner import StageRunner
 from autopar.torch_adapter import dtype_of
 
@@ -245,7 +247,10 @@ class Executor:
         total = total.to(self.options.device)
         if self.mesh.pipeline is None:
             return _StepLoss(total)
-        return _StepLoss(total, dist.all_reduce(total, group=self.mesh.pipeline, async_op=True))
+        if self.mesh.meshes and self.mesh.rank_in_stage:
+            total.zero_()  # The first rank of the last stage speaks for it.
+        group = None if self.mesh.meshes else self.mesh.pipeline
+        return _StepLoss(total, dist.all_reduce(total, group=group, async_op=True))
 
     def clip_gradients(self) -> float | None:
         """Scale all gradients so that their common norm is at most `max_norm`; the norm before, None without a limit.
@@ -280,10 +285,17 @@ class Executor:
                 dtype = dtype_of(value.meta.dtype)
                 tensor = torch.zeros(value.meta.shape, dtype=dtype, device=self.options.device)
                 self._buffers[0][value.name] = tensor
-            dist.broadcast(tensor, group_src=owners[-1] % self.mesh.num_stages, group=self.mesh.pipeline)
+            self._broadcast(tensor, owners[-1] % self.mesh.num_stages)
             for copies in self._buffers:
                 if value.name in copies and copies[value.name] is not tensor:
                     copies[value.name].copy_(tensor)
+
+    def _broadcast(self, tensor: Tensor, stage: int) -> None:
+        """From a stage to all others."""
+        if self.mesh.meshes:
+            dist.broadcast(tensor, self.mesh.first_rank(stage))
+        else:
+            dist.broadcast(tensor, group_src=stage, group=self.mesh.pipeline)
 
 
 def join_plan(graph: OpGraph, decisions: Decisions, device_type: str) -> RankMesh:
@@ -291,6 +303,8 @@ def join_plan(graph: OpGraph, decisions: Decisions, device_type: str) -> RankMes
     if decisions.num_gpus == 1 and not dist.is_initialized():
         return serial_mesh()
     ranks = set(_tied(graph, decisions).values())
+    if decisions.stage_meshes:
+        return join_meshes(decisions.stage_meshes, device_type, ranks)
     return join_mesh(decisions.mesh, decisions.num_ranks, device_type, ranks)
 
 
@@ -331,15 +345,17 @@ def _make_schedule(
 def _make_stage(runner: StageRunner, mesh: RankMesh, device: str) -> PipelineStage:
     program = runner.program
     loss = BoundaryTensor("loss", (), "float32", requires_grad=True)
-    return LeanStage(
-        runner,
-        program.stage,
-        program.num_stages,
-        torch.device(device),
-        input_args=_examples(program.received),
-        output_args=_examples((loss,) if program.is_last else program.sent),
-        group=mesh.pipeline,
-    )
+    place = (runner, program.stage, program.num_stages, torch.device(device))
+    settings: dict[str, Any] = {
+        "input_args": _examples(program.received),
+        "output_args": _examples((loss,) if program.is_last else program.sent),
+        "group": mesh.pipeline,
+    }
+    if not mesh.meshes:
+        return LeanStage(*place, **settings)
+    before = make_cut(mesh, program.stage - 1, program.received) if program.stage else None
+    after = None if program.is_last else make_cut(mesh, program.stage, program.sent)
+    return ReshardingStage(*place, before=before, after=after, **settings)
 
 
 def _examples(tensors: Sequence[BoundaryTensor]) -> tuple[Tensor, ...]:

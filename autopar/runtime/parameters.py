@@ -21,7 +21,7 @@ from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from autopar.errors import RewriteError
 from autopar.ir.graph import Value
 from autopar.ir.placement import REPLICATE
-from autopar.ir.strategy import ParameterStrategy
+from autopar.ir.strategy import ParameterStrategy, optimizer_sharding
 from autopar.program.collectives import all_gather_dim, slice_dim
 from autopar.program.flat import in_groups
 from autopar.runtime.buckets import (
@@ -38,6 +38,7 @@ from autopar.runtime.buckets import (
 )
 from autopar.runtime.early import Early
 from autopar.runtime.mesh import RankMesh
+from autopar.runtime.resharding import sum_over_stages
 from autopar.torch_adapter import strided_shard
 
 Cut = tuple[int, int]
@@ -245,6 +246,9 @@ class ParameterStore:
         item.leaf.grad = gradient
         alone.start()
         ((_, gradient),) = alone.finish()
+        if self._mesh.meshes:
+            sharding = optimizer_sharding(item.strategy)
+            return sum_over_stages(self._mesh, tuple(item.value.meta.shape), sharding, item.tied, gradient)
         dist.all_reduce(gradient, group=self._mesh.tied[item.tied])
         return gradient
 

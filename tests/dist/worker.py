@@ -70,7 +70,7 @@ _MESHES: dict[tuple[object, ...], RankMesh] = {}
 
 def mesh_of(name: str, graph: OpGraph, decisions: Decisions) -> RankMesh:
     """Process groups are made once for equal meshes and cuts of one name."""
-    key = (name or graph.name, decisions.mesh, decisions.stages, decisions.interleave)
+    key = (name or graph.name, decisions.mesh, decisions.stages, decisions.interleave, decisions.stage_meshes)
     if key not in _MESHES:
         _MESHES[key] = join_plan(graph, decisions, "cpu")
     return _MESHES[key]

@@ -1,0 +1,71 @@
+"""Stages with meshes of their own, for the tests with processes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from autopar.ir.graph import OpGraph
+from autopar.ir.mesh import StageMesh, stage_mesh
+from autopar.ir.solution import Decisions
+from autopar.planner.assemble import make_executor, make_serial_executor
+from autopar.rules.stage_meshes import joined
+from autopar.runtime.compare import relative_error
+from autopar.runtime.executor import OptimizerOptions, RunOptions
+from tests.dist.decisions import cut_evenly, data_parallel, tensor_parallel
+from tests.dist.worker import Bench, mesh_of
+
+COUNT = 4
+"""Microbatches."""
+SETTINGS = (("1f1b", "zero1", "none"), ("gpipe", "zero3", "full"), ("1f1b", "replicated", "selective"))
+
+
+def plan_on(graph: OpGraph, mesh: StageMesh, label: str) -> Decisions:
+    """Samples split on the first axis or, if it has one rank, layers on the second."""
+    if mesh.sizes[1] > 1:
+        return tensor_parallel(graph, mesh, COUNT)
+    return data_parallel(graph, mesh, label, COUNT)
+
+
+def uneven(graph: OpGraph, shapes: Sequence[Sequence[int]], setting: tuple[str, str, str]) -> Decisions:
+    """A pipeline of stages of those (dp, tp), the cuts as even as they go."""
+    schedule, label, recompute = setting
+    meshes = [stage_mesh(*shape) for shape in shapes]
+    found = {mesh: plan_on(graph, mesh, label) for mesh in meshes}
+    stages = cut_evenly(graph, len(meshes), recompute)
+    return replace(joined(graph, [found[mesh] for mesh in meshes], stages), schedule=schedule)
+
+
+def uneven_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """One step of each model on each list of meshes: loss, gradients, buffers, and what DTensors say."""
+    results, settings = [], itertools.cycle(SETTINGS)
+    for name in arguments["models"]:
+        bench = Bench(name, COUNT)
+        for shapes in arguments["meshes"]:
+            setting = next(settings)
+            decisions = uneven(bench.graph, shapes, setting)
+            case = f"{name} {'/'.join('x'.join(map(str, shape)) for shape in shapes)} {' '.join(setting)}"
+            results.append({"case": case, "error": bench.error_of(decisions)})
+    return results
+
+
+def uneven_training(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Steps with clipping: the losses and the parameters."""
+    results = []
+    options = RunOptions(optimizer=OptimizerOptions("sgd", learning_rate=1e-2, max_norm=0.5))
+    for name, shapes in itertools.product(arguments["models"], arguments["meshes"]):
+        bench = Bench(name, COUNT)
+        serial = make_serial_executor(bench.graph, bench.state, options, num_microbatches=COUNT)
+        decisions = uneven(bench.graph, shapes, SETTINGS[0])
+        executor = make_executor(bench.graph, decisions, bench.state, mesh_of("", bench.graph, decisions), options)
+        errors = []
+        for _ in range(3):
+            expected = serial.step(bench.batch)
+            errors.append(abs(executor.step(bench.batch) - expected) / abs(expected))
+        for parameter in executor.store.items:
+            whole = serial.store.whole_parameter(parameter)
+            errors.append(relative_error(executor.store.whole_parameter(parameter), whole))
+        results.append({"case": f"{name} {shapes}", "error": max(errors)})
+    return results
