@@ -129,10 +129,16 @@ class WorkerError(AutoparError):
 
 
 class NetworkError(WorkerError):
-    """Ranks lost each other, or never met."""
+    """Ranks lost each other, or never met.
+
+    Attributes:
+        rank: that the others have lost or wait for, where it is one.
+        is_told: a process of this host has printed it, as each that a launcher started would.
+    """
 
     kind = "network"
     is_lost = True
+    is_told = False
 
 
 class StragglerError(WorkerError):

@@ -55,7 +55,7 @@ OPTIONS = {
     "checkpoint": set(),
     "meter": {"--json", "--seconds", "--zeus"},
     "unlock": {"--force", "--json"},
-    "verify": {"--json"},
+    "verify": {"--json"} | HOSTS,
     "export": {"--account", "--checkpoint", "--checkpoint-every", "--claim", "--directory", "--env", "--image"}
     | {"--json", "--master-port", "--name", "--nodes", "--out"}
     | {"--partition", "--steps", "--time", "--timeout", "--to"},

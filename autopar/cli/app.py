@@ -30,7 +30,7 @@ from autopar.cli.study import study
 from autopar.cli.sweep import sweep
 from autopar.cli.unlock import unlock
 from autopar.cli.validate import validate
-from autopar.errors import AutoparError
+from autopar.errors import AutoparError, NetworkError
 from autopar.version import __version__
 
 
@@ -75,6 +75,9 @@ def invoke(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         hint = _usage_hint(error)
         return report_error(error.format_message() + hint, "usage", 2, as_json, {})
+    except NetworkError as error:
+        told = error.is_told and not as_json
+        return error.exit_code if told else report_error(str(error), error.kind, error.exit_code, as_json, {})
     except AutoparError as error:
         return report_error(str(error), error.kind, error.exit_code, as_json, error_details(error))
     except click.Abort as abort:

@@ -50,12 +50,17 @@ def run(
 
 @click.command()
 @click.argument("plan_file")
+@host_options
 @json_option
-def verify(plan_file: str, as_json: bool) -> None:
-    """Run PLAN_FILE beside the serial model: loss and every gradient must agree."""
+def verify(plan_file: str, *, as_json: bool, **meeting: Any) -> None:
+    """Run PLAN_FILE beside the serial model: loss and every gradient must agree.
+
+    Over several hosts, run the same command on each, with its own --node-rank.
+    """
     plan = load_plan(plan_file)
+    hosts = hosts_of(**meeting)
     with _speaker(as_json) as say:
-        report = verify_plan(plan, progress=say)
+        report = verify_plan(plan, hosts=hosts, progress=say)
     _answer(asdict(report) if as_json else str(report), as_json)
 
 

@@ -23,8 +23,9 @@ from autopar.ir.serialize_graph import graph_hash
 from autopar.meters import node_reading
 from autopar.planner.again import plan_for_world
 from autopar.planner.assemble import input_form, make_executor, make_serial_executor
+from autopar.planner.clock_file import switched_clocks
 from autopar.planner.run_energy import RunEnergy, Window, run_energy
-from autopar.planner.settings import BoardSettings, held_boards, node_ranks
+from autopar.planner.settings import BoardSettings, held_boards, node_ranks, switching_of
 
 if TYPE_CHECKING:
     import torch
@@ -122,17 +123,23 @@ def verify_plan(
     *,
     dtype: str = "float64",
     tolerance: float = FLOAT64_TOLERANCE,
+    hosts: Hosts | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> VerifyReport:
     """Run one step of the plan and of the serial model on the same batch and compare loss and every gradient.
 
+    Args:
+        dtype, tolerance: of the comparison.
+        hosts: that take part, each of which must call this and gets the same report; None: this one alone.
+
     Raises:
         VerifyError: they disagree.
         PlanMismatchError: the plan was made for another model.
+        NetworkError: ranks did not meet, or lost each other.
         WorkerError: a process died.
     """
     arguments = {"plan": dump_plan(plan), "dtype": dtype, "tolerance": tolerance}
-    report = VerifyReport(**_on_all_ranks(verify_worker, arguments, plan.decisions.num_gpus, progress))
+    report = VerifyReport(**_on_all_ranks(verify_worker, arguments, plan.decisions.num_gpus, progress, hosts))
     disagreements = [
         f"{what} differs by {error:.3e} (tolerance {limit:.0e})"
         for what, error, limit in (
@@ -171,7 +178,9 @@ def run_plan(
     """
     arguments = {"plan": dump_plan(plan), "settings": asdict(settings or RunSettings())}
     num_processes = plan.decisions.num_gpus
-    with held_boards(plan, boards or BoardSettings(), node_ranks(num_processes, hosts or Hosts()), progress) as held:
+    boards, ranks = boards or BoardSettings(), node_ranks(num_processes, hosts or Hosts())
+    with held_boards(plan, boards, ranks, progress) as held:
+        arguments["switching"] = switching_of(plan, boards, held, ranks)
         found = _on_all_ranks(run_worker, arguments, num_processes, progress, hosts, environment=environment)
     step_time, window = Quantity(**found["step_time"]), found["window"]
     reading = None if window["reading"] is None else node_reading(window["reading"])
@@ -197,8 +206,9 @@ def _on_all_ranks(
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Result of a worker function of this module, of this host's first rank (under torchrun: of this rank)."""
+    from autopar.runtime.ending import is_torchrun
     from autopar.runtime.launch import Job, launch_local
-    from autopar.runtime.processes import is_torchrun, join_torchrun
+    from autopar.runtime.processes import join_torchrun
 
     hosts = hosts or Hosts()
     if is_torchrun():
@@ -211,7 +221,13 @@ def _on_all_ranks(
         ranks = hosts.local_ranks(num_processes)
         others = f" ({ranks[0]} to {ranks[-1]} of {num_processes}, at {hosts.where})" if hosts.num_nodes > 1 else ""
         progress(f"starting {len(ranks)} local processes{others}")
-    job = Job(f"{worker.__module__}:{worker.__name__}", arguments, num_processes, environment or {})
+    job = Job(
+        f"{worker.__module__}:{worker.__name__}",
+        arguments,
+        num_processes,
+        environment or {},
+        is_stepwise=worker is run_worker,
+    )
     results: list[dict[str, Any]] = launch_local(job, hosts=hosts, on_line=progress)
     return results[0]
 
@@ -414,8 +430,10 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     first_step, num_steps = course.position.step, course.num_left
     form = input_form(graph, plan.decisions, mesh, batch)
     feed, notes = open_feed(source, form, batch, settings, first_step)
+    switch_notes: list[str] = []
     if num_steps:
-        measured = measure_steps(executor, feed, num_steps, first_step=first_step, after_step=course.after_step)
+        with switched_clocks(executor, arguments.get("switching"), switch_notes):
+            measured = measure_steps(executor, feed, num_steps, first_step=first_step, after_step=course.after_step)
     else:
         measured = course.past()
     feed.close()
@@ -426,7 +444,7 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "losses": list(measured.losses),
         "step_time": _fields(measured.step_time),
         "window": measured.window_fields(device),
-        "notes": [*replanned, *course.remarks, *notes, *feed.remarks(measured.total_s)],
+        "notes": [*replanned, *course.remarks, *notes, *switch_notes, *feed.remarks(measured.total_s)],
         "straggler": None if course.straggler is None else asdict(course.straggler),
     }
 

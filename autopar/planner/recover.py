@@ -110,6 +110,8 @@ def run_surviving(
         InputError, PlanMismatchError, InfeasibleError: nothing to do, or no plan for what is left.
     """
     policy, say, count = policy or Policy(), progress or say_nothing, count_devices or devices_here
+    if settings.adapt and _is_restarted_by_launcher():
+        raise InputError("--adapt is for runs without torchrun, which says itself how many processes there are")
     state = _State(plan, _visible_devices(), policy)
     restarts: list[Restart] = []
     while True:
@@ -123,7 +125,7 @@ def run_surviving(
                 environment=state.environment,
             )
         except WorkerError as error:
-            if not settings.checkpoints or not error.is_lost:
+            if not settings.checkpoints or not error.is_lost or _is_restarted_by_launcher():
                 raise
             before = state.plan.decisions.num_gpus
             step = _step_of(settings)
@@ -218,6 +220,12 @@ def devices_here(plan: Plan) -> int:
     """GPUs that the driver lists; for a plan that runs on the CPU as many as it uses: a process is no device."""
     found = len(detect_gpus())
     return found if found and plan.cluster.gpu != "cpu" else plan.decisions.num_gpus
+
+
+def _is_restarted_by_launcher() -> bool:
+    from autopar.runtime.ending import is_torchrun
+
+    return is_torchrun()
 
 
 def _visible_devices() -> tuple[str, ...]:

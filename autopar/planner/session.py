@@ -98,7 +98,8 @@ def open_session(
         PlanMismatchError: `plan` was made for another model.
         InputError: torchrun started another number of processes than the plan uses.
     """
-    from autopar.runtime.processes import is_torchrun, join_torchrun
+    from autopar.runtime.ending import is_torchrun
+    from autopar.runtime.processes import join_torchrun
 
     training = training or TrainingOptions()
     if not is_torchrun():
@@ -169,8 +170,9 @@ def _start(
 ) -> Session:
     """Build the executor: of the plan if this is one of several processes, else of the serial model."""
     from autopar.planner.materialise import capture_for_run
+    from autopar.runtime.ending import is_torchrun
     from autopar.runtime.executor import OptimizerOptions, RunOptions, join_plan
-    from autopar.runtime.processes import device_name, device_type, is_torchrun
+    from autopar.runtime.processes import device_name, device_type
 
     if batch_size % num_microbatches:
         raise InputError(f"a batch of {batch_size} does not divide into {num_microbatches} microbatches")

@@ -40,15 +40,20 @@ def is_cut(error: BaseException) -> bool:
     return LOST.search(str(error)) is not None and WAITED.search(str(error)) is None
 
 
+class EndedError(KeyboardInterrupt):
+    """SIGTERM of the launcher, which has lost a process, or whose user wants no more."""
+
+
 def place_of(error: BaseException) -> str:
     """The collective and the function outside torch that waited for it: `all_reduce (Bucket.finish in buckets.py)`."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    unknown = "its own work" if isinstance(error, EndedError) else "a collective"
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if not _is_signals(frame)]
     if not frames:
-        return "a collective"
+        return unknown
     outside = [index for index, frame in enumerate(frames) if not _is_torchs(frame)]
     last = outside[-1] if outside else 0
     after = [frame for frame in frames[last:] if frame.f_code.co_filename.endswith(COLLECTIVES_FILE)]
-    name = after[0].f_code.co_name if after else _awaited(frames[last:])
+    name = after[0].f_code.co_name if after else _awaited(frames[last:]) or unknown
     code = frames[last].f_code
     where = getattr(code, "co_qualname", code.co_name)  # of Python 3.11
     return f"{name} ({where} in {Path(code.co_filename).name})"
@@ -58,15 +63,24 @@ def _is_torchs(frame: FrameType) -> bool:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0] in ("torch", "contextlib")
 
 
+def _is_signals(frame: FrameType) -> bool:
+    return frame.f_code is raise_ended.__code__
+
+
+def raise_ended(_number: int, _frame: FrameType | None) -> None:
+    """Handler of SIGTERM."""
+    raise EndedError
+
+
 def _awaited(frames: Sequence[FrameType]) -> str:
-    """Name of the collective whose `Work` the innermost of these frames holds."""
+    """Name of the collective whose `Work` the innermost of these frames holds; "" if none does."""
     for frame in reversed(frames):
         local = frame.f_locals
         for value in (*local.values(), *getattr(local.get("self"), "__dict__", {}).values()):
             for item in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(item, dist.Work):
                     return torch_adapter.collective_name(item)
-    return "a collective"
+    return ""
 
 
 def waiting_message(
@@ -75,31 +89,46 @@ def waiting_message(
     """What to tell the user.
 
     Args:
-        error: a network failure of this rank.
+        error: a network failure of this rank, or its `EndedError`.
         sight: of the other ranks at that moment.
         rank: of this process.
         meeting, peers: of the run.
     """
-    how = "lost a connection" if is_cut(error) else f"waited {meeting.limit_s:g} s"
+    if isinstance(error, EndedError):
+        how = "was ended"
+    else:
+        how = "lost a connection" if is_cut(error) else f"waited {meeting.limit_s:g} s"
     return f"rank {rank} {how} in {place_of(error)}: {_cause(error, sight, rank, meeting, peers)}"
 
 
-def _cause(error: BaseException, sight: Sight, rank: int, meeting: Meeting, peers: Mapping[int, Peer]) -> str:
-    failed = {other: reason for other, reason in sight.reasons.items() if reason}
+def missing_ranks(error: BaseException, sight: Sight, rank: int, peers: Mapping[int, Peer]) -> list[int]:
+    """Ranks that failed, are silent or do not come, by what this rank knows; [] if all wait as it does."""
+    failed = sorted(other for other, reason in sight.reasons.items() if reason)
     if failed:
-        first = min(failed)
-        return f"{_named([first], peers)} failed: {failed[first]}"
+        return failed[:1]
+    if sight.store_silent_s is not None:
+        return [0]
+    if sight.silent:
+        return sorted(sight.silent)
+    if is_cut(error) or isinstance(error, EndedError):
+        return []
+    return [other for other in sorted(peers) if other != rank and other not in sight.reasons]
+
+
+def _cause(error: BaseException, sight: Sight, rank: int, meeting: Meeting, peers: Mapping[int, Peer]) -> str:
+    missing = missing_ranks(error, sight, rank, peers)
+    if missing and sight.reasons.get(missing[0]):
+        return f"{_named(missing, peers)} failed: {sight.reasons[missing[0]]}"
     if sight.store_silent_s is not None:
         seconds = f"silent for {sight.store_silent_s:.0f} s"
-        return f"{_named([0], peers)}, where the run meets, {seconds}; {_look_at([0], peers, rank)}"
+        return f"{_named(missing, peers)}, where the run meets, {seconds}; {_look_at(missing, peers, rank)}"
     if sight.silent:
-        gone = sorted(sight.silent)
-        return f"{_named(gone, peers)} silent for {max(sight.silent.values()):.0f} s; " + _look_at(gone, peers, rank)
-    busy = [other for other in peers if other != rank and other not in sight.reasons]
+        seconds = f"silent for {max(sight.silent.values()):.0f} s"
+        return f"{_named(missing, peers)} {seconds}; {_look_at(missing, peers, rank)}"
     if is_cut(error):
         return "every rank lives, so something between the hosts broke the connection: a firewall, a proxy, a restart"
-    if busy:
-        return f"{_named(busy, peers)} lives but did not come to it: hung, or slower than --timeout allows"
+    if missing:
+        return f"{_named(missing, peers)} lives but did not come to it: hung, or slower than --timeout allows"
     return "every rank lives and waits as well: the ranks disagree on what comes next, which is a bug"
 
 

@@ -32,6 +32,7 @@ from autopar.errors import AutoparError, NetworkError, WorkerError
 from autopar.ir.hosts import Hosts
 from autopar.runtime.hosts import listen, make_meeting
 from autopar.runtime.nccl_log import nccl_message
+from autopar.runtime.pulse import Pulse
 from autopar.runtime.worker import LISTENER
 
 POLL_S = 0.05
@@ -59,12 +60,14 @@ class Job:
         arguments: JSON object.
         num_processes: number of ranks.
         environment: variables of the workers besides this process's own.
+        is_stepwise: the first rank prints a line per step, whose absence means that it hangs.
     """
 
     entry: str
     arguments: Mapping[str, Any]
     num_processes: int
     environment: Mapping[str, str] = field(default_factory=dict)
+    is_stepwise: bool = False
 
 
 def launch_local(
@@ -94,7 +97,7 @@ def launch_local(
         workers: dict[int, subprocess.Popen[bytes]] = {}
         try:
             _start_all(job, hosts, directory, workers)
-            _wait(workers, directory, timeout_s, on_line)
+            _wait(workers, directory, timeout_s, on_line, Pulse(hosts.timeout_s) if job.is_stepwise else None)
         finally:
             _end(list(workers.values()))
         return [json.loads((directory / f"result_{rank}.json").read_text()) for rank in ranks]
@@ -145,34 +148,39 @@ def _wait(
     directory: Path,
     timeout_s: float | None,
     on_line: Callable[[str], None] | None,
+    pulse: Pulse | None,
 ) -> None:
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     shown, output = 0, directory / f"output_{min(workers)}.txt"
+    listeners = [listener for listener in (on_line, None if pulse is None else pulse.hear) if listener is not None]
     while True:
         codes = {rank: worker.poll() for rank, worker in workers.items()}
-        shown = _show_lines(output, shown, on_line)
+        shown = _show_lines(output, shown, listeners)
         if any(code not in (None, 0) for code in codes.values()):
             time.sleep(SETTLE_S)
             raise _failure({rank: worker.poll() for rank, worker in workers.items()}, directory)
         if all(code == 0 for code in codes.values()):
-            _show_lines(output, shown, on_line)
+            _show_lines(output, shown, listeners)
             return
+        if pulse is not None and (fault := pulse.fault()):
+            raise WorkerError(fault, rank=min(workers) if len(workers) == 1 else None, is_lost=True)
         if deadline is not None and time.monotonic() > deadline:
             running = ", ".join(str(rank) for rank, code in codes.items() if code is None)
             raise WorkerError(f"no result after {timeout_s:g} s; still running: ranks {running}")
         time.sleep(POLL_S)
 
 
-def _show_lines(path: Path, shown: int, on_line: Callable[[str], None] | None) -> int:
+def _show_lines(path: Path, shown: int, listeners: Sequence[Callable[[str], None]]) -> int:
     """Hand over complete lines after byte `shown`; returns how far they went."""
-    if on_line is None:
+    if not listeners:
         return shown
     with path.open("rb") as file:
         file.seek(shown)
         text = file.read()
     complete = text[: text.rfind(b"\n") + 1]
     for line in complete.decode(errors="replace").splitlines():
-        on_line(line)
+        for listener in listeners:
+            listener(line)
     return shown + len(complete)
 
 

@@ -26,7 +26,9 @@ SILENT_BEATS = 6
 CUT_BEATS = 3
 """where a connection broke, after so many."""
 SETTLE_S = 1.0
-"""How long a failing rank waits for what the others, which fail at the same time, have to say."""
+"""How long a failing rank waits at most for what the others, which fail at the same time, have to say."""
+LISTEN_S = 0.1
+"""Between two looks at how many have said it."""
 STOP_S = 2.0
 """How long the end waits for a thread that the store has not answered yet."""
 
@@ -121,7 +123,10 @@ class Liveness:
         try:
             own = connect_again(self._store)
             own.set(f"last/{self._rank}", json.dumps(reason))
-            time.sleep(settle_s)
+            own.add("failing", 1)
+            deadline = time.monotonic() + settle_s
+            while own.add("failing", 0) < self._world_size and time.monotonic() < deadline:
+                time.sleep(LISTEN_S)
             for rank in range(self._world_size):
                 if rank != self._rank and own.check([f"last/{rank}"]):
                     heard[rank] = json.loads(own.get(f"last/{rank}"))

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from autopar import torch_adapter
-from autopar.errors import NetworkError
 from autopar.ir.hosts import DEFAULT_TIMEOUT_S
-from autopar.runtime.failures import is_cut, is_network_failure, waiting_message
+from autopar.runtime.ending import Termination, quiet_when_told, tell
+from autopar.runtime.failures import EndedError, is_cut, is_network_failure, missing_ranks, waiting_message
 from autopar.runtime.hosts import Meeting, external_meeting
 from autopar.runtime.liveness import Liveness, announce
 from autopar.runtime.rendezvous import Peer, call_roll, choose_interface, open_external_store, open_store
@@ -26,6 +26,7 @@ class Membership:
     """This rank's place in the run.
 
     Attributes:
+        store: where ranks meet.
         peers: of every rank.
         liveness: of every rank; None where there is one only.
         interface: over which gloo speaks; "" where the system chose.
@@ -33,6 +34,7 @@ class Membership:
 
     rank: int
     meeting: Meeting
+    store: Store
     peers: Mapping[int, Peer]
     liveness: Liveness | None
     interface: str
@@ -51,24 +53,29 @@ class Membership:
         Raises:
             NetworkError: other ranks did not answer.
         """
-        try:
-            yield
-        except Exception as error:
-            is_network = is_network_failure(error)
-            reason = "" if is_network else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            if self.liveness is None:
+        with Termination() as termination:
+            try:
+                yield
+            except (Exception, EndedError) as error:
+                termination.ignore()
+                self._tell(error)
                 raise
-            sight = self.liveness.sight(reason, is_cut=is_cut(error))
-            if not is_network:
-                raise
-            raise NetworkError(
-                waiting_message(error, sight, rank=self.rank, meeting=self.meeting, peers=self.peers)
-            ) from error
 
-
-def is_torchrun() -> bool:
-    """Whether a launcher has given this process a rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
+    def _tell(self, error: BaseException) -> None:
+        """Raise NetworkError if it was other ranks."""
+        is_ended = isinstance(error, EndedError)
+        is_network = is_ended or is_network_failure(error)
+        reason = "" if is_network else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if self.liveness is None:
+            return
+        sight = self.liveness.sight(reason, is_cut=is_ended or is_cut(error))
+        missing = missing_ranks(error, sight, self.rank, self.peers)
+        if not is_network or (is_ended and not missing):
+            return
+        message = waiting_message(error, sight, rank=self.rank, meeting=self.meeting, peers=self.peers)
+        store = self.store if sight.store_silent_s is None else None
+        rank = missing[0] if len(missing) == 1 else None
+        raise tell(message, rank, store, self.peers[self.rank].node) from error
 
 
 def join_torchrun(timeout_s: float = DEFAULT_TIMEOUT_S) -> Membership | None:
@@ -81,6 +88,7 @@ def join_torchrun(timeout_s: float = DEFAULT_TIMEOUT_S) -> Membership | None:
         return None
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     meeting = external_meeting(os.environ, timeout_s)
+    quiet_when_told()
     return _join(open_external_store(meeting, rank, os.environ), meeting, rank, world_size)
 
 
@@ -99,7 +107,7 @@ def _join(store: Store, meeting: Meeting, rank: int, world_size: int) -> Members
     announce(store, rank)
     peers = call_roll(store, meeting, rank, world_size)
     liveness = Liveness(store, rank, world_size) if world_size > 1 else None
-    membership = Membership(rank, meeting, peers, liveness, interface)
+    membership = Membership(rank, meeting, store, peers, liveness, interface)
     with membership.telling():
         limit = timedelta(seconds=meeting.limit_s)
         torch_adapter.limit_collectives(limit)
