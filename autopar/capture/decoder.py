@@ -7,6 +7,7 @@ traces three of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,17 @@ INIT_STD = 0.02
 ROTARY_BASE = 500000.0
 
 
-class Decoder(nn.Module):
-    """Embedding, layers, norm and output projection; the loss of a batch."""
+class Trunk(nn.Module):
+    """Embedding, layers, norm and output projection."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, layer: Callable[[Options], nn.Module]) -> None:
         super().__init__()
         self.options = options
         vocab = math.ceil(options.vocab / options.pad_vocab_to) * options.pad_vocab_to
         self.embedding = nn.Embedding(vocab, options.hidden)
         self.positions = nn.Embedding(options.seq, options.hidden) if options.positions == "learned" else None
         self.drop = nn.Dropout(options.dropout) if options.dropout else None
-        self.layers = nn.ModuleList(Layer(options) for _ in range(options.layers))
+        self.layers = nn.ModuleList(layer(options) for _ in range(options.layers))
         self.norm = _norm(options)
         self.head = nn.Linear(options.hidden, vocab, bias=False)
         for embedding in (self.embedding, self.positions):
@@ -39,39 +40,61 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
         self.to(DTYPES[options.dtype])
 
+    def embed(self, tokens: Tensor, *span: int) -> Tensor:
+        """[batch, length, hidden] of tokens at the positions of `torch.arange(*span)`."""
+        hidden: Tensor = self.embedding(tokens)
+        if self.positions is not None:
+            hidden = hidden + self.positions(torch.arange(*span, device=tokens.device))
+        return hidden if self.drop is None else self.drop(hidden)
+
+
+class Decoder(Trunk):
+    """The loss of a batch."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options, Layer)
+
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         options = self.options
-        hidden = self.embedding(tokens)
-        if self.positions is not None:
-            hidden = hidden + self.positions(torch.arange(options.seq, device=tokens.device))
-        if self.drop is not None:
-            hidden = self.drop(hidden)
-        turn = _rotation(options, hidden) if options.positions == "rotary" else None
-        bias = _score_bias(options, hidden) if options.attention == "unfused" else None
+        hidden = self.embed(tokens, options.seq)
+        turn = rotation(options, hidden, options.seq) if options.positions == "rotary" else None
+        bias = score_bias(options, hidden) if options.attention == "unfused" else None
         for layer in self.layers:
             hidden = layer(hidden, turn, bias)
         logits = self.head(self.norm(hidden)).float()
         return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-class Layer(nn.Module):
-    """Attention and MLP, each after a norm and added to what came in."""
+class LayerParts(nn.Module):
+    """Attention and MLP, each with a norm before it."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, attention: nn.Module) -> None:
         super().__init__()
         self.attention_norm = _norm(options)
-        self.attention = Attention(options)
+        self.attention = attention
         self.mlp_norm = _norm(options)
         self.mlp: nn.Module = Mlp(options) if isinstance(options, GptOptions) else GatedMlp(options)
         self.drop = nn.Dropout(options.dropout) if options.dropout else None
 
-    def forward(self, hidden: Tensor, turn: Rotation | None, bias: ScoreBias | None) -> Tensor:
-        hidden = hidden + self._dropped(self.attention(self.attention_norm(hidden), turn, bias))
-        return hidden + self._dropped(self.mlp(self.mlp_norm(hidden)))
+    def add_mlp(self, hidden: Tensor) -> Tensor:
+        """Stream after the MLP."""
+        return hidden + self.dropped(self.mlp(self.mlp_norm(hidden)))
 
-    def _dropped(self, part: Tensor) -> Tensor:
+    def dropped(self, part: Tensor) -> Tensor:
+        """What is added to the stream."""
         result: Tensor = part if self.drop is None else self.drop(part)
         return result
+
+
+class Layer(LayerParts):
+    """Attention and MLP, each after a norm and added to what came in."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options, Attention(options))
+
+    def forward(self, hidden: Tensor, turn: Rotation | None, bias: ScoreBias | None) -> Tensor:
+        hidden = hidden + self.dropped(self.attention(self.attention_norm(hidden), turn, bias))
+        return self.add_mlp(hidden)
 
 
 Rotation = tuple[Tensor, Tensor]
@@ -80,8 +103,8 @@ ScoreBias = tuple[Tensor, Tensor | None]
 """Where scores are forbidden, [seq, seq], and what is added to them, [heads, 1, seq]."""
 
 
-class Attention(nn.Module):
-    """Causal self-attention [batch, seq, hidden] -> the same."""
+class AttentionParts(nn.Module):
+    """Projections and cores of causal self-attention."""
 
     def __init__(self, options: Options) -> None:
         super().__init__()
@@ -98,13 +121,16 @@ class Attention(nn.Module):
             self.v = nn.Linear(options.hidden, kv_rows, bias=options.bias)
         self.out = nn.Linear(options.hidden, options.hidden, bias=options.bias)
 
-    def forward(self, hidden: Tensor, turn: Rotation | None, bias: ScoreBias | None) -> Tensor:
+    def heads_of(self, hidden: Tensor, turn: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [batch, heads, length, width]."""
         query, key, value = (part.transpose(1, 2) for part in self._project(hidden))
         if turn is not None:
             query, key = _rotated(query, turn), _rotated(key, turn)
-        mixed = self._flash(query, key, value) if bias is None else self._unfused(query, key, value, bias)
-        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
-        return result
+        return query, key, value
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor, bias: ScoreBias | None) -> Tensor:
+        """Each row against all before it."""
+        return self._flash(query, key, value) if bias is None else self._unfused(query, key, value, bias)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [batch, seq, heads, width]; a head's group lies together in a fused projection."""
@@ -140,6 +166,15 @@ class Attention(nn.Module):
         return heads.unsqueeze(2).expand(-1, -1, self.heads // self.kv_heads, -1, -1).flatten(1, 2)
 
 
+class Attention(AttentionParts):
+    """Causal self-attention [batch, seq, hidden] -> the same."""
+
+    def forward(self, hidden: Tensor, turn: Rotation | None, bias: ScoreBias | None) -> Tensor:
+        mixed = self.mixed(*self.heads_of(hidden, turn), bias)
+        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
 class Mlp(nn.Module):
     """GELU between two matrices."""
 
@@ -173,11 +208,11 @@ def _norm(options: Options) -> nn.Module:
     return nn.RMSNorm(options.hidden, eps=1e-5)
 
 
-def _rotation(options: Options, like: Tensor) -> Rotation:
-    """Su et al. 2021, in the halves' form."""
+def rotation(options: Options, like: Tensor, *span: int) -> Rotation:
+    """Su et al. 2021, in the halves' form, at the positions of `torch.arange(*span)`."""
     width = options.hidden // options.heads
     steps = torch.arange(0, width, 2, device=like.device, dtype=torch.float32) / width
-    angles = torch.arange(options.seq, device=like.device, dtype=torch.float32)[:, None] * ROTARY_BASE**-steps
+    angles = torch.arange(*span, device=like.device, dtype=torch.float32)[:, None] * ROTARY_BASE**-steps
     both = torch.cat([angles, angles], dim=-1)
     return both.cos().to(like.dtype), both.sin().to(like.dtype)
 
@@ -189,12 +224,17 @@ def _rotated(heads: Tensor, turn: Rotation) -> Tensor:
     return heads * cosine + torch.cat([-second, first], dim=-1) * sine
 
 
-def _score_bias(options: Options, like: Tensor) -> ScoreBias:
+def score_bias(options: Options, like: Tensor) -> ScoreBias:
     """The causal mask, and alibi's slopes times positions (Press et al. 2021)."""
     forbidden = torch.ones(options.seq, options.seq, dtype=torch.bool, device=like.device).triu(1)
     if options.positions != "alibi":
         return forbidden, None
-    places = torch.arange(options.seq, device=like.device, dtype=torch.float32)
+    return forbidden, alibi(options, like, options.seq)
+
+
+def alibi(options: Options, like: Tensor, length: int) -> Tensor:
+    """[heads, 1, length]: slopes times positions."""
+    places = torch.arange(length, device=like.device, dtype=torch.float32)
     ranks = torch.arange(1, options.heads + 1, device=like.device, dtype=torch.float32)
     slopes = 2.0 ** (-8.0 * ranks / options.heads)
-    return forbidden, (slopes[:, None, None] * places).to(like.dtype)
+    return (slopes[:, None, None] * places).to(like.dtype)

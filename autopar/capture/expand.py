@@ -12,7 +12,7 @@ shortened and a full trace of one model end in the same names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.capture.calls import Call, Frames, ValueRef, map_refs
@@ -45,8 +45,10 @@ class _Body:
     frames: Frames
 
 
-def expand(calls: list[Call], loss: str, sites: Shortened, owned: Owned) -> tuple[list[Call], str]:
-    """Calls and loss of the full trace. Raises RefusedError if the layers do not agree."""
+def expand(
+    calls: list[Call], results: Sequence[str], sites: Shortened, owned: Owned
+) -> tuple[list[Call], tuple[str, ...]]:
+    """Calls and results of the full trace. Raises RefusedError if the layers do not agree."""
     bodies = _bodies(calls, sites)
     models: dict[int, _Body] = {}
     for kind in sorted({site.kind for site in sites.sites}):
@@ -70,7 +72,7 @@ def expand(calls: list[Call], loss: str, sites: Shortened, owned: Owned) -> tupl
             stands.update(zip(call.outputs, outputs, strict=True))
         elif call.target_name not in MARKERS:
             full.append(_renamed(call, resolve))
-    return full, resolve(ValueRef(loss)).name
+    return full, tuple(resolve(ValueRef(name)).name for name in results)
 
 
 def _renamed(call: Call, rename: Rename) -> Call:
@@ -182,8 +184,8 @@ def _copy(
     return copies, [rename(ValueRef(name)) for name in model.outputs]
 
 
-def name_calls(calls: list[Call], loss: str, taken: Iterable[str]) -> tuple[list[Call], str]:
-    """The calls with numbers in their order, and the loss by its new name. `taken` are names of other values."""
+def name_calls(calls: list[Call], results: Sequence[str], taken: Iterable[str]) -> tuple[list[Call], tuple[str, ...]]:
+    """The calls with numbers in their order, and the results by their new names. `taken` are names of other values."""
     used = set(taken)
     counts: dict[str, int] = {}
     stands: dict[str, ValueRef] = {}
@@ -198,4 +200,4 @@ def name_calls(calls: list[Call], loss: str, taken: Iterable[str]) -> tuple[list
         renamed = replace(_renamed(call, lambda ref: stands.get(ref.name, ref)), name=name)
         stands.update(zip(call.outputs, map(ValueRef, renamed.outputs), strict=True))
         named.append(renamed)
-    return named, stands[loss].name if loss in stands else loss
+    return named, tuple(stands[name].name if name in stands else name for name in results)

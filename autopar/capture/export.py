@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 import io
 import logging
 import traceback
@@ -18,8 +17,9 @@ import torch
 
 from autopar import torch_adapter
 from autopar.capture.fake import fake_tensors
+from autopar.capture.inference import InferenceForward
 from autopar.capture.lift import lift
-from autopar.capture.model_source import ModelSource, as_arguments, leading_dim
+from autopar.capture.model_source import ModelSource, accepted_parts, as_arguments, leading_dim
 from autopar.capture.outside import Wrapped
 from autopar.capture.promote import promote
 from autopar.capture.repeats import find_repeats
@@ -41,7 +41,7 @@ class TrainForward(torch.nn.Module):
         self._source = source
         self._is_single = isinstance(batch, torch.Tensor)
         self._as_dict = isinstance(batch, Mapping)
-        self._accepted = _accepted(model, batch) if source.loss is not None else None
+        self._accepted = accepted_parts(model, batch) if source.loss is not None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._accepted is None:
@@ -82,17 +82,13 @@ def _loss_in(output: Any) -> Any:
     return found
 
 
-def _accepted(model: torch.nn.Module, batch: Any) -> tuple[str, ...]:
-    """Parts of the batch that `model.forward` takes: dict keys, or as many names as positional parts."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if isinstance(batch, Mapping):
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        return tuple(key for key in batch if takes_all or key in named)
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    takes_all = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    count = 1 if isinstance(batch, torch.Tensor) else len(batch)
-    return tuple(str(i) for i in range(count)) if takes_all else tuple(positional[:count])
+def forward_module(source: ModelSource, model: torch.nn.Module, batch: Any) -> TrainForward | InferenceForward:
+    """What is traced and run of the source: with its loss, in training mode; or for inference."""
+    if not source.is_inference:
+        return TrainForward(model, source, batch).train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return InferenceForward(model, source, batch).eval()
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class Captured:
 
     Attributes:
         graph: the program; shapes are those of `graph.batch_size` samples.
-        module: `TrainForward`; the user's model is `module.model`.
+        module: `TrainForward`, or `InferenceForward`; the user's model is `module.model`.
         constants: tensors that the model's code made, by value name.
         inputs: example tensors in the order of `graph.outside("input")`.
         notes: sentences for the reader, e.g. that the model could not be built without memory.
@@ -143,7 +139,7 @@ def capture(
     dtype: torch.dtype | str | None = None,
     every_layer: bool = False,
 ) -> Captured:
-    """Export the source's training forward and lift it.
+    """Export the source's forward, with its loss or for inference, and lift it.
 
     Args:
         batch_size: samples; None keeps the example batch. On a real device the first samples of the example are used.
@@ -189,7 +185,7 @@ class _Whole:
     """What is exported, and on which device."""
 
     source: ModelSource
-    module: TrainForward
+    module: TrainForward | InferenceForward
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     device: str
@@ -203,7 +199,10 @@ class _Whole:
         leaves = tensor_leaves(self.args, self.kwargs)
         keys = tuple(key for key, _ in leaves)
         source = self.source
-        lifted = lift(Wrapped(source.name, source.user_file, PREFIX, exported, self.module, keys, self.samples, sites))
+        returned = self.module.returned if isinstance(self.module, InferenceForward) else ()
+        lifted = lift(
+            Wrapped(source.name, source.user_file, PREFIX, exported, self.module, keys, self.samples, sites, returned)
+        )
         inputs = tuple(leaf for _, leaf in leaves)
         return Captured(lifted.graph, self.module, lifted.constants, inputs, (*self.notes, *lifted.notes))
 
@@ -213,7 +212,7 @@ def _prepare(source: ModelSource, batch_size: int | None, device: str) -> _Whole
     model = _build(source, device, notes)
     batch, samples = _batch(source, device, batch_size)
     args, kwargs = as_arguments(batch)
-    return _Whole(source, TrainForward(model, source, batch).train(), args, kwargs, device, samples, tuple(notes))
+    return _Whole(source, forward_module(source, model, batch), args, kwargs, device, samples, tuple(notes))
 
 
 def _capture_whole(source: ModelSource, batch_size: int | None, device: str) -> Captured:
@@ -299,7 +298,7 @@ def has_samples(leaf: torch.Tensor, samples: int) -> bool:
 
 
 def _export(
-    source: ModelSource, module: TrainForward, args: tuple[Any, ...], kwargs: dict[str, Any], device: str
+    source: ModelSource, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: str
 ) -> torch.export.ExportedProgram:
     """Export; on a real device, if that fails, once more with new tensors made there by default."""
     attempts: list[contextlib.AbstractContextManager[Any]] = [contextlib.nullcontext()]

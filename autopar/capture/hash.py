@@ -13,4 +13,6 @@ def graph_hash(graph: OpGraph) -> str:
         [op.name, encode_call(op), list(op.inputs), list(op.outputs), list(op.mutates), op.block] for op in graph.ops
     ]
     blocks = [[block.start, block.stop, block.class_id] for block in graph.blocks]
-    return digest([values, ops, blocks, graph.loss, graph.batch_size, graph.optimizer])
+    outputs = [[o.value, o.key, o.stays, o.batch_dim] for o in graph.outputs]
+    rest = [outputs] if outputs else []
+    return digest([values, ops, blocks, graph.loss, graph.batch_size, graph.optimizer, *rest])

@@ -14,6 +14,7 @@ from autopar.capture.blocks import assign_blocks
 from autopar.capture.calls import Frames, Traced, ValueRef
 from autopar.capture.expand import Owned, expand, name_calls
 from autopar.capture.flatten import Flattener
+from autopar.capture.inference import as_inference, held_by_op, kept_results
 from autopar.capture.live import live_calls
 from autopar.capture.normalise import normalise
 from autopar.capture.outside import Entry, Wrapped, outside_values
@@ -42,25 +43,30 @@ def lift(wrapped: Wrapped) -> Lifted:
     entries, placeholders = outside_values(wrapped)
     flattener = Flattener(wrapped.user_file, wrapped.prefix)
     calls, output = flattener.flatten(wrapped.exported.graph_module, placeholders)
-    loss = output[0].name
+    results = tuple(ref.name for ref in (output if wrapped.returned else output[:1]))
     if wrapped.sites is not None:
-        calls, loss = expand(calls, loss, wrapped.sites, _owned(entries))
-    calls, loss = name_calls(calls, loss, (entry.outside.name for entry in entries))
-    trace = Tracer([entry.outside for entry in entries], wrapped.user_file).run(calls, loss)
-    loss = trace.current[loss]
-    if not trace.tensors[loss].requires_grad:
+        calls, results = expand(calls, results, wrapped.sites, _owned(entries))
+    calls, results = name_calls(calls, results, (entry.outside.name for entry in entries))
+    trace = Tracer([entry.outside for entry in entries], wrapped.user_file).run(calls, results)
+    results = tuple(trace.current[name] for name in results)
+    if not wrapped.returned and not trace.tensors[results[0]].requires_grad:
         raise CaptureError(f"{wrapped.name}: the loss does not depend on any trainable parameter")
-    live = live_calls(trace.ops, loss)
+    live = live_calls(trace.ops, results)
     values = _values(trace, live, entries, wrapped.batch_size)
-    shared = _shared(live, values)
-    saved, extra = _saved(trace, live, values, shared)
+    shared = _shared(live, values, with_data=not wrapped.returned)
     sources = _sources(live, wrapped.user_file)
+    outputs, notes = kept_results(wrapped.name, dict(zip(wrapped.returned, results, strict=False)), live, shared)
+    if wrapped.returned:
+        saved, extra = held_by_op(live, values, outputs.values()), dict.fromkeys([op.name for op in live], 0)
+    else:
+        saved, extra = _saved(trace, live, values, shared)
     ops = [_op(op, sources[op.frames], saved[op.name], extra[op.name], op.name in shared) for op in live]
-    ops, scopes = normalise(ops, values, {op.name: op.scope for op in live}, loss)
+    ops, scopes = normalise(ops, values, {op.name: op.scope for op in live}, results)
     blocked, blocks = assign_blocks(ops, values, scopes)
+    loss = "" if wrapped.returned else results[0]
     graph = OpGraph(wrapped.name, blocked, values, blocks, loss, wrapped.batch_size)
     constants = {e.outside.name: e.constant for e in entries if e.constant is not None}
-    return Lifted(graph, constants, ())
+    return Lifted(as_inference(graph, outputs) if wrapped.returned else graph, constants, notes)
 
 
 def _owned(entries: list[Entry]) -> Owned:
@@ -83,10 +89,15 @@ def _values(trace: Trace, live: list[Traced], entries: list[Entry], batch_size: 
     return values
 
 
-def _shared(live: list[Traced], values: Mapping[str, Value]) -> set[str]:
-    """Names of ops that every stage can compute again for itself; see `ir.graph`."""
+def _shared(live: list[Traced], values: Mapping[str, Value], *, with_data: bool) -> set[str]:
+    """Names of ops that every stage can compute again for itself; see `ir.graph`.
+
+    `with_data` False: batch inputs that are no indices, such as a cache, are worked on where they lie alone.
+    """
     mutated = {name for op in live for name in op.mutates}
     free = {n for n, v in values.items() if v.origin in ("input", "constant", "buffer") and n not in mutated}
+    if not with_data:
+        free -= {n for n, v in values.items() if v.origin == "input" and v.meta.is_floating}
     shared: set[str] = set()
     for op in live:
         differentiable = any(values[name].requires_grad for name in op.outputs)

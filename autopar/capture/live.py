@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 
@@ -22,9 +22,9 @@ class Reads(Protocol):
 C = TypeVar("C", bound=Reads)
 
 
-def live_calls(calls: Sequence[C], loss: str) -> list[C]:
-    """Calls that the loss or a buffer update needs, in order."""
-    needed = {loss}
+def live_calls(calls: Sequence[C], results: Iterable[str]) -> list[C]:
+    """Calls that the results or a buffer update need, in order."""
+    needed = set(results)
     live: list[C] = []
     for call in reversed(calls):
         if call.mutates or needed.intersection(call.outputs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class ModelSource:
         options: the options as given.
         dataset: of the file, if it has one: a dataset of samples, or a loader around it.
         make_batch: of the file, if it has one: the whole batch of a step, counted from 0.
+        is_inference: the model is run forward alone, without its loss.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ModelSource:
     options: Mapping[str, str] = field(default_factory=dict)
     dataset: Callable[[], Any] | None = None
     make_batch: Callable[[int], Any] | None = None
+    is_inference: bool = False
 
     def build_model(self) -> torch.nn.Module:
         """Build on the current default device. Raises InputError if the code fails or builds no module."""
@@ -95,6 +98,24 @@ def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return tuple(batch), {}
+
+
+def accepted_parts(model: torch.nn.Module, batch: Any, *, optional: bool = False) -> tuple[str, ...]:
+    """Parts of the batch that `model.forward` takes: dict keys, or as many names as positional parts.
+
+    With `optional`, those alone that have a default.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    if optional:
+        parameters = [p for p in parameters if p.default is not p.empty]
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if isinstance(batch, Mapping):
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters) and not optional
+        return tuple(key for key in batch if takes_all or key in named)
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_all = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    count = 1 if isinstance(batch, torch.Tensor) else len(batch)
+    return tuple(str(i) for i in range(count)) if takes_all else tuple(positional[:count])
 
 
 def convert_option(text: str, name: str, value: str, default: object) -> Any:

@@ -37,6 +37,7 @@ class Wrapped:
         keys: key of every tensor input, in order.
         batch_size: inputs whose dim 0 has this size are batched.
         sites: the layers of a shortened export, by paths without the prefix; None: the whole model was exported.
+        returned: keys of what the module returns, for inference; (): it returns the loss.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Wrapped:
     keys: tuple[str, ...]
     batch_size: int
     sites: Shortened | None = None
+    returned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ of a tuple, the named ones of a dict), so a batch `(images, labels)` works for a
 Without, everything is passed and the model must return its loss (a scalar, or `.loss` / `"loss"` in its output).
 
 `hf:PATH` is a Hugging Face config.json, see `capture.hf_source`; `gpt` and `llama` are `capture.families`.
+
+For inference the model runs without its loss (see `capture.inference`); `labels` in a dict batch are then left out
+where `forward` has a default for them.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,6 +43,7 @@ from autopar.capture.precision import in_precision, without_precision
 from autopar.capture.user_code import user_errors
 from autopar.errors import InputError
 from autopar.ir.families import FAMILIES
+from autopar.ir.inference import INFERENCE, MODE_OPTION, TRAINING
 
 __all__ = ["ModelSource", "as_arguments", "bind_options", "load_source"]
 
@@ -53,15 +57,18 @@ def load_source(text: str, options: Mapping[str, str] | None = None) -> ModelSou
         InputError: file missing, not Python, raises at import, without a model, or an unknown or bad option.
     """
     own, precision = without_precision(options or {})
-    source = _load(text, own)
+    mode = own.pop(MODE_OPTION, TRAINING)
+    source = _load(text, own, is_inference=mode == INFERENCE)
+    if mode == INFERENCE:
+        return replace(source, is_inference=True, options={**source.options, MODE_OPTION: mode})
     return source if precision is None else in_precision(source, precision)
 
 
-def _load(text: str, options: dict[str, str]) -> ModelSource:
+def _load(text: str, options: dict[str, str], *, is_inference: bool) -> ModelSource:
     if text.startswith("hf:"):
         return load_hf_source(text, options)
     if text in FAMILIES:
-        return load_family(text, options)
+        return load_family(text, options, is_inference=is_inference)
     path = Path(text).expanduser()
     if not path.is_file():
         raise InputError(f"{text}: {_missing(text, path)}")

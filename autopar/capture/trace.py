@@ -18,6 +18,7 @@ Functionalisation, per call:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,12 +86,12 @@ class Tracer:
             self._add(value.name, self.runner.hold(value.tensor))
             self.trace.current[value.name] = value.name
 
-    def run(self, calls: list[Call], loss: str) -> Trace:
-        """All calls; `loss` is read after the last."""
+    def run(self, calls: list[Call], results: Sequence[str]) -> Trace:
+        """All calls; `results` are read after the last."""
         for index, call in enumerate(calls):
             for name in refs_in(call.args, call.kwargs):
                 self.last_read[name] = index
-        self.last_read[loss] = len(calls)
+        self.last_read |= dict.fromkeys(results, len(calls))
         with torch.enable_grad():
             for self.position, call in enumerate(calls):
                 self._step(call)

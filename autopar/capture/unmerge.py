@@ -10,7 +10,7 @@ of the sequence is then no slice of the tokens. Two patterns are undone:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from autopar.capture.live import live_calls
@@ -121,9 +121,9 @@ class Unmerger:
         )
 
 
-def remove_dead(ops: list[Op], values: dict[str, Value], loss: str) -> list[Op]:
-    """Ops that the loss or a buffer update needs; the results of the others leave `values` unless members make them."""
-    live = live_calls(ops, loss)
+def remove_dead(ops: list[Op], values: dict[str, Value], results: Iterable[str]) -> list[Op]:
+    """Ops that the results or a buffer update need; what the others make leaves `values` unless members make them."""
+    live = live_calls(ops, results)
     kept = {name for op in live for call in (op, *op.members) for name in (*call.inputs, *call.outputs)}
     for name in [n for n, value in values.items() if value.origin == "op" and n not in kept]:
         del values[name]

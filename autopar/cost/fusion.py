@@ -173,7 +173,7 @@ class _Kernel:
         self.names = names = {op.name for op in group}
         leaving = [
             name for name in self.made
-            if name == graph.loss or any(op.name not in names for op, _ in readers.readers.get(name, ()))
+            if name in graph.results or any(op.name not in names for op, _ in readers.readers.get(name, ()))
         ]  # fmt: skip
         self.leaving = {self._base(name) for name in leaving} & self.made.keys()
         self.inner = {name for op in self.working for name in op.outputs} - self.leaving

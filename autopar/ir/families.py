@@ -29,6 +29,8 @@ class GptOptions:
         tied: the output projection is the embedding.
         positions: `learned`: an embedding of positions; `alibi`: a bias on the scores (under `flash` part of the
             kernel, and left out); `none`.
+        cache: for inference: one new token per sequence is decoded against the keys and values of so many before it;
+            0: the whole sequence.
     """
 
     layers: int = 12
@@ -47,6 +49,7 @@ class GptOptions:
     bias: bool = True
     tied: bool = True
     positions: str = "learned"
+    cache: int = 0
 
     @property
     def ffn_size(self) -> int:
@@ -71,6 +74,7 @@ class LlamaOptions:
     qkv: str = "separate"
     bias: bool = False
     tied: bool = False
+    cache: int = 0
 
     dropout = 0.0
     positions = "rotary"

@@ -7,6 +7,10 @@ Ops that depend on batch inputs and constants alone and carry no gradient are `i
 them computes them again, so they never cross a stage cut and belong to no block (`block == -1`).
 
 The graph ends in `loss`, a scalar. Shapes are those of one whole global batch.
+
+An inference graph has `outputs` in place of a loss, and parameters without gradient. Its activations still say whether
+they depend on parameters (`requires_grad`), and `Op.saved` lists what lasts until the step is over: batch inputs that
+are no indices (a cache), and outputs.
 """
 
 from __future__ import annotations
@@ -106,9 +110,31 @@ class Block:
     class_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor that an inference graph returns.
+
+    Attributes:
+        value: its name in the graph.
+        key: its place in what the model returns, e.g. `logits` or `1.0.1`.
+        stays: it is left split as the plan has it; else it is whole, but for samples.
+        batch_dim: dim that counts samples, or None.
+    """
+
+    value: str
+    key: str
+    stays: bool
+    batch_dim: int | None
+
+
 @dataclass(frozen=True)
 class OpGraph:
-    """The whole program of one step's forward and loss; see the module docstring for the invariants."""
+    """The whole program of one step's forward and loss; see the module docstring for the invariants.
+
+    Attributes:
+        loss: name of the loss; "" in an inference graph.
+        outputs: of an inference graph, in the order in which the model returns them; else ().
+    """
 
     name: str
     ops: tuple[Op, ...]
@@ -117,6 +143,17 @@ class OpGraph:
     loss: str
     batch_size: int
     optimizer: str = "adamw"
+    outputs: tuple[Output, ...] = ()
+
+    @property
+    def is_inference(self) -> bool:
+        """It has outputs in place of a loss."""
+        return bool(self.outputs)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Names of the values that it is run for."""
+        return tuple(output.value for output in self.outputs) or (self.loss,)
 
     def op(self, name: str) -> Op:
         return next(op for op in self.ops if op.name == name)

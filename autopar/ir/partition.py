@@ -83,7 +83,7 @@ def _crossings(graph: OpGraph, stages: Sequence[StageChoice]) -> list[tuple[str,
     """Values that cross each cut; entry k is the cut before stage k, and both ends are empty."""
     stage_of_block = {block: k for k, stage in enumerate(stages) for block in range(stage.start, stage.stop)}
     first = {name: stage_of_block[op.block] for op in graph.ops if not op.is_shared for name in op.outputs}
-    last: dict[str, int] = {graph.loss: len(stages) - 1}
+    last: dict[str, int] = {graph.loss: len(stages) - 1} if graph.loss else {}
     for op in graph.ops:
         for name in op.inputs:
             if name in first and not op.is_shared:

@@ -13,7 +13,7 @@ from typing import Any
 
 from autopar.errors import InputError, PlanMismatchError
 from autopar.ir.codec import DecodeError, TextForm, decode, encode, format_json, parse_json
-from autopar.ir.graph import Arg, Block, Op, OpGraph, Ref, Value
+from autopar.ir.graph import Arg, Block, Op, OpGraph, Output, Ref, Value
 from autopar.ir.serialize import write_atomic
 from autopar.ir.tensor import TensorMeta
 
@@ -96,8 +96,9 @@ def _decode_op(content: Any, path: str) -> Op:
 
 
 def graph_json(graph: OpGraph) -> dict[str, Any]:
-    """The whole graph as JSON values."""
-    return {
+    """The whole graph as JSON values; outputs only where there are any."""
+    outputs = {"outputs": [encode(output, Output, FORMS) for output in graph.outputs]} if graph.outputs else {}
+    return outputs | {
         "schema_version": GRAPH_SCHEMA_VERSION,
         "name": graph.name,
         "ops": [_encode_op(op) for op in graph.ops],
@@ -119,7 +120,7 @@ def parse_graph(text: str, name: str = "graph") -> OpGraph:
     try:
         content = parse_json(text)
         keys = {"schema_version", *OpGraph.__dataclass_fields__}
-        if not isinstance(content, dict) or content.keys() != keys:
+        if not isinstance(content, dict) or {"outputs", *content.keys()} != keys:
             raise DecodeError("$", f"expected the keys {', '.join(sorted(keys))}")
         if content["schema_version"] != GRAPH_SCHEMA_VERSION:
             raise DecodeError("$.schema_version", f"this autopar reads {GRAPH_SCHEMA_VERSION}")
@@ -139,6 +140,7 @@ def _decode_graph(content: dict[str, Any]) -> OpGraph:
         ops=tuple(_decode_op(op, f"$.ops[{i}]") for i, op in enumerate(content["ops"])),
         values={value.name: value for value in values},
         blocks=decode(content["blocks"], tuple[Block, ...], FORMS, "$.blocks"),
+        outputs=decode(content.get("outputs", []), tuple[Output, ...], FORMS, "$.outputs"),
         **{name: decode(content[name], kind, FORMS, f"$.{name}") for name, kind in scalars.items()},
     )
 

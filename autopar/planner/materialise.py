@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 from autopar import torch_adapter
-from autopar.capture.export import Captured, TrainForward, capture, has_samples, quiet, tensor_leaves
+from autopar.capture.export import (
+    Captured,
+    TrainForward,
+    capture,
+    forward_module,
+    has_samples,
+    quiet,
+    tensor_leaves,
+)
 from autopar.capture.model_source import ModelSource, as_arguments, leading_dim
 from autopar.capture.single import as_for_several
 from autopar.errors import CaptureError
@@ -38,7 +46,7 @@ def capture_for_run(source: ModelSource, *, batch_size: int, device: str, num_mi
         model = source.build_model().to(device)
     return replace(
         captured,
-        module=TrainForward(model, source, source.raw_batch()).train(),
+        module=forward_module(source, model, source.raw_batch()),
         constants={name: constant.to(device) for name, constant in captured.constants.items()},
         inputs=sized_batch(source, batch_size, device),
     )
