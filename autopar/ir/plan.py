@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autopar.ir.cluster import ClusterDescription
+from autopar.ir.codec import ADDED
 from autopar.ir.quantity import Quantity
 from autopar.ir.software import Software
 from autopar.ir.solution import Alternative, Decisions, Limits, Objective
@@ -62,13 +63,18 @@ class ClusterReference:
 
 @dataclass(frozen=True)
 class StageFigures:
-    """Predicted figures of one stage. Seconds are of one microbatch, except `step_s` (once a step)."""
+    """Predicted figures of one stage. Seconds are of one microbatch, except `step_s` (once a step).
+
+    `offloaded` are bytes of one device that lie where the plan offloads them, `optimizer` and `activations`; None: it
+    does not.
+    """
 
     forward_s: Quantity
     backward_s: Quantity
     step_s: Quantity
     peak_memory_bytes: Quantity
     memory_by_cause: Mapping[str, float]
+    offloaded: Mapping[str, float] | None = field(default=None, metadata=ADDED)
 
 
 @dataclass(frozen=True)

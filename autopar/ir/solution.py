@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from autopar.ir.codec import ADDED
 from autopar.ir.mesh import StageMesh
+from autopar.ir.offload import NOWHERE, Offload
 from autopar.ir.placement import Sharding
 from autopar.ir.strategy import ParameterStrategy, Strategy
 
@@ -111,6 +112,7 @@ class Pins:
         zero: storage of parameters over ranks that split samples: 0 none, 1 to 3 those stages of ZeRO; None: any but 2.
         ops: (regex, label): on axes longer than one, ops whose name or module path the regex matches whole take the
             label wherever they have it.
+        offload_optimizer, offload_activations: one of `ir.offload.PLACES`; None: they stay on the device.
     """
 
     dp: int | None = None
@@ -128,6 +130,13 @@ class Pins:
     roles: bool = False
     without: tuple[str, ...] = ()
     ops: tuple[tuple[str, str], ...] = ()
+    offload_optimizer: str | None = None
+    offload_activations: str | None = None
+
+    @property
+    def offload(self) -> Offload:
+        """Both places."""
+        return Offload(self.offload_optimizer or NOWHERE, self.offload_activations or NOWHERE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +178,7 @@ class Decisions:
             k + K, ...; 1: every stage is a rank.
         stage_meshes: one per stage, of the same axes in other sizes, `mesh` being the first; (): all have `mesh`. What
             several stages read has one placement, by axis, for all of them.
+        offload: what lies outside of the devices.
     """
 
     mesh: StageMesh
@@ -181,6 +191,7 @@ class Decisions:
     pace_s: float = 0.0
     interleave: int = 1
     stage_meshes: tuple[StageMesh, ...] = field(default=(), metadata=ADDED)
+    offload: Offload = field(default=Offload(), metadata=ADDED)
 
     @property
     def num_ranks(self) -> int:

@@ -15,6 +15,7 @@ from autopar.errors import PlanMismatchError
 from autopar.ir.cost import Device
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.mesh import StageMesh
+from autopar.ir.offload import NOWHERE
 from autopar.ir.pipeline import SCHEDULES, check_interleave
 from autopar.ir.placement import Sharding, format_sharding, local_shape
 from autopar.ir.plan import SCHEMA_VERSION, Plan, Prediction
@@ -207,6 +208,9 @@ def _stages(plan: Plan) -> Iterator[Issue]:
             yield Issue(f"$.decisions.stages[{i}]", problem)
         if stage.recompute not in RECOMPUTE:
             yield Issue(f"$.decisions.stages[{i}].recompute", f"expected one of {', '.join(RECOMPUTE)}")
+        elif stage.recompute != "none" and plan.decisions.offload.activations != NOWHERE:
+            problem = f"{stage.recompute!r} with activations offloaded: either of the two saves them"
+            yield Issue(f"$.decisions.stages[{i}].recompute", problem)
         start = stage.stop
     counts = {"peak_memory_bytes": plan.decisions.num_ranks, "stages": len(plan.decisions.stages)}
     for name, expected in counts.items():

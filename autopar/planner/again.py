@@ -8,11 +8,10 @@ from dataclasses import replace
 from autopar.errors import InfeasibleError, InputError
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import dump_plan, parse_plan
-from autopar.ir.solution import Pins
 from autopar.planner.choose import describe
 from autopar.planner.recall import Command, finished_plan
 from autopar.planner.request import say_nothing
-from autopar.planner.rival import check_unchanged, request_of
+from autopar.planner.rival import check_unchanged, offload_pins, request_of
 
 REPLAN_LIMIT_S = 60.0
 """Of a search after a failure: devices wait for it."""
@@ -31,9 +30,10 @@ def plan_again(plan: Plan, num_gpus: int, say: Say | None = None) -> Plan:
         raise InputError("a cluster of several types of GPU has changed: plan again, with another --cluster")
     say = say or say_nothing
     count = plan.decisions.num_microbatches
-    same = Pins(num_microbatches=count)
+    free = offload_pins(plan)
+    same = replace(free, num_microbatches=count)
     failure: InfeasibleError | None = None
-    for pins, use_all in ((same, True), (Pins(), True), (Pins(), False)):
+    for pins, use_all in ((same, True), (free, True), (free, False)):
         request = replace(
             request_of(plan, pins),
             num_gpus=num_gpus,

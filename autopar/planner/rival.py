@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autopar.errors import PlanMismatchError
+from autopar.ir.offload import NOWHERE
 from autopar.ir.plan import Plan
 from autopar.ir.solution import KEPT, Pins
 from autopar.planner.plan import plan_model
@@ -29,9 +32,16 @@ def request_of(plan: Plan, pins: Pins) -> PlanRequest:
 
 
 def policy_pins(plan: Plan) -> Pins:
-    """Pins under which tables price what the plan's stages compute again."""
+    """Pins under which tables price what the plan's stages compute again, and what it offloads."""
     kept = sorted({stage.recompute for stage in plan.decisions.stages} & set(KEPT[1:]))
-    return Pins(recompute=kept[0] if kept else None)
+    return replace(offload_pins(plan), recompute=kept[0] if kept else None)
+
+
+def offload_pins(plan: Plan) -> Pins:
+    """Pins under which a plan offloads what this one does."""
+    offload = plan.decisions.offload
+    optimizer, activations = (None if p == NOWHERE else p for p in (offload.optimizer, offload.activations))
+    return Pins(offload_optimizer=optimizer, offload_activations=activations)
 
 
 def make_rival(plan: Plan, pins: Pins, progress: Progress | None = None) -> Plan:
