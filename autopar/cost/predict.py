@@ -19,6 +19,7 @@ from autopar.cost.mixed import MixedTables
 from autopar.cost.power import dynamic_limit_w
 from autopar.cost.stages import StageCost, stage_costs
 from autopar.cost.table import CostTables
+from autopar.cost.uneven import uneven_stage_cost
 from autopar.errors import PlanMismatchError
 from autopar.ir.cost import CostTable
 from autopar.ir.plan import Prediction, StageFigures
@@ -78,6 +79,9 @@ def transfers_s(
     ranks = decisions.num_ranks
     found = []
     for k, cost in enumerate(costs[1:], start=1):
+        if cost.wire is not None:
+            found.append(send_cost(each[k].cluster, cost.wire.is_near).time_s(cost.wire.busiest_bytes))
+            continue
         if each[k - 1] is not each[k]:
             found.append(_between_types(tables, decisions, k).time_s(cost.received_bytes))
             continue
@@ -114,6 +118,8 @@ def plan_costs(tables: CostTables | MixedTables, decisions: Decisions) -> tuple[
         PlanMismatchError: as `predict`.
     """
     each, labels = stage_tables(tables, decisions), Counter[str]()
+    if decisions.stage_meshes:
+        return _uneven_costs(tables, decisions)
     by_type: dict[int, tuple[StageCost, ...]] = {}
     for own in each:
         if id(own) not in by_type:
@@ -125,6 +131,25 @@ def plan_costs(tables: CostTables | MixedTables, decisions: Decisions) -> tuple[
     return tuple(by_type[id(own)][k] for k, own in enumerate(each)), dict(labels)
 
 
+def _uneven_costs(
+    tables: CostTables | MixedTables, decisions: Decisions
+) -> tuple[tuple[StageCost, ...], dict[str, int]]:
+    """As `plan_costs`, each stage by the table of its own mesh."""
+    if isinstance(tables, MixedTables):
+        raise PlanMismatchError("stages with meshes of their own lie on one type of GPU, not on a mixed cluster")
+    costs, labels = [], Counter[str]()
+    for k, (mesh, stage) in enumerate(zip(decisions.stage_meshes, decisions.stages, strict=True)):
+        table, clock = tables.table(mesh, decisions.num_microbatches), _clock_index(tables, stage.clock_hz)
+        if table is None:
+            raise PlanMismatchError(f"the batch does not divide into {decisions.num_microbatches} microbatches")
+        figures = tables.clock_figures(mesh, decisions.num_microbatches) if clock else None
+        own = table if figures is None else figures.at(table, clock)
+        costs.append(uneven_stage_cost(tables, own, decisions, k))
+        if mesh not in decisions.stage_meshes[:k]:
+            labels.update(table.labels)
+    return tuple(costs), dict(labels)
+
+
 def predict(tables: CostTables | MixedTables, decisions: Decisions) -> Prediction:
     """All figures of a plan.
 
@@ -133,7 +158,7 @@ def predict(tables: CostTables | MixedTables, decisions: Decisions) -> Predictio
     """
     costs, labels = plan_costs(tables, decisions)
     time_s = max(timeline_of(tables, costs, decisions).makespan_s, decisions.pace_s)
-    sends_j = sum(2 * c.received_bytes * _send_j_per_byte(tables, decisions, k) for k, c in enumerate(costs))
+    sends_j = sum(_sends_j(tables, decisions, k, cost) for k, cost in enumerate(costs))
     each = stage_tables(tables, decisions)
     return _prediction(each, decisions, costs, time_s=time_s, sends_j=sends_j, labels=labels)
 
@@ -142,15 +167,18 @@ def _prediction(
     each: Sequence[CostTables], decisions: Decisions, costs: tuple[StageCost, ...],
     *, time_s: float, sends_j: float, labels: Mapping[str, int],
 ) -> Prediction:  # fmt: skip
-    """`sends_j` are joules of one microbatch and one device of every stage."""
-    n, count = decisions.mesh.num_devices, decisions.num_microbatches
+    """`sends_j` are joules of one microbatch over all cuts."""
+    widths, count = [mesh.num_devices for mesh in decisions.meshes], decisions.num_microbatches
     used = {id(own): own.cluster for own in each}
-    stages_on = Counter(id(own) for own in each[: decisions.num_ranks])
-    clusters = [(cluster, n * stages_on[key]) for key, cluster in used.items()]
+    devices_on = Counter[int]()
+    for own, width in zip(each, widths, strict=False):
+        devices_on[id(own)] += width
+    clusters = [(cluster, devices_on[key]) for key, cluster in used.items()]
     blocked_w = sum(cluster.spec.blocked_w * devices for cluster, devices in clusters)
     host_w = sum(cluster.spec.host_w_per_node * cluster.nodes(devices) for cluster, devices in clusters)
     energy = {
-        "dynamic": n * sum(count * c.microbatch_j + c.step_j for c in costs) + n * count * sends_j,
+        "dynamic": sum(widths[k % len(widths)] * (count * c.microbatch_j + c.step_j) for k, c in enumerate(costs))
+        + count * sends_j,
         "blocked": blocked_w * time_s,
         "host": host_w * time_s,
     }
@@ -158,7 +186,7 @@ def _prediction(
     highest_w = 0.0
     for key, cluster in used.items():
         hungriest = max(c.peak_w for c, own in zip(costs, each, strict=True) if id(own) == key)
-        highest_w += n * stages_on[key] * min(hungriest, dynamic_limit_w(cluster.spec))
+        highest_w += devices_on[key] * min(hungriest, dynamic_limit_w(cluster.spec))
     peak_w = max(highest_w + blocked_w + host_w, energy_j / time_s)
     ranks = range(decisions.num_ranks)
     memory = [memory_by_cause(costs, k, decisions, each[k].software, each[k].cluster.spec.unseen_share) for k in ranks]
@@ -182,6 +210,14 @@ def _prediction(
         tdp_energy_j=sum(cluster.spec.limit_w * devices for cluster, devices in clusters) * time_s,
         sources=labels,
     )  # fmt: skip
+
+
+def _sends_j(tables: CostTables | MixedTables, decisions: Decisions, stage: int, cost: StageCost) -> float:
+    """Joules of one microbatch over the cut before a stage, both ways."""
+    if cost.wire is not None:
+        cluster = stage_tables(tables, decisions)[stage].cluster
+        return cost.wire.total_bytes * send_cost(cluster, cost.wire.is_near).j_per_byte
+    return 2 * decisions.mesh.num_devices * cost.received_bytes * _send_j_per_byte(tables, decisions, stage)
 
 
 def _send_j_per_byte(tables: CostTables | MixedTables, decisions: Decisions, stage: int) -> float:

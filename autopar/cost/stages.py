@@ -7,13 +7,14 @@ on streams block by block (`ir.streams`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from autopar.cost.memory import Synced, parameter_bytes, synced_gradient
 from autopar.cost.table import CostTables
 from autopar.errors import PlanMismatchError
-from autopar.ir.cost import CostNode, CostTable
+from autopar.ir.cost import CostEdge, CostNode, CostTable
 from autopar.ir.solution import Decisions
 from autopar.ir.strategy import ParameterStrategy
 from autopar.ir.streams import BlockWork, Overlap, stage_times
@@ -24,6 +25,7 @@ STATE_CAUSES = ("parameters", "gradients", "optimizer")
 """What lasts from step to step."""
 WORK = ("forward_s", "backward_s", "gather_s", "regather_s", "scatter_s", "sync_s", "update_s")
 """Fields of `BlockWork`."""
+NOTHING: Mapping[tuple[int, int], int] = MappingProxyType({})
 
 
 @dataclass
@@ -38,6 +40,21 @@ class BlockBytes:
     workspace: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What crosses the cut before a stage whose mesh is its own, of one microbatch.
+
+    Attributes:
+        busiest_bytes: that one rank sends or receives at most, in the direction of the more.
+        total_bytes: of all ranks, both ways.
+        is_near: all that is sent stays inside nodes.
+    """
+
+    busiest_bytes: float
+    total_bytes: float
+    is_near: bool
+
+
 @dataclass
 class StageCost:
     """Sums of one stage on one device: of one microbatch, or once a step where the name says so.
@@ -46,7 +63,8 @@ class StageCost:
     parameters that are not gathered, `op_workspace_bytes` that of any but parameters. Of the others `synced` are the
     gradients that buckets copy, `bucket_limit_bytes` what the search reckons those take. `state` is by cause, `blocks`
     and `memory` by index (SHARED first).
-    `times` are those of the streams that `blocks` run on.
+    `times` are those of the streams that `blocks` run on. `wire` is None where stages have one mesh: then every device
+    receives `received_bytes` from one other.
     """
 
     blocks: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -62,6 +80,7 @@ class StageCost:
     bucket_limit_bytes: float = 0.0
     synced: Synced = field(default_factory=Synced)
     received_bytes: float = 0.0
+    wire: Wire | None = None
     peak_w: float = 0.0
     state: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STATE_CAUSES, 0.0))
 
@@ -121,11 +140,22 @@ def chosen(table: CostTable, decisions: Decisions) -> tuple[int, ...]:
     return tuple(found)
 
 
-def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> tuple[StageCost, ...]:
+def stage_costs(
+    tables: CostTables,
+    table: CostTable,
+    decisions: Decisions,
+    *,
+    choice: Sequence[int] | None = None,
+    entering: Mapping[tuple[int, int], int] = NOTHING,
+) -> tuple[StageCost, ...]:
     """Sums of every stage, as defined by the search: shared entries count in every stage, a parameter counts in
     every stage that reads it, an edge in the stage of its consumer.
+
+    Args:
+        choice: of every node, by index; None: as decided.
+        entering: (node, block) -> its choice as stages after that of the block see it, where it is another.
     """
-    choice = chosen(table, decisions)
+    choice = chosen(table, decisions) if choice is None else choice
     stage_of = [k for k, stage in enumerate(decisions.stages) for _ in range(stage.start, stage.stop)]
     redo = [stage.recompute == "full" for stage in decisions.stages]
     stages = [StageCost() for _ in decisions.stages]
@@ -141,11 +171,13 @@ def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> t
             _add_state(stages[k], block, held)
             stages[k].synced += synced_gradient(held[1], strategy, table.mesh.sizes, tables.software)
     for edge in table.edges:
-        at = choice[edge.source], choice[edge.target]
-        prices = (float(edge.forward_s[at]), float(edge.backward_s[at]), float(edge.microbatch_j[at]))
-        for block in edge.blocks:
+        prices = _edge_prices(edge, choice[edge.source], choice[edge.target])
+        for block, (home, _) in zip(edge.blocks, edge.cut_pairs, strict=True):
+            paid = prices
+            if entering and (edge.source, home) in entering and stage_of[home] != stage_of[block]:
+                paid = _edge_prices(edge, entering[edge.source, home], choice[edge.target])
             for k in everywhere if block == SHARED else (stage_of[block],):
-                stages[k].pay(block, *prices, redo[k] and block != SHARED)
+                stages[k].pay(block, *paid, redo[k] and block != SHARED)
     for crossing in table.crossings:
         size = float(crossing.bytes_by_choice[choice[crossing.node]])
         for k, stage in enumerate(decisions.stages):
@@ -155,6 +187,12 @@ def stage_costs(tables: CostTables, table: CostTable, decisions: Decisions) -> t
         stages[k].largest_block_bytes = max(per_block[stage.start : stage.stop])
         stages[k].times = stage_times(stages[k].works(), overlap_of(tables))
     return tuple(stages)
+
+
+def _edge_prices(edge: CostEdge, source: int, target: int) -> tuple[float, float, float]:
+    """Forward and backward seconds and joules of one microbatch."""
+    at = source, target
+    return float(edge.forward_s[at]), float(edge.backward_s[at]), float(edge.microbatch_j[at])
 
 
 def overlap_of(tables: CostTables) -> Overlap:
