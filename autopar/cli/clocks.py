@@ -12,8 +12,9 @@ from autopar.cli.options import json_option
 from autopar.cli.quantities import parse_seconds
 from autopar.errors import InputError
 from autopar.ir.serialize import check_writable, load_plan, write_atomic
+from autopar.planner.clock_file import schedule_json
 from autopar.planner.clocks import Straggler, plan_instruction_clocks
-from autopar.report.clocks import clocks_json, clocks_report
+from autopar.report.clocks import clocks_report
 
 
 @click.command()
@@ -35,7 +36,7 @@ def clocks(plan_file: str, deadline: str | None, straggler: str | None, out: str
         check_writable(out)
     with progress_line(as_json) as progress:
         found = plan_instruction_clocks(plan, deadline_s=deadline_s, straggler=late, progress=progress)
-    content = clocks_json(found)
+    content = schedule_json(plan, found)
     if out is not None:
         write_atomic(out, json.dumps(content, indent=1) + "\n")
     print_json(content) if as_json else click.echo(clocks_report(found))

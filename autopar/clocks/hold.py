@@ -48,12 +48,14 @@ class Held:
         clocks_mhz, limits_w: by NVML index, as set.
         notes: sentences for the reader: what is held, what is not and why.
         commands: an administrator's command lines for what is not, and those that undo them.
+        state_file: of the run, if clocks are locked: as long as it is there, they may be changed; else "".
     """
 
     clocks_mhz: dict[int, float]
     limits_w: dict[int, float]
     notes: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
+    state_file: str = ""
 
 
 @contextlib.contextmanager
@@ -141,7 +143,9 @@ class _Holder:
         return found if was_touched else None
 
     def _held(self, clocks: dict[int, float], limits: dict[int, float]) -> Held:
-        return Held(clocks, limits, tuple(self._notes), tuple(self._commands))
+        is_locked = any(LOCKED in board.touched for board in self._saved_boards())
+        state_file = str(self._state.path) if self._state is not None and clocks and is_locked else ""
+        return Held(clocks, limits, tuple(self._notes), tuple(self._commands), state_file)
 
     def _obstacle(self) -> str:
         """Why nothing may be set; "" if it may.
@@ -170,7 +174,7 @@ class _Holder:
         todo = [(board, one.clock_mhz) for board, one in self._boards if one.clock_mhz is not None]
         if not todo:
             return {}
-        target = {board.index: _nearest(board, mhz) for board, mhz in todo}
+        target = {board.index: nearest_mhz(board, mhz) for board, mhz in todo}
         refusal = self._try_all([board for board, _ in todo], LOCKED, lambda b: b.lock_clock(target[b.index]))
         if refusal is None:
             self._notes.append(f"clocks locked: {_by_value(target, 'MHz')}")
@@ -261,7 +265,7 @@ def _saved(board: Board) -> SavedBoard:
     return SavedBoard(board.uuid, board.index, clocks, limit_w)
 
 
-def _nearest(board: Board, mhz: float) -> float:
+def nearest_mhz(board: Board, mhz: float) -> float:
     """The nearest clock that the board supports; the wish itself where the board does not tell."""
     try:
         supported = board.supported_clocks_mhz()

@@ -119,7 +119,7 @@ def run_surviving(
             report = run_plan(
                 state.plan,
                 settings,
-                boards=boards,
+                boards=boards if boards is None or state.plan is plan else boards.for_another_plan(),
                 hosts=hosts,
                 progress=progress,
                 environment=state.environment,

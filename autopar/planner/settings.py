@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from autopar.clocks.hold import Held, Wanted, hold
@@ -18,7 +16,9 @@ from autopar.ir.hosts import Hosts
 from autopar.ir.plan import Plan
 from autopar.meters import find_boards, visible_gpus
 from autopar.nvml import Board, NvmlError, open_nvml
+from autopar.planner.clock_file import SWITCH_S, ClockSchedule, read_schedule, switching
 from autopar.planner.detect import kebab_name
+from autopar.units import format_seconds
 
 RESTORE_COMMAND = "autopar unlock"
 
@@ -30,12 +30,18 @@ class BoardSettings:
     Attributes:
         lock_clocks: the clock of each GPU's stage.
         set_power_limit: the limit that the plan was made with.
-        schedule: a file of `autopar clocks --out`; each GPU then takes the highest clock of its instructions.
+        schedule: a file of `autopar clocks --out`, see `planner.clock_file`.
+        switch_s: how long a GPU takes to reach another clock.
     """
 
     lock_clocks: bool = False
     set_power_limit: bool = False
     schedule: str | None = None
+    switch_s: float = SWITCH_S
+
+    def for_another_plan(self) -> BoardSettings:
+        """What a plan made after a failure keeps: a schedule is of one plan, clocks of stages are of any."""
+        return replace(self, schedule=None, lock_clocks=self.lock_clocks or self.schedule is not None)
 
     @property
     def is_idle(self) -> bool:
@@ -48,7 +54,7 @@ def check_settings(plan: Plan, settings: BoardSettings) -> None:
     if settings.set_power_limit and plan.cluster.gpu_power_limit_w is None:
         raise InputError("--set-power-limit: the plan has no power limit; make it with --gpu-power-limit, e.g. 300W")
     if settings.schedule is not None:
-        _schedule_clocks(plan, settings.schedule)
+        read_schedule(plan, settings.schedule)
 
 
 @contextlib.contextmanager
@@ -149,11 +155,9 @@ def _of_boards(
     notes = []
     by_rank: Mapping[int, float] = {}
     if settings.schedule is not None:
-        by_rank, count = _schedule_clocks(plan, settings.schedule)
-        notes.append(
-            f"the schedule has clocks for {count} instructions; a GPU is locked to one, the highest of its own, since "
-            "a switch takes about as long as an instruction: steps are no later than planned, but save less"
-        )
+        schedule = read_schedule(plan, settings.schedule)
+        by_rank = schedule.highest_mhz()
+        notes.append(_schedule_words(schedule, settings.switch_s))
     elif settings.lock_clocks:
         by_rank = {place: stage.clock_hz / 1e6 for place, stage in enumerate(plan.decisions.stages)}
     limit_w = plan.cluster.gpu_power_limit_w if settings.set_power_limit else None
@@ -173,18 +177,32 @@ def _planned_gpu(plan: Plan, rank: int) -> str:
     return stage.gpu or plan.cluster.gpu
 
 
-def _schedule_clocks(plan: Plan, name: str) -> tuple[dict[int, float], int]:
-    """Highest clock in MHz by pipeline rank, and the number of instructions. Raises InputError."""
-    try:
-        content: Any = json.loads(Path(name).read_text(encoding="utf-8"))
-        found = [(int(own["stage"]), list(map(float, own["clocks_mhz"]))) for own in content["stages"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--clock-schedule: {name} is no file of 'autopar clocks --out': {error}") from error
-    highest: dict[int, float] = {}
-    for place, clocks in found:
-        highest[place] = max(highest.get(place, 0.0), *clocks)
-    if sorted(highest) != list(range(plan.decisions.num_ranks)):
-        raise InputError(
-            f"--clock-schedule: {name} is for {len(highest)} stages, the plan has {plan.decisions.num_ranks}"
-        )
-    return highest, sum(len(clocks) for _, clocks in found)
+def _schedule_words(schedule: ClockSchedule, switch_s: float) -> str:
+    count, takes = len(schedule.clocks_mhz), f"a change of clock takes {format_seconds(switch_s)} (assumed)"
+    shortest = f"the shortest of {count} instructions takes {format_seconds(schedule.shortest_s)}"
+    if is_switched(schedule, switch_s):
+        return f"{shortest} and {takes}: each GPU changes its clock between instructions"
+    return (
+        f"{shortest} and {takes}, too long against it: a GPU is locked to one clock, the highest of its own "
+        "instructions; steps are no later than planned, but save less"
+    )
+
+
+def switching_of(
+    plan: Plan, settings: BoardSettings, held: Held, ranks: range, environment: Mapping[str, str] = os.environ
+) -> dict[str, Any] | None:
+    """What this node's ranks need to change clocks between instructions, as JSON; None: they do not."""
+    if settings.schedule is None or not held.state_file:
+        return None
+    schedule = read_schedule(plan, settings.schedule)
+    if not is_switched(schedule, settings.switch_s, environment):
+        return None
+    with open_nvml() as nvml:
+        boards = find_boards(nvml, visible_gpus(environment, len(ranks)))
+    uuids = {rank: board.uuid for rank, board in zip(ranks, boards, strict=True)}
+    return switching(schedule, held, uuids, plan.decisions.mesh.num_devices)
+
+
+def is_switched(schedule: ClockSchedule, switch_s: float, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this node's ranks change clocks: under torchrun each is a process of its own, which holds nothing."""
+    return schedule.is_switched(switch_s) and "RANK" not in environment

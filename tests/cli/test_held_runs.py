@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from autopar.cli.app import invoke
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import save_plan
 from autopar.ir.solution import Pins
@@ -92,3 +93,24 @@ def test_a_run_without_permission_goes_on_and_tells_the_commands_in_text_and_jso
     assert any("not measured" in note for note in content["notes"])
     assert machine.is_clean()
     assert os.listdir(machine.states) == ["lock"]
+
+
+def test_a_schedule_of_the_clocks_command_is_followed_instruction_by_instruction(machine: Machine, plan: Plan) -> None:
+    stages = tuple(replace(stage, clock_hz=0.0) for stage in plan.decisions.stages)
+    save_plan(replace(plan, decisions=replace(plan.decisions, stages=stages)), "plan.json")
+    assert invoke(["clocks", "plan.json", "--deadline", "1s", "--out", "clocks.json"]) == 0
+    content = json.loads(Path("clocks.json").read_text())
+    for own in content["stages"]:  # clocks that nobody could take for those of another instruction
+        own["clocks_mhz"] = [900.0 + 15 * (2 * own["stage"] + (own["kind"] == "B"))] * len(own["microbatches"])
+    Path("clocks.json").write_text(json.dumps(content))
+    process = start("--steps", "3", "--clock-schedule", "clocks.json", "--clock-switch-time", "1us", "--json")
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, err
+    notes = json.loads(out)["notes"]
+    assert any("rank 0 changed its clock" in note and "refused" not in note for note in notes)
+    for rank, board in enumerate(machine.boards()):
+        clocks = {915.0 + 30 * rank, 900.0 + 30 * rank}
+        set_to = [float(line.split("-")[-1]) for line in board.log if line.startswith("lock")]
+        assert set(set_to) == clocks
+        assert set_to[0] == max(clocks)  # before the first step, the highest
+    assert machine.is_clean()

@@ -17,7 +17,7 @@ from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
 from autopar.meters import NodeReading, Reading, unknown
 from autopar.planner.run_energy import Window, run_energy
-from autopar.planner.settings import BoardSettings, held_boards, node_ranks
+from autopar.planner.settings import BoardSettings, check_settings, held_boards, node_ranks, switching_of
 from tests.machine import Machine, make_machine
 from tests.nvml_double import NO_PERMISSION, FakeBoard
 from tests.planner.plans import tiny_plan
@@ -78,24 +78,77 @@ def test_boards_are_those_that_cuda_shows(machine: Machine) -> None:
         assert held.clocks_mhz == {3: 1080.0, 2: 1080.0, 1: 900.0, 0: 900.0}
 
 
-def test_a_schedule_gives_each_board_the_highest_clock_of_its_instructions_and_says_so(
+ROWS = [(0, "F", (900.0, 1200.0)), (0, "B", (1080.0, 1080.0)), (1, "F", (705.0, 705.0)), (1, "B", (600.0, 690.0))]
+
+
+def schedule_file(directory: Path, rows: list[tuple[int, str, tuple[float, ...]]], **more: str) -> str:
+    content = {"stages": [{"stage": s, "kind": k, "microbatches": [0, 1], "clocks_mhz": c} for s, k, c in rows]}
+    path = directory / "clocks.json"
+    path.write_text(json.dumps(content | more))
+    return str(path)
+
+
+def test_short_instructions_get_the_highest_clock_of_their_board_and_the_run_says_so(
     machine: Machine, tmp_path: Path
 ) -> None:
-    rows = [(0, "F", (900.0, 1200.0)), (0, "B", (1080.0, 1080.0)), (1, "F", (705.0,)), (1, "B", (600.0, 690.0))]
-    content = {"stages": [{"stage": s, "kind": k, "microbatches": [0], "clocks_mhz": c} for s, k, c in rows]}
-    (tmp_path / "clocks.json").write_text(json.dumps(content))
-    settings = BoardSettings(schedule=str(tmp_path / "clocks.json"))
+    settings = BoardSettings(schedule=schedule_file(tmp_path, ROWS))
     with held_boards(tiny_plan(), settings, range(4), None, {}) as held:
         assert held.clocks_mhz == {0: 1200.0, 1: 1200.0, 2: 705.0, 3: 705.0}
-    assert "7 instructions" in held.notes[0]
+        assert switching_of(tiny_plan(), settings, held, range(4), {}) is None
+    assert "the shortest of 8 instructions takes 1 ms" in held.notes[0]
     assert "the highest of its own" in held.notes[0]
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"stages": [{"stage": 0, "clocks_mhz": [1]}]}', '{"stages": [3]}'])
-def test_a_file_that_is_no_schedule_of_the_plan_is_refused(machine: Machine, tmp_path: Path, text: str) -> None:
+def test_long_instructions_get_clocks_of_their_own(machine: Machine, tmp_path: Path) -> None:
+    settings = BoardSettings(schedule=schedule_file(tmp_path, ROWS), switch_s=1e-4)
+    with held_boards(tiny_plan(), settings, range(4), None, {}) as held:
+        found = switching_of(tiny_plan(), settings, held, range(4), {})
+        assert found is not None
+        assert Path(found["state"]).is_file()
+    assert not Path(found["state"]).exists()
+    assert [found["ranks"][str(rank)]["board"][:12] for rank in range(4)] == [f"GPU-{i:08d}" for i in range(4)]
+    assert sorted(found["ranks"]["2"]["clocks"]) == [
+        ("B", 0, 600.0), ("B", 1, 690.0), ("F", 0, 705.0), ("F", 1, 705.0),
+    ]  # fmt: skip
+    assert "each GPU changes its clock between instructions" in held.notes[0]
+    assert machine.is_clean()
+
+
+def test_clocks_are_not_changed_where_they_are_not_locked(machine: Machine, tmp_path: Path) -> None:
+    machine.set(*(FakeBoard(name=H100, refused={"SetGpuLockedClocks": NO_PERMISSION}) for _ in range(4)))
+    settings = BoardSettings(schedule=schedule_file(tmp_path, ROWS), switch_s=1e-4)
+    with held_boards(tiny_plan(), settings, range(4), None, {}) as held:
+        assert switching_of(tiny_plan(), settings, held, range(4), {}) is None
+    assert held.commands[0] == "sudo nvidia-smi -i 0,1 -lgc 1200,1200"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"stages": [{"stage": 0, "clocks_mhz": [1]}]}', '{"stages": [3]}'])
+def test_a_file_that_is_no_schedule_is_refused(machine: Machine, tmp_path: Path, text: str) -> None:
     (tmp_path / "clocks.json").write_text(text)
     with pytest.raises(InputError, match="--clock-schedule"):
         told(tiny_plan(), BoardSettings(schedule=str(tmp_path / "clocks.json")))
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "words"),
+    [
+        (ROWS[:3], {}, "lacks B of microbatch 0 on rank 1"),
+        ([*ROWS, (2, "F", (900.0, 900.0))], {}, "has, and the plan has not, F of microbatch 0 on rank 2"),
+        ([*ROWS[:3], (1, "B", (0.0, 690.0))], {}, "a clock of 0 MHz"),
+        (ROWS, {"plan": "0123"}, "made for another plan"),
+    ],
+)
+def test_a_schedule_of_another_plan_is_refused(
+    tmp_path: Path, rows: list[tuple[int, str, tuple[float, ...]]], more: dict[str, str], words: str
+) -> None:
+    name = schedule_file(tmp_path, rows, **more)
+    with pytest.raises(InputError, match=words):
+        check_settings(tiny_plan(), BoardSettings(schedule=name))
+
+
+def test_a_plan_made_after_a_failure_keeps_the_clocks_of_its_stages(tmp_path: Path) -> None:
+    settings = BoardSettings(set_power_limit=True, schedule=schedule_file(tmp_path, ROWS))
+    assert settings.for_another_plan() == BoardSettings(lock_clocks=True, set_power_limit=True)
 
 
 def test_a_limit_that_the_plan_does_not_have_is_refused(machine: Machine) -> None:
