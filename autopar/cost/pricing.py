@@ -143,7 +143,7 @@ class Pricer:
         )
         whole = np.zeros(len(facts.is_view))
         np.add.at(whole, facts.whole_saved[:, 0], sizes.num_bytes[facts.whole_saved[:, 1]])
-        stays, is_back = reruns.extra[kept.owner], facts.has_backward[kept.owner]
+        stays, is_back = reruns.extra[kept.owner], facts.keeps[kept.owner]
         saved: Array = np.where(is_back, stays * extra + own, 0.0) + whole[kept.owner]
         returning: Array = np.where(is_back, (stays < 1.0) * extra + again, 0.0)
         return saved, returning

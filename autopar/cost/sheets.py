@@ -82,6 +82,7 @@ class OpFacts:
     Attributes:
         kinds: (kind of work, dtype) -> ops of it.
         is_view, has_backward, has_batch: has_batch says that the op's figures divide by the microbatches.
+        keeps: it leaves what it saves until its backward, or where nothing is trained until the end of the step.
         forward_kernels, backward_kernels: launches.
         flops_forward, flops_backward, saved_extra_bytes: of the whole batch.
         inner: (op, tensor) for the values inside a region op.
@@ -98,6 +99,7 @@ class OpFacts:
     kinds: Mapping[tuple[str, str], Codes]
     is_view: Mask
     has_backward: Mask
+    keeps: Mask
     has_batch: Mask
     forward_kernels: Array
     backward_kernels: Array
@@ -190,7 +192,7 @@ def make_op_sheet(
     its own backward; `regathers`: products keep operands as before they were gathered.
     """
     blocks = [
-        _rows_of(op, found, tensors, kept_shared, moves=moves[op.name], again=again.get(op.name))
+        _rows_of(op, found, tensors, kept_shared, moves=moves[op.name], again=again.get(op.name), training=training)
         for op, found in zip(ops, choices, strict=True)
     ]
     counts = [len(found.grid.choices) for found in choices]
@@ -222,8 +224,9 @@ def make_op_sheet(
         written=weights[WRITTEN], gradients=weights[GRADIENTS],
         saved_root=saved_root,
         kept_share=np.concatenate([block.kept_share for block in blocks]),
-        copied=np.where((beside | attended) & (saved_root < 0), 1.0, 0.0)
-        + np.concatenate([_traded(op, found, op.name in again) for op, found in zip(ops, choices, strict=True)]),
+        copied=float(training) * np.where((beside | attended) & (saved_root < 0), 1.0, 0.0)
+        + float(training)
+        * np.concatenate([_traded(op, found, op.name in again) for op, found in zip(ops, choices, strict=True)]),
         gathers_again=gathered & regathers,
         reruns=make_reruns(ops, again),
         splits_work=np.concatenate([found.splits_work for found in choices]),
@@ -302,8 +305,9 @@ class _Rows:
 
 
 def _rows_of(
-    op: Op, choices: OpChoices, tensors: Tensors, kept_shared: frozenset[str], *, moves: Moves, again: Again | None
-) -> _Rows:
+    op: Op, choices: OpChoices, tensors: Tensors, kept_shared: frozenset[str], *, moves: Moves, again: Again | None,
+    training: bool,
+) -> _Rows:  # fmt: skip
     """Rows of one op, choice after choice."""
     values = tensors.values
     names = (*op.inputs, *op.outputs)
@@ -314,7 +318,8 @@ def _rows_of(
     slot_of = {name: slot for slot, name in enumerate(names)}
     for name, part in (dict.fromkeys(moves.saved, 1.0) if again is None else again.kept).items():
         root = values[values[name].root]
-        if root.origin == "op" and root.name not in kept_shared and name in slot_of:
+        is_split = root.origin == "op" or (root.origin == "input" and not training)
+        if is_split and root.name not in kept_shared and name in slot_of:
             saved[slot_of[name]], share[slot_of[name]] = tensors.index[root.name], part
     stacked = np.stack([*choices.inputs, *choices.outputs], axis=1)
     count = len(choices.grid.choices)
@@ -357,6 +362,7 @@ def _facts(
         kinds={key: np.array(found, dtype=np.int64) for key, found in sorted(kinds.items())},
         is_view=np.array([is_view(op, values) for op in ops], dtype=np.bool_),
         has_backward=backward,
+        keeps=backward if training else np.array([bool(one.saved) for one in own], dtype=np.bool_),
         has_batch=np.array([any(dims[name] is not None for name in (*op.inputs, *op.outputs)) for op in ops]),
         forward_kernels=np.array([one.forward_kernels for one in own]),
         backward_kernels=np.array([one.backward_kernels for one in own]),

@@ -20,7 +20,7 @@ from autopar.cost.collective import send_cost
 from autopar.cost.fusion import make_fusion
 from autopar.cost.hardware import Cluster
 from autopar.cost.kernels import as_run_by
-from autopar.cost.layouts import Codes
+from autopar.cost.layouts import Codes, code_of, sharding_ids, sharding_of
 from autopar.cost.measured import OpLookup, apply_profile
 from autopar.cost.memory import gradient_bytes, optimizer_states, slack_share
 from autopar.cost.pricing import NodePrice, Pricer, free_node, rerun
@@ -34,20 +34,23 @@ from autopar.cost.upkeep import Around, ParameterPricer, parameter_places
 from autopar.cost.wiring import Form, Frame, Wiring
 from autopar.errors import InputError
 from autopar.ir.cost import Array, ClockFigures, CostEdge, CostNode, CostTable, Crossing
-from autopar.ir.graph import Op, OpGraph, Value
+from autopar.ir.graph import Op, OpGraph, Output, Value
 from autopar.ir.mesh import StageMesh
 from autopar.ir.software import Software
 from autopar.ir.solution import Pins
 from autopar.rules.batch import batch_dims
+from autopar.rules.outputs import left_as
 
 KEPT_TABLES = 4
+HALF = 0.5
+"""Of each send, in tables for inference: what reads a table counts sends twice, for a value and its gradient."""
 
 
 class CostTables:
     """Implements `ir.cost.TableSource`.
 
     Attributes:
-        training: False prices forward alone.
+        training: False prices forward alone, as for an inference graph.
         software: how the program runs.
         run: the graph as its ops run on the devices of the cluster.
         keep: one of `ir.solution.KEPT`: what backward computes again on stages without full recompute.
@@ -70,7 +73,7 @@ class CostTables:
         self.profile = profile
         self.dims = batch_dims(graph)
         self.skeleton = make_skeleton(graph, self.dims)
-        self.training = training
+        self.training = training and not graph.is_inference
         self.optimizer_states = optimizer_states(graph.optimizer)
         self.software = Software() if software is None else software
         self.keep = keep
@@ -78,7 +81,7 @@ class CostTables:
         self.run = as_run_by(graph, cluster.spec.kind)
         self.fusion = make_fusion(self.run, self.software, [op for op in self.run.ops if op.name in representatives])
         self.again = recomputed(self.fusion.graph, keep)
-        self.pricer = Pricer(cluster, training, self.software)
+        self.pricer = Pricer(cluster, self.training, self.software)
         self.gradient_bytes = sum(gradient_bytes(v, self.software) for v in graph.parameters if v.requires_grad)
         self.parameter_pricer = self._parameter_pricer(cluster)
         self.tensors = Tensors(graph, self.dims)
@@ -89,7 +92,7 @@ class CostTables:
         for op in graph.ops:
             if not op.is_shared:
                 self.block_flops[op.block] += op.flops_forward
-        self.loss_block = next(op.block for op in graph.ops if graph.loss in op.outputs)
+        self.loss_block = next((op.block for op in graph.ops if graph.loss in op.outputs), SHARED)
         self.places = parameter_places(graph, self.skeleton)
         self._choices = ChoiceMaker(graph, self.pins, self.dims)
         self._frames: dict[tuple[bool, ...], Frame] = {}
@@ -212,7 +215,7 @@ class CostTables:
         )
         nodes = tuple(i for i, template in enumerate(skeleton.nodes) if template.kind == "param")
         parameters = self._parameter_sheet(nodes, active) if nodes else None
-        transfers = self._transfers.setdefault(len(active), Transfers(len(active)))
+        transfers = self._transfers.setdefault(len(active), Transfers(len(active), training=self.training))
         gathering = np.zeros(0, dtype=np.int64)
         if parameters is not None:
             trained = np.repeat(parameters.requires_grad, np.diff(parameters.owners.offsets))
@@ -268,7 +271,7 @@ class _TableMaker:
         parameter_kept = frame.parameters.keep(sizes, axis_sizes) if frame.parameters is not None else None
         forms = frame.forms(op_kept, parameter_kept.stored if parameter_kept else None, sizes, axis_sizes)
         wiring = frame.wiring(forms)
-        loss = self._loss_pairs(forms)
+        results = self._result_pairs(forms)
         terms = frame.transfers.terms(source.cluster, self.mesh)
         flat = [source.pricer.ops(frame.ops, op_kept, sizes, self.mesh, self.num_microbatches)]
         prices = dict(_parts(flat[0], op_kept, frame.op_nodes))
@@ -293,18 +296,19 @@ class _TableMaker:
         ops = flat[0]
         times = source.times_again(frame, op_kept)
         ops.backward_s[:], ops.microbatch_j[:] = rerun(ops.forward_s, ops.backward_s, ops.microbatch_j, times)
-        self._gather_loss(nodes, terms, loss)
+        self._gather_results(nodes, terms, results)
         self._set_boundaries(nodes)
         self._add_slack(nodes)
         self._check(flat, nodes)
         send = send_cost(source.cluster, same_node=2 * self.mesh.num_devices <= source.cluster.gpus_per_node)
+        share = 1.0 if source.training else HALF
         return CostTable(
             self.mesh, self.num_microbatches, len(source.graph.blocks),
             tuple(CostNode(*head, node.form.choices, *rest, **vars(node.price))
                   for (head, rest), node in zip(source.heads, nodes, strict=True)),
             self._edges(wiring, terms, nodes),
             self._crossings(nodes),
-            send.latency_s, send.s_per_byte, send.j_per_byte,
+            share * send.latency_s, share * send.s_per_byte, share * send.j_per_byte,
             self._labels(nodes, measured),
         )  # fmt: skip
 
@@ -346,21 +350,27 @@ class _TableMaker:
             )  # fmt: skip
         return count
 
-    def _loss_pairs(self, forms: Sequence[Form]) -> Mapping[int, Codes]:
-        """Pair numbers of gathering the loss, by node that makes it."""
-        loss = self.source.graph.values[self.source.graph.loss]
-        found = {}
+    def _result_pairs(self, forms: Sequence[Form]) -> Sequence[tuple[int, str, Codes]]:
+        """(node, value, pair numbers) of the form in which each result is held and that in which it leaves."""
+        graph, skeleton = self.source.graph, self.source.skeleton
+        nodes = {name: i for i, t in enumerate(skeleton.nodes) if t.kind == "hub" for name in t.names}
+        found = []
         for index, op in zip(self.frame.op_nodes, self.frame.op_list, strict=True):
-            if loss.name in op.outputs:
-                out = forms[index].outgoing[op.outputs.index(loss.name)]
-                grads = np.full(len(out), loss.requires_grad)
-                found[index] = self.frame.transfers.each(out, np.zeros_like(out), grads)
+            for slot, name in enumerate(op.outputs):
+                output = next((o for o in graph.outputs if o.value == name), None)
+                if name != graph.loss and output is None:
+                    continue
+                holder = nodes.get(name, index)
+                held = forms[holder].outgoing[slot if holder == index else 0]
+                left = np.zeros_like(held) if output is None else _left_ids(held, output, len(self.axis_sizes))
+                grads = np.full(len(held), graph.values[name].requires_grad)
+                found.append((holder, name, self.frame.transfers.each(held, left, grads)))
         return found
 
-    def _gather_loss(self, nodes: Sequence[_Node], terms: Array, pairs: Mapping[int, Codes]) -> None:
-        """The loss leaves whole on every axis: its producer pays for that."""
-        num_bytes = float(self.sizes.num_bytes[self.source.tensors.index[self.source.graph.loss]])
-        for index, numbers in pairs.items():
+    def _gather_results(self, nodes: Sequence[_Node], terms: Array, pairs: Sequence[tuple[int, str, Codes]]) -> None:
+        """The loss leaves whole on every axis, outputs as `rules.outputs` says: who holds them pays for that."""
+        for index, name, numbers in pairs:
+            num_bytes = float(self.sizes.num_bytes[self.source.tensors.index[name]])
             found, own = price(terms, numbers, num_bytes), nodes[index].price
             own.forward_s += found.forward_s
             own.backward_s += found.backward_s
@@ -434,6 +444,12 @@ class _TableMaker:
                 if not _is_price(array):
                     name, found = template.representative, array.tolist()
                     raise InputError(f"cost of {name!r} is not a finite, non-negative number: {field} = {found}")
+
+
+def _left_ids(held: Codes, output: Output, num_axes: int) -> Codes:
+    """Sharding ids in which an output leaves, by those in which it is held."""
+    rows = [[code_of(p) for p in left_as(sharding_of(i, num_axes), output)] for i in held.tolist()]
+    return sharding_ids(np.asarray(rows, dtype=np.int64).reshape(len(rows), num_axes))
 
 
 def _is_price(array: Array) -> bool:

@@ -39,8 +39,10 @@ class Prices:
 class Transfers:
     """Redistribution plans of one number of mesh axes, found on demand."""
 
-    def __init__(self, num_axes: int) -> None:
+    def __init__(self, num_axes: int, *, training: bool = True) -> None:
+        """`training` False: nothing flows back."""
         self.num_axes = num_axes
+        self.training = training
         self._ids: dict[tuple[int, int, bool], int] = {}
         self._matrices: dict[tuple[bytes, bytes, bool], NDArray[np.int64]] = {}
         self._forbidden: list[bool] = []
@@ -98,7 +100,7 @@ class Transfers:
     def _add_entries(self, pair: int, state: Sharding, steps: Sequence[RedistributeStep], requires_grad: bool) -> None:
         for step in steps:
             for phase, collective in ((FORWARD, step.forward), (BACKWARD, step.backward)):
-                if collective in COLLECTIVES and (phase == FORWARD or requires_grad):
+                if collective in COLLECTIVES and (phase == FORWARD or (requires_grad and self.training)):
                     keep_axis = collective == "all_to_all"
                     sharded = sum(
                         1 << axis for axis, p in enumerate(state) if p.is_shard and (keep_axis or axis != step.axis)

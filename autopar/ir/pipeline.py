@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SCHEDULES = ("1f1b", "gpipe")
+FORWARD_ONLY = "forward"
+"""Schedule of inference: every microbatch forward through the stages, and nothing back."""
 
 
 def step_time_s(
@@ -58,14 +60,21 @@ def effective_schedule(schedule: str, num_stages: int, num_microbatches: int) ->
     Raises:
         ValueError: for a schedule that is not in SCHEDULES.
     """
+    if schedule == FORWARD_ONLY:
+        return schedule
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}")
     return "gpipe" if num_microbatches < num_stages else schedule
 
 
+def holds_all(schedule: str, num_stages: int, num_microbatches: int) -> bool:
+    """Whether every stage holds what all microbatches leave: until the backwards begin, or the step is over."""
+    return effective_schedule(schedule, num_stages, num_microbatches) in ("gpipe", FORWARD_ONLY)
+
+
 def microbatches_in_flight(stage: int, num_stages: int, num_microbatches: int, schedule: str) -> int:
     """Activation sets that stage `stage` (from 0) holds at its worst moment."""
-    if effective_schedule(schedule, num_stages, num_microbatches) == "gpipe":
+    if holds_all(schedule, num_stages, num_microbatches):
         return num_microbatches
     return min(num_stages - stage, num_microbatches)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autopar.ir.pipeline import check_interleave, chunks_in_flight, microbatches_in_flight, ranks_of
+from autopar.ir.pipeline import FORWARD_ONLY, check_interleave, chunks_in_flight, microbatches_in_flight, ranks_of
 
 FORWARD, BACKWARD, STEP = "F", "B", "STEP"
 
@@ -81,13 +81,15 @@ def schedule_actions(
 
     GPipe: all forwards, then all backwards. 1F1B: as many forwards as stages lie from here to the end (at most M),
     then one backward and one forward in turn, then the remaining backwards. Interleaved 1F1B: more forwards at first
-    (`ir.pipeline.chunks_in_flight`).
+    (`ir.pipeline.chunks_in_flight`). For inference: all forwards, and nothing else.
 
     Raises:
         ValueError: for an unknown schedule, or one that cannot run.
     """
     check_interleave(num_stages, num_microbatches, schedule, interleave)
     turns = _turns(num_stages if interleave > 1 else 1, num_microbatches, interleave)
+    if schedule == FORWARD_ONLY:
+        return tuple(Action(FORWARD, m) for m, _ in turns)
     if interleave > 1:
         warm_up = chunks_in_flight(stage, num_stages, num_microbatches, interleave)
     else:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.ir.cost import Array
-from autopar.ir.pipeline import effective_schedule
+from autopar.ir.pipeline import holds_all
 from autopar.search.bounds import LayoutBound
 from autopar.search.cuts import Prices
 from autopar.search.problem import (
@@ -90,7 +90,7 @@ def cheapest_sends(relax: Relaxation, time_weight: float) -> float:
 def surely_in_flight(relax: Relaxation) -> Array:
     """Microbatches kept per block at least, whatever the question: the stage of block b is at most the b-th."""
     count, num_blocks = relax.problem.table.num_microbatches, relax.problem.num_blocks
-    if effective_schedule(relax.schedule, relax.num_stages, count) == "gpipe":
+    if holds_all(relax.schedule, relax.num_stages, count):
         return np.full(num_blocks, float(count))
     return np.minimum(np.maximum(relax.num_stages - np.arange(num_blocks), 1.0), count)
 
@@ -98,7 +98,7 @@ def surely_in_flight(relax: Relaxation) -> Array:
 def least_in_flight(relax: Relaxation, minima: Array, largest_tau: float) -> Array | None:
     """Least microbatches kept per block; None if no partition into K stages stays below `largest_tau`."""
     count, num_blocks = relax.problem.table.num_microbatches, relax.problem.num_blocks
-    if effective_schedule(relax.schedule, relax.num_stages, count) == "gpipe":
+    if holds_all(relax.schedule, relax.num_stages, count):
         return np.full(num_blocks, float(count))
     from_end = np.ones(num_blocks)
     position, filled = 1, float(minima[-1])

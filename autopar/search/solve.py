@@ -10,7 +10,7 @@ from dataclasses import replace
 from autopar.errors import InputError, SolverLimitError
 from autopar.ir.cost import CostTable, TableSource
 from autopar.ir.mixed import MixedSource
-from autopar.ir.pipeline import SCHEDULES
+from autopar.ir.pipeline import FORWARD_ONLY, SCHEDULES
 from autopar.ir.solution import RECOMPUTE, Alternative, Decisions, Limits, Objective, Pins, Solution
 from autopar.search.evaluate import fixed_power_w
 from autopar.search.infeasible import no_plan_error
@@ -149,7 +149,7 @@ def check_request(pins: Pins, gap_tolerance: float) -> None:
     """Raises InputError for pins or a tolerance out of range."""
     if not 0 <= gap_tolerance < 1:
         raise InputError(f"gap tolerance {gap_tolerance} is not in [0, 1)")
-    if pins.schedule is not None and pins.schedule not in SCHEDULES:
+    if pins.schedule not in (None, FORWARD_ONLY, *SCHEDULES):
         raise InputError(f"unknown schedule {pins.schedule!r}; known: {', '.join(SCHEDULES)}")
     if pins.recompute is not None and pins.recompute not in RECOMPUTE:
         raise InputError(f"unknown recompute {pins.recompute!r}; known: {', '.join(RECOMPUTE)}")
