@@ -113,6 +113,7 @@ class Pins:
         ops: (regex, label): on axes longer than one, ops whose name or module path the regex matches whole take the
             label wherever they have it.
         offload_optimizer, offload_activations: one of `ir.offload.PLACES`; None: they stay on the device.
+        meshes: (dp, tp) of every stage, where stages have meshes of their own; (): they are alike.
     """
 
     dp: int | None = None
@@ -130,6 +131,7 @@ class Pins:
     roles: bool = False
     without: tuple[str, ...] = ()
     ops: tuple[tuple[str, str], ...] = ()
+    meshes: tuple[tuple[int, int], ...] = ()
     offload_optimizer: str | None = None
     offload_activations: str | None = None
 
