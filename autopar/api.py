@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 from autopar.errors import InputError
 from autopar.ir.cluster import ClusterDescription
+from autopar.ir.hosts import DEFAULT_TIMEOUT_S
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import load_plan
 from autopar.ir.software import PRECISION_OPTION
@@ -120,18 +121,20 @@ def parallelize(
     weight_decay: float = 0.01,
     max_norm: float | None = None,
     seed: int = 0,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Session:
-    """Make a model ready to train: an object with `step(batch) -> loss`, `parameters()` and `optimizer`.
+    """Make a model ready to train: `step(batch) -> loss`, `parameters()`, `optimizer`, `save` and `resume`.
 
     Args:
         model: see the module docstring.
         plan: a plan or its file, whose precision the model takes; None: the best plan for torchrun's processes.
         objective, gpu: for the plan that is made if none is given; `gpu` None: what this machine has.
         optimizer: `adamw` or `sgd`.
+        timeout_s: how long ranks wait for each other in a collective before the run fails.
     """
     settings = getattr(model, "__autopar__", {})
     request = _request_here({"objective": _objective(objective), "gpu": gpu} | settings)
-    training = TrainingOptions(optimizer, learning_rate, weight_decay, max_norm, seed)
+    training = TrainingOptions(optimizer, learning_rate, weight_decay, max_norm, seed, timeout_s)
     chosen = load_plan(plan) if isinstance(plan, str) else plan
     precision = None if chosen is None else chosen.model.options.get(PRECISION_OPTION)
     return open_session(source_of(model, example_batch, options, precision), request, chosen, training)
@@ -150,6 +153,7 @@ def autoparallel(
     learning_rate: float = ...,
     weight_decay: float = ...,
     max_norm: float | None = ...,
+    timeout_s: float = ...,
 ) -> Callable[[T], T]: ...
 def autoparallel(
     target: Any = None,
@@ -161,6 +165,7 @@ def autoparallel(
     learning_rate: float = 1e-3,
     weight_decay: float = 0.01,
     max_norm: float | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Any:
     """Mark what is to be parallelised.
 
@@ -171,8 +176,12 @@ def autoparallel(
     whole global batch and returns the loss as a number. Under torchrun that runs the plan, in one process the
     serial model. The model gives the initial values; `train_step.session` holds the trained ones.
 
+    `train_step.resume(model, batch, directory)` before the first step takes up what `train_step.save(directory)` wrote
+    and returns the steps that are done, 0 at first: what a script begins with that torchrun may start again.
+
     Args:
         gpus: for `autopar plan`: ceiling on the number of GPUs. torchrun's number of processes always wins.
+        timeout_s: how long ranks wait for each other in a collective before the run fails.
     """
     if target is None:
         return functools.partial(
@@ -184,12 +193,14 @@ def autoparallel(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             max_norm=max_norm,
+            timeout_s=timeout_s,
         )
     settings = {"num_gpus": gpus or 1, "gpu": gpu, "objective": _objective(objective)}
     if inspect.isclass(target) or not _required_parameters(target):
         target.__autopar__ = settings
         return target
-    return TrainStep(target, settings, TrainingOptions(optimizer, learning_rate, weight_decay, max_norm))
+    training = TrainingOptions(optimizer, learning_rate, weight_decay, max_norm, timeout_s=timeout_s)
+    return TrainStep(target, settings, training)
 
 
 class TrainStep:
@@ -210,7 +221,21 @@ class TrainStep:
 
         Raises:
             InputError: another model than in the first call.
+            NetworkError: another rank is lost or hangs.
         """
+        return self._session_of(model, batch).step(batch)
+
+    def resume(self, model: Any, batch: Any, directory: str) -> int:
+        """Take up the newest checkpoint there; the steps done, 0 where there is none. See `Session.resume`."""
+        return self._session_of(model, batch).resume(directory)
+
+    def save(self, directory: str, keep: int = 3) -> None:
+        """Write a checkpoint; see `Session.save`. Raises InputError before the first step."""
+        if self.session is None:
+            raise InputError(f"{self._function.__name__} has not started: nothing to save before its first step")
+        self.session.save(directory, keep)
+
+    def _session_of(self, model: Any, batch: Any) -> Session:
         if self.session is None:
             source = step_source(self._function, model, batch)
             self.session, self._model = (
@@ -221,7 +246,7 @@ class TrainStep:
             raise InputError(
                 f"{self._function.__name__} was started with another model; decorate one function per model"
             )
-        return self.session.step(batch)
+        return self.session
 
 
 def _request_here(settings: Mapping[str, Any]) -> PlanRequest:

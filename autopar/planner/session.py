@@ -2,15 +2,22 @@
 
 In one process the session runs the serial model; under torchrun it runs this rank's part of a plan, which rank 0 makes
 (or finds in the cache) and hands to all. Every rank must call the same methods in the same order.
+
+Where another rank is lost or hangs, a method raises NetworkError, which one process of each host has printed. A script
+that torchrun starts again then goes on from what `save` wrote, with `resume`.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autopar.errors import InputError, PlanMismatchError
+from autopar.ir.hosts import DEFAULT_TIMEOUT_S
 from autopar.ir.plan import ModelReference, Plan
 from autopar.ir.serialize import dump_plan, parse_plan
 from autopar.ir.serialize_graph import graph_hash
@@ -24,7 +31,10 @@ if TYPE_CHECKING:
 
     from autopar.capture.export import Captured
     from autopar.capture.model_source import ModelSource
+    from autopar.runtime.checkpoint import Saver
+    from autopar.runtime.checkpoint_store import Position
     from autopar.runtime.executor import Executor
+    from autopar.runtime.processes import Membership
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class TrainingOptions:
         optimizer: `adamw` or `sgd`.
         max_norm: clip the norm of all gradients to this; None: no clipping.
         seed: of dropout.
+        timeout_s: how long ranks wait for each other in a collective before the run fails.
     """
 
     optimizer: str = "adamw"
@@ -42,6 +53,7 @@ class TrainingOptions:
     weight_decay: float = 0.01
     max_norm: float | None = None
     seed: int = 0
+    timeout_s: float = DEFAULT_TIMEOUT_S
 
 
 @dataclass
@@ -51,23 +63,71 @@ class Session:
     Attributes:
         plan: what is run; None for the serial model.
         executor: of the runtime.
+        position: where training stands.
+        membership: among the processes that torchrun started; None: alone, or the script has joined them itself.
+        savers: by directory and number of checkpoints kept.
     """
 
     plan: Plan | None
     captured: Captured
     executor: Executor
+    position: Position
+    membership: Membership | None = None
+    savers: dict[tuple[str | Path, int], Saver] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        """Updates done, those before a `resume` included."""
+        return self.position.step
 
     def step(self, batch: Any) -> float:
         """Forward, backward and update on one whole global batch; the loss, the same on every rank."""
-        return self.executor.step(self._tensors(batch))
+        with self._telling():
+            loss = self.executor.step(self._tensors(batch))
+        self.position = replace(self.position, step=self.num_steps + 1)
+        return loss
 
     def compute_gradients(self, batch: Any) -> float:
         """Forward and backward alone; `parameters()` then carry their gradients."""
-        return self.executor.compute_gradients(self._tensors(batch))
+        with self._telling():
+            return self.executor.compute_gradients(self._tensors(batch))
 
     def update(self) -> None:
         """Apply the gradients of `compute_gradients`."""
-        self.executor.update()
+        with self._telling():
+            self.executor.update()
+        self.position = replace(self.position, step=self.num_steps + 1)
+
+    def save(self, directory: str | Path, keep: int = 3) -> None:
+        """Write a checkpoint of all that training changes, whole or not at all; every rank must call.
+
+        Args:
+            directory: of checkpoints, as of `autopar run --checkpoint`.
+            keep: how many of the newest stay.
+        """
+        from autopar.runtime.checkpoint import Saver
+        from autopar.runtime.checkpoint_store import CheckpointStore
+
+        with self._telling():
+            if (directory, keep) not in self.savers:
+                self.savers[directory, keep] = Saver(CheckpointStore(Path(directory), keep), self.captured.aliases)
+            self.savers[directory, keep].save(self.executor, self.position)
+
+    def resume(self, directory: str | Path) -> int:
+        """Take up the newest whole checkpoint there, whatever plan wrote it; the steps done, 0 where there is none.
+
+        Raises:
+            InputError: the checkpoints are of another model, batch or seed, or all are damaged.
+        """
+        from autopar.runtime.checkpoint_store import CheckpointStore
+        from autopar.runtime.resume import take_up
+
+        with self._telling():
+            self.position, _ = take_up(self.executor, CheckpointStore(Path(directory)), self.position)
+        return self.num_steps
+
+    def _telling(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.membership is None else self.membership.telling()
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """This rank's parameters: DTensors under a plan, plain tensors serially."""
@@ -104,9 +164,13 @@ def open_session(
     training = training or TrainingOptions()
     if not is_torchrun():
         return _serial_session(source, request, plan, training)
-    join_torchrun()
-    chosen = _agreed_plan(source, request, plan, reference or ModelReference(source.text, dict(source.options), "", 0))
-    return _start(source, chosen, training, chosen.model.batch_size, chosen.decisions.num_microbatches)
+    membership = join_torchrun(training.timeout_s)
+    reference = reference or ModelReference(source.text, dict(source.options), "", 0)
+    with contextlib.nullcontext() if membership is None else membership.telling():
+        chosen = _agreed_plan(source, request, plan, reference)
+        session = _start(source, chosen, training, chosen.model.batch_size, chosen.decisions.num_microbatches)
+    session.membership = membership
+    return session
 
 
 def _serial_session(source: ModelSource, request: PlanRequest, plan: Plan | None, training: TrainingOptions) -> Session:
@@ -187,7 +251,23 @@ def _start(
     else:
         mesh = join_plan(captured.graph, plan.decisions, device_type())
         executor = make_executor(captured.graph, plan.decisions, state, mesh, options)
-    return Session(plan, captured, executor)
+    return Session(plan, captured, executor, _start_of(source, captured, training, batch_size))
+
+
+def _start_of(source: ModelSource, captured: Captured, training: TrainingOptions, batch_size: int) -> Position:
+    """Step 0; the order of samples is the script's own."""
+    from autopar.runtime.checkpoint_store import Position
+
+    return Position(
+        step=0,
+        seed=training.seed,
+        data_seed=0,
+        batch_size=batch_size,
+        optimizer=training.optimizer,
+        num_gpus=1,
+        source=source.text,
+        graph_hash=graph_hash(captured.graph),
+    )
 
 
 def _state(captured: Captured) -> Mapping[str, torch.Tensor]:

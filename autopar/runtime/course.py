@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from autopar.errors import InputError, StragglerError
+from autopar.errors import StragglerError
 from autopar.ir.quantity import Quantity
 from autopar.ir.run import RunSettings
-from autopar.runtime.checkpoint import Saver, load
+from autopar.runtime.checkpoint import Saver
 from autopar.runtime.checkpoint_store import CheckpointStore, Position
 from autopar.runtime.executor import Executor
 from autopar.runtime.measure import Measured
+from autopar.runtime.resume import is_first, say, take_up
 from autopar.runtime.stragglers import Straggler, Watch
 
 HISTORY = "history.csv"
@@ -56,7 +57,8 @@ class Course:
         self._executor, self._settings = executor, settings
         self._store = CheckpointStore(Path(settings.checkpoints), settings.keep) if settings.checkpoints else None
         if self._store is not None:
-            self._take_up(self._store)
+            self.position, remarks = take_up(executor, self._store, start)
+            self.remarks += remarks
             self._saver = Saver(self._store, aliases, is_async=settings.is_async)
         is_watched = self._store is not None and _world() > 1 and executor.options.device == "cpu"
         self._watch = Watch(work) if is_watched else None
@@ -75,43 +77,12 @@ class Course:
         step_time = Quantity(statistics.median(seconds), "s", "measured", min(seconds), max(seconds))
         return Measured((), step_time, None, 0, 1, 0.0)
 
-    def _take_up(self, store: CheckpointStore) -> None:
-        """Of the checkpoints that look whole the newest whose bytes are."""
-        directories, remarks = _of_first_rank(store.whole())
-        self._note(*remarks)
-        first_error: InputError | None = None
-        for directory in directories:
-            try:
-                found = load(self._executor, Path(directory))
-            except InputError as error:
-                first_error = first_error or error
-                self._note(f"passed over: {error}")
-                continue
-            self._check(directory, found)
-            self.position = replace(self.position, step=found.step)
-            _say(f"taken up at step {found.step} from {directory}, written by {found.num_gpus} processes")
-            return
-        if first_error is not None:
-            raise first_error
-
-    def _check(self, directory: str, found: Position) -> None:
-        """What the order of samples and random streams depend on is as it was."""
-        for name in ("batch_size", "data_seed", "seed") if found.step else ():
-            ours, theirs = getattr(self.position, name), getattr(found, name)
-            if ours != theirs:
-                raise InputError(f"{directory}: was written with {name} {theirs}, and this run has {ours}")
-
-    def _note(self, *remarks: str) -> None:
-        self.remarks += remarks
-        for remark in remarks:
-            _say(remark)
-
     def after_step(self, done: int, loss: float, seconds: float) -> None:
         """Note a step; write a checkpoint when it is time."""
         self.position = replace(self.position, step=done)
         if self._store is None:
             return
-        if _is_first():
+        if is_first():
             self._store.root.mkdir(parents=True, exist_ok=True)
             with (self._store.root / HISTORY).open("a", encoding="ascii") as file:
                 file.write(f"{done},{loss!r},{seconds:.6g},{_world()}\n")
@@ -128,7 +99,7 @@ class Course:
         if found is None or self.straggler is not None or self.position.step == self._settings.steps:
             return
         self.straggler = found
-        _say(str(found))
+        say(str(found))
         if self._settings.adapt:
             if not is_saved:
                 self.save()
@@ -141,7 +112,7 @@ class Course:
         started = time.perf_counter()
         self._saver.save(self._executor, self.position)
         how = "copied" if self._settings.is_async else "written"
-        _say(f"checkpoint {self._store.path(self.position.step)} {how} in {time.perf_counter() - started:.2g} s")
+        say(f"checkpoint {self._store.path(self.position.step)} {how} in {time.perf_counter() - started:.2g} s")
 
     def finish(self) -> None:
         """Wait for what is still being written."""
@@ -151,23 +122,5 @@ class Course:
             self._saver.finish()
 
 
-def _of_first_rank(found: tuple[tuple[str, ...], tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What the first rank found, on every rank: a checkpoint may vanish while others look."""
-    if not dist.is_initialized():
-        return found
-    told = [found]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
-
-
 def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _say(line: str) -> None:
-    if _is_first():
-        print(line, flush=True)

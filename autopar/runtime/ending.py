@@ -78,9 +78,21 @@ def tell(message: str, rank: int | None, store: Store | None, node: int) -> Netw
 
 def _is_first(store: Store | None, node: int) -> bool:
     try:
-        return store is None or int(store.add(f"told/{node}", 1)) == 1
+        return store is None or int(store.add(_told_key(node), 1)) == 1
     except dist.DistError:
         return True
+
+
+def was_told(store: Store, node: int) -> bool:
+    """Whether a process of the host has told of a failure."""
+    try:
+        return bool(store.check([_told_key(node)]))
+    except dist.DistError:
+        return False
+
+
+def _told_key(node: int) -> str:
+    return f"told/{node}"
 
 
 def quiet_when_told() -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from autopar import torch_adapter
 from autopar.ir.hosts import DEFAULT_TIMEOUT_S
-from autopar.runtime.ending import Termination, quiet_when_told, tell
+from autopar.runtime.ending import Termination, quiet_when_told, tell, was_told
 from autopar.runtime.failures import EndedError, is_cut, is_network_failure, missing_ranks, waiting_message
 from autopar.runtime.hosts import Meeting, external_meeting
 from autopar.runtime.liveness import Liveness, announce
@@ -70,12 +70,15 @@ class Membership:
             return
         sight = self.liveness.sight(reason, is_cut=is_ended or is_cut(error))
         missing = missing_ranks(error, sight, self.rank, self.peers)
-        if not is_network or (is_ended and not missing):
+        if not is_network:
+            return
+        node = self.peers[self.rank].node
+        if is_ended and not missing and not was_told(self.store, node):
             return
         message = waiting_message(error, sight, rank=self.rank, meeting=self.meeting, peers=self.peers)
         store = self.store if sight.store_silent_s is None else None
         rank = missing[0] if len(missing) == 1 else None
-        raise tell(message, rank, store, self.peers[self.rank].node) from error
+        raise tell(message, rank, store, node) from error
 
 
 def join_torchrun(timeout_s: float = DEFAULT_TIMEOUT_S) -> Membership | None:
