@@ -38,7 +38,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class StageMesh:
-    """The axes that the devices of one stage form, e.g. (dp=4, tp=2). Stages of a plan differ in their sizes at most."""
+    """The axes that the devices of one stage form, e.g. (dp=4, tp=2). Those of other stages differ in size at most."""
 
     axes: tuple[MeshAxis, ...]
 
