@@ -64,6 +64,19 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """To where memory of a device can be offloaded, and from there, by one of the two at a time.
+
+    Attributes:
+        bytes_per_s: per direction: of one device to its host; of a node's disks.
+        j_per_byte: dynamic energy of one byte.
+    """
+
+    bytes_per_s: float
+    j_per_byte: float
+
+
+@dataclass(frozen=True, slots=True)
 class ClockControl:
     """SM clocks and the voltage they need, as a share of the least one.
 
@@ -92,6 +105,7 @@ class DeviceSpec:
     `memory_clock_share` of the dynamic power of memory traffic follows the clock.
     `unseen_share` of the memory that moves is handed out beside what is modelled.
     `power_limit_w` is the limit that somebody set; 0: nobody has, and `limit_w` holds.
+    `host_link` and `disk` are None where nothing is known of them.
     """
 
     name: str
@@ -136,6 +150,8 @@ class DeviceSpec:
     dispatch_s: float = 0.0
     tf32_efficiency: float = 0.0
     unseen_share: float = 0.0
+    host_link: Route | None = None
+    disk: Route | None = None
 
     @property
     def speed(self) -> float:
@@ -198,6 +214,8 @@ def read_device(path: Path, measured: Sequence[MeasuredNumber] = ()) -> DeviceSp
         sustained_share=value("clock.sustained_share") if "clock.sustained_share" in numbers else 1.0,
         memory_clock_share=value("power.memory_clock_share") if "power.memory_clock_share" in numbers else 0.0,
         unseen_share=value("memory.unseen_share") if "memory.unseen_share" in numbers else 0.0,
+        host_link=_route(numbers, value, "host_link"),
+        disk=_route(numbers, value, "disk"),
         **{key: numbers[f"kernels.{key}"].value for key in OPTIONAL_KERNELS if f"kernels.{key}" in numbers},
     )
 
@@ -212,6 +230,11 @@ def _link(numbers: Mapping[str, Number], value: Callable[[str], float], level: s
         value(energy_key),
         **{key: value(f"{level}.{key}") for key in OPTIONAL_LINK_KEYS if f"{level}.{key}" in numbers},
     )
+
+
+def _route(numbers: Mapping[str, Number], value: Callable[[str], float], name: str) -> Route | None:
+    rate = f"{name}.bandwidth_bytes_per_s"
+    return Route(value(rate), value(f"{name}.j_per_byte")) if rate in numbers else None
 
 
 def _clock_control(numbers: Mapping[str, Number]) -> ClockControl | None:
