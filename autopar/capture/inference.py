@@ -114,13 +114,3 @@ def as_inference(graph: OpGraph, outputs: Mapping[str, str]) -> OpGraph:
 
 def _without_backward(op: Op) -> Op:
     return replace(op, flops_backward=0, members=tuple(_without_backward(member) for member in op.members))
-
-
-def token_count(graph: OpGraph) -> int:
-    """Tokens of one sample: the length of the first batch input of indices that is a sequence; 0 if there is none."""
-    read = {name for op in graph.ops for name in op.inputs}
-    for value in graph.outside("input"):
-        is_sequence = value.batch_dim == 0 and len(value.meta.shape) == 2 and not value.meta.is_floating
-        if is_sequence and value.name in read:
-            return value.meta.shape[1]
-    return 0

@@ -12,6 +12,7 @@ from autopar.cli.pins import parse_pins, pinned_options
 from autopar.cli.quantities import parse_bytes, parse_joules, parse_rate, parse_seconds, parse_watts
 from autopar.errors import InputError
 from autopar.ir.cluster import ClusterDescription
+from autopar.ir.inference import INFERENCE, MODE_OPTION, MODES, TRAINING
 from autopar.ir.software import PRECISION_OPTION, PRECISIONS
 from autopar.ir.solution import OBJECTIVES, Limits, Objective
 from autopar.planner.cluster_file import read_cluster
@@ -44,6 +45,13 @@ COUNT_OPTIONS = (
     click.option("--use-all", is_flag=True, help="Use exactly --gpus GPUs, even where fewer are better."),
 )
 SPACE_OPTIONS = (
+    click.option(
+        "--mode",
+        default=TRAINING,
+        show_default=True,
+        metavar="|".join(MODES),
+        help="Whether steps train, or run the model forward alone.",
+    ),
     click.option("--gpu", metavar="NAME", help="GPU to plan for (see 'autopar gpus'); default: what is found here."),
     click.option("--gpus-per-node", type=int, metavar="N", help="GPUs that share the fast link."),
     click.option("--memory", metavar="SIZE", help="Usable memory of one GPU, e.g. 46GiB."),
@@ -193,7 +201,13 @@ def _objective(options: Mapping[str, Any], economy: Economy | None) -> Objective
 def model_settings(model: str, settings: tuple[str, ...], options: Mapping[str, Any]) -> dict[str, str]:
     """Options of the model: those of `--set`, what `--pin` says of it, and `--precision`. Raises InputError."""
     found = pinned_options(model, parse_settings(settings), parse_pins(options["pin_text"] or "", options["batch"]))
-    precision = options["precision"]
+    mode, precision = options["mode"], options["precision"]
+    if mode not in MODES:
+        raise InputError(f"--mode {mode}: expected one of {', '.join(MODES)}")
+    if mode == INFERENCE and precision is not None:
+        raise InputError("--precision is for training: build the model in the dtype to infer in, e.g. --set dtype=...")
+    if mode == INFERENCE:
+        return {**found, MODE_OPTION: mode}
     if precision is None:
         return found
     if precision not in PRECISIONS:

@@ -22,6 +22,7 @@ from autopar.cost.table import CostTables
 from autopar.cost.uneven import uneven_stage_cost
 from autopar.errors import PlanMismatchError
 from autopar.ir.cost import CostTable
+from autopar.ir.pipeline import FORWARD_ONLY
 from autopar.ir.plan import Prediction, StageFigures
 from autopar.ir.quantity import modelled
 from autopar.ir.solution import Decisions
@@ -213,11 +214,12 @@ def _prediction(
 
 
 def _sends_j(tables: CostTables | MixedTables, decisions: Decisions, stage: int, cost: StageCost) -> float:
-    """Joules of one microbatch over the cut before a stage, both ways."""
+    """Joules of one microbatch over the cut before a stage, both ways if anything comes back."""
     if cost.wire is not None:
         cluster = stage_tables(tables, decisions)[stage].cluster
         return cost.wire.total_bytes * send_cost(cluster, cost.wire.is_near).j_per_byte
-    return 2 * decisions.mesh.num_devices * cost.received_bytes * _send_j_per_byte(tables, decisions, stage)
+    ways = 1 if decisions.schedule == FORWARD_ONLY else 2
+    return ways * decisions.mesh.num_devices * cost.received_bytes * _send_j_per_byte(tables, decisions, stage)
 
 
 def _send_j_per_byte(tables: CostTables | MixedTables, decisions: Decisions, stage: int) -> float:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from autopar.errors import PlanMismatchError
 from autopar.ir.cost import Device
 from autopar.ir.graph import Op, OpGraph
+from autopar.ir.inference import is_inference
 from autopar.ir.mesh import StageMesh
 from autopar.ir.offload import NOWHERE
-from autopar.ir.pipeline import SCHEDULES, check_interleave
+from autopar.ir.pipeline import FORWARD_ONLY, SCHEDULES, check_interleave
 from autopar.ir.placement import Sharding, format_sharding, local_shape
 from autopar.ir.plan import SCHEMA_VERSION, Plan, Prediction
 from autopar.ir.quantity import Quantity
@@ -160,8 +161,9 @@ def _skeleton(plan: Plan) -> Iterator[Issue]:
     if plan.model.batch_size % decisions.num_microbatches:
         problem = f"a batch of {plan.model.batch_size} does not divide into {decisions.num_microbatches}"
         yield Issue("$.decisions.num_microbatches", problem)
-    if decisions.schedule not in SCHEDULES:
-        yield Issue("$.decisions.schedule", f"expected one of {', '.join(SCHEDULES)}, found {decisions.schedule!r}")
+    schedules = (FORWARD_ONLY,) if is_inference(plan) else SCHEDULES
+    if decisions.schedule not in schedules:
+        yield Issue("$.decisions.schedule", f"expected one of {', '.join(schedules)}, found {decisions.schedule!r}")
     yield from _interleave(decisions)
     yield from _stages(plan)
     yield from _types(plan)

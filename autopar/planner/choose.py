@@ -17,12 +17,13 @@ from autopar.cost.predict import predict
 from autopar.cost.table import CostTables
 from autopar.errors import InfeasibleError, Remedy
 from autopar.ir.graph import OpGraph
+from autopar.ir.pipeline import FORWARD_ONLY
 from autopar.ir.plan import Baseline, Prediction
 from autopar.ir.quantity import Quantity
 from autopar.ir.solution import KEPT, Decisions, Limits, Objective, Pins, Solution
 from autopar.ir.verify import broken_limits, limited_figures
 from autopar.planner.cuts import with_even_cuts
-from autopar.planner.pinned import check_constraints
+from autopar.planner.pinned import check_constraints, check_inference
 from autopar.planner.request import PlanRequest, Target
 from autopar.planner.variants import Variants
 from autopar.search.baselines import BASELINES, Family, best_of_family
@@ -33,6 +34,8 @@ from autopar.units import format_bytes
 MOST_ROUNDS = 4
 """Searches under limits tightened by what the simulation exceeds them."""
 EQUAL = 1e-9
+TRAINING_BASELINES = ("fsdp",)
+"""Families that differ by what only training has."""
 MEMORY_SLACK = 1e-9
 
 
@@ -74,6 +77,8 @@ class Chooser:
     def tables(self, pins: Pins) -> CostTables | MixedTables:
         """Cost tables under pins. Raises InputError for a per-op constraint that fits no op."""
         check_constraints(self.graph, pins)
+        if self.graph.is_inference:
+            check_inference(self.request)
         cluster = self.target.cluster
         if isinstance(cluster, MixedCluster):
             return mixed_tables(self.graph, cluster, pins, self.request.software)
@@ -93,7 +98,7 @@ class Chooser:
         Raises:
             InfeasibleError: no plan fits, or none keeps the limits.
         """
-        baselines, rivals = self._baselines() if self.request.with_baselines else ((), ())
+        baselines, rivals = self.baselines() if self.request.with_baselines else ((), ())
         allowed = rivals if self.request.pins == Pins() else ()
         limits, overdrawn = self.request.limits, None
         for _ in range(MOST_ROUNDS):
@@ -111,7 +116,7 @@ class Chooser:
                 return Choice(_best(kept), solution, baselines)
             overdrawn = found[0]
             limits = _tightened(limits, overdrawn.prediction)
-        raise _overdrawn_error(overdrawn, self.request.limits)
+        raise overdrawn_error(overdrawn, self.request.limits)
 
     def is_kept(self, candidate: Candidate) -> bool:
         """Whether simulated figures fit into memory and keep the limits."""
@@ -148,13 +153,19 @@ class Chooser:
         return search(
             tables,
             request.objective,
-            pins=replace(request.pins, recompute="none") if self.keep != "none" else request.pins,
+            pins=self._searched(request.pins),
             limits=limits,
             use_all=request.use_all,
             gap_tolerance=request.gap_tolerance,
             time_limit_s=request.time_limit_s,
             progress=self._follow,
         )
+
+    def _searched(self, pins: Pins) -> Pins:
+        """Pins as the search takes them."""
+        if self.graph.is_inference:
+            return replace(pins, recompute="none", schedule=FORWARD_ONLY)
+        return replace(pins, recompute="none") if self.keep != "none" else pins
 
     def _follow(self, state: Mapping[str, object]) -> None:
         """Tells the best objective so far and the bound on all plans."""
@@ -167,15 +178,18 @@ class Chooser:
     def _candidates(self, tables: CostTables | MixedTables, solution: Solution) -> list[Candidate]:
         found = [self.candidate(tables, solution.decisions, formula=solution.objective_value)]
         found += [self.candidate(tables, decisions) for decisions in solution.contenders]
-        if isinstance(tables, CostTables) and self.keep == "none":
+        if isinstance(tables, CostTables) and self.keep == "none" and not self.graph.is_inference:
             variants = Variants(self.graph, tables, self.request.pins)
             searched = (solution.decisions, *solution.contenders)
             found += [self.candidate(own, other) for decisions in searched for own, other in variants.of(decisions)]
         return found
 
-    def _baselines(self) -> tuple[tuple[Baseline, ...], tuple[Candidate, ...]]:
+    def baselines(self) -> tuple[tuple[Baseline, ...], tuple[Candidate, ...]]:
+        """The plans of known families, and those of them that fit."""
         rows, candidates = [], []
         for name, pins in BASELINES.items():
+            if self.graph.is_inference and name in TRAINING_BASELINES:
+                continue
             self.progress(f"searching the baseline {name}")
             tables = self.tables(pins)
             family = self._family(tables, pins, self.request.limits)
@@ -194,7 +208,7 @@ class Chooser:
         return best_of_family(
             tables,
             request.objective,
-            pins=pins,
+            pins=self._searched(pins),
             limits=limits,
             use_all=request.use_all,
             gap_tolerance=request.gap_tolerance,
@@ -223,9 +237,15 @@ class Chooser:
         )
 
 
+def mesh_words(decisions: Decisions) -> str:
+    """`dp=4 x tp=2`; `dp=2 then tp=2` where stages have meshes of their own."""
+    each = [" x ".join(f"{a.name}={a.size}" for a in mesh.axes if a.size > 1) or "dp=1" for mesh in decisions.meshes]
+    return " then ".join(each if decisions.stage_meshes else each[:1])
+
+
 def describe(decisions: Decisions) -> str:
     """`dp=4 x tp=2, pp=2, microbatches=8`."""
-    mesh = " x ".join(f"{axis.name}={axis.size}" for axis in decisions.mesh.axes if axis.size > 1) or "dp=1"
+    mesh = mesh_words(decisions)
     chunks = f" x {decisions.interleave} chunks" if decisions.interleave > 1 else ""
     return f"{mesh}, pp={decisions.num_ranks}{chunks}, microbatches={decisions.num_microbatches}"
 
@@ -267,7 +287,8 @@ def _tightened(limits: Limits, prediction: Prediction) -> Limits:
     return replace(limits, **changed)
 
 
-def _overdrawn_error(found: Candidate | None, limits: Limits) -> InfeasibleError:
+def overdrawn_error(found: Candidate | None, limits: Limits) -> InfeasibleError:
+    """What a plan breaks when simulated."""
     if found is None:
         raise AssertionError("the first search raises or finds a plan")
     broken = broken_limits(found.prediction, limits)

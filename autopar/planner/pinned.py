@@ -8,6 +8,7 @@ from autopar.cost.choices import matches
 from autopar.errors import InputError
 from autopar.ir.graph import OpGraph
 from autopar.ir.solution import Pins
+from autopar.planner.request import PlanRequest
 from autopar.rules.strategies import axis_strategies
 
 
@@ -32,6 +33,19 @@ def check_constraints(graph: OpGraph, pins: Pins) -> None:
         known = sorted({s.label for op in found for s in axis_strategies(op, graph.values)})
         if label not in known:
             raise InputError(f"no op that {regex!r} matches has the label {label!r}; theirs are {', '.join(known)}")
+
+
+def check_inference(request: PlanRequest) -> None:
+    """Raises InputError for what a plan that runs forward alone cannot have."""
+    pins = request.pins
+    given = {"recompute": pins.recompute, "schedule": pins.schedule, "vpp": pins.interleave, "zero": pins.zero}
+    wrong = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if wrong:
+        raise InputError(
+            f"--pin {','.join(wrong)}: of training alone; inference runs forward, and keeps nothing for it"
+        )
+    if request.cluster is not None and len(request.cluster.groups) > 1:
+        raise InputError("inference plans are for clusters of one type of GPU")
 
 
 def found_name(graph: OpGraph) -> str:

@@ -10,7 +10,7 @@ import importlib.metadata
 import math
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from autopar.cost.mixed import MixedCluster, MixedTables
 from autopar.cost.table import CostTables
 from autopar.errors import AutoparError, InfeasibleError
 from autopar.ir.graph import OpGraph
+from autopar.ir.inference import cache_bytes, tokens_per_sample
 from autopar.ir.plan import SCHEMA_VERSION, ClusterReference, ModelReference, Plan, SolverReport
 from autopar.ir.serialize_graph import graph_hash
 from autopar.ir.solution import Alternative, Objective
@@ -26,7 +27,10 @@ from autopar.ir.verify import verify
 from autopar.planner.choose import Candidate, Choice, Chooser, describe
 from autopar.planner.economy import economy_notes, settled
 from autopar.planner.request import INTERRUPTED, PlanRequest, Progress, Target, choose_target, say_nothing
+from autopar.planner.uneven import NOTE as UNEVEN_NOTE
+from autopar.planner.uneven import UnevenChooser
 from autopar.rules.strategies import has_rule
+from autopar.units import format_bytes
 from autopar.version import __version__
 
 if TYPE_CHECKING:
@@ -121,7 +125,7 @@ def plan_graph(
     """Plan a captured graph; `reference` says where it came from, its hash and batch size are filled in here."""
     chooser = Chooser(graph, request, target, progress or say_nothing)
     tables = chooser.tables(request.pins)
-    asked, choice = settled(request, lambda asked: replace(chooser, request=asked).choose(tables))
+    asked, choice = settled(request, lambda asked: _choose(replace(chooser, request=asked), tables))
     plan = assemble_plan(graph, reference, asked, target, choice)
     if request.economy is None:
         return plan
@@ -129,11 +133,16 @@ def plan_graph(
     return replace(plan, notes=(*plan.notes, *economy_notes(plan, request.economy, rival)))
 
 
+def _choose(chooser: Chooser, tables: CostTables | MixedTables) -> Choice:
+    """The best candidate; raises InfeasibleError where there is none."""
+    return UnevenChooser(chooser).choose(tables) if chooser.request.pins.meshes else chooser.choose(tables)
+
+
 def _thriftiest(chooser: Chooser, tables: CostTables | MixedTables) -> Candidate | None:
     """The plan of least energy under the same pins and limits."""
     request = replace(chooser.request, objective=Objective("energy"), with_baselines=False)
     try:
-        return replace(chooser, request=request).choose(tables).candidate
+        return _choose(replace(chooser, request=request), tables).candidate
     except InfeasibleError:
         # Simulated, the search's best for energy breaks a limit that another plan keeps.
         return None
@@ -158,6 +167,7 @@ def assemble_plan(
         notes=_notes(graph, request, target, choice),
         created=_created(),
         software=request.software,
+        tokens_per_sample=tokens_per_sample(graph) if graph.is_inference else 0,
     )
     issues = verify(plan, graph, target.cluster)
     if issues:
@@ -229,6 +239,8 @@ def _notes(graph: OpGraph, request: PlanRequest, target: Target, choice_made: Ch
         notes.append(f"the search's best is {first}; simulated, {name} is better or keeps the limits, and was taken")
     if choice_made.solution.is_interrupted:
         notes.append(INTERRUPTED)
+    if candidate.decisions.stage_meshes:
+        notes.append(UNEVEN_NOTE)
     used = candidate.decisions.num_gpus
     if used < request.num_gpus:
         kind = request.objective.kind
@@ -243,10 +255,23 @@ def _notes(graph: OpGraph, request: PlanRequest, target: Target, choice_made: Ch
     if request.gpu_power_limit_w is not None:
         watts = f"{request.gpu_power_limit_w:g}"
         notes.append(f"priced with GPUs limited to {watts} W: sudo nvidia-smi --power-limit={watts} on every node")
+    if graph.is_inference:
+        return (*notes, *_inference_notes(graph))
     if not all(value.requires_grad for value in graph.parameters):
         notes.append("some parameters need no gradient; they are not updated and have no optimizer state")
     notes.append(f"priced with the optimizer {graph.optimizer}")
     return tuple(notes)
+
+
+def _inference_notes(graph: OpGraph) -> Iterator[str]:
+    """What the figures of an inference plan stand for."""
+    yield "forward alone, in evaluation mode: no gradients, no optimizer, nothing kept for backward"
+    held = cache_bytes(graph)
+    if held:
+        yield (
+            f"every step reads the cache, {format_bytes(held)} over all samples, which stays on the devices; adding "
+            "the new keys and values to it, choosing tokens and batching requests are up to a serving engine"
+        )
 
 
 def installed_versions() -> dict[str, str]:
