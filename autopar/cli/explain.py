@@ -55,7 +55,7 @@ def explain(
         check_writable(trace, "--trace")
     split = None
     if savings:
-        pins = _rival_pins(made_under or "", plan.model.batch_size, "--pin")
+        pins = None if made_under is None else _rival_pins(made_under, plan.model.batch_size, "--pin")
         with progress_line(as_json) as progress:
             split = split_savings(plan, pins, use_cache=use_cache, progress=progress)
     _write_simulated(plan, trace, report, as_json, split)

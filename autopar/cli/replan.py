@@ -40,6 +40,7 @@ MEANS = (
     click.option(
         "--pin", "pin_text", metavar="KEY=VALUE,...", help="Fix parts of the plan, as for planning; searches."
     ),
+    click.option("--unpin", is_flag=True, help="Drop the pins that the plan was made under; else they are kept."),
     click.option("--clocks", type=click.Choice(CLOCKS), help="Whether the plan may lock clocks; default: as made."),
     click.option("--profile", metavar="FILE", help="Measured rows, as for planning."),
 )
@@ -91,7 +92,9 @@ def _change(options: dict[str, Any]) -> Change:
 
 
 def _means(options: dict[str, Any], plan: Plan) -> Means:
-    pins = Pins()
+    pins = Pins() if options["unpin"] else None
+    if options["unpin"] and options["pin_text"]:
+        raise InputError("--pin replaces the plan's pins, --unpin drops them: give one of them")
     if options["pin_text"]:
         pinned = parse_pins(options["pin_text"], plan.model.batch_size)
         if pinned != Pinned(pinned.pins, plan.model.batch_size):

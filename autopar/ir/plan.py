@@ -141,6 +141,7 @@ class Plan:
         rule_free_ops: target -> number of ops that have no sharding rule and are therefore replicated.
         notes: sentences for the reader (assumptions, defaults taken, warnings).
         software: how the figures assume that the program runs.
+        pinned: what the request fixed, see `ir.pin_fields`; None: nothing, or an older file, which does not say.
         tokens_per_sample: of plans for inference, where a sample is a sequence of indices; else 0.
         created: when and by which versions; the only part that may differ between equal runs.
     """
@@ -159,4 +160,5 @@ class Plan:
     notes: tuple[str, ...]
     created: Mapping[str, str]
     software: Software = field(default_factory=Software)
+    pinned: Mapping[str, str] | None = field(default=None, metadata=ADDED)
     tokens_per_sample: int = field(default=0, metadata=ADDED)

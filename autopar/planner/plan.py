@@ -20,6 +20,7 @@ from autopar.cost.table import CostTables
 from autopar.errors import AutoparError, InfeasibleError
 from autopar.ir.graph import OpGraph
 from autopar.ir.inference import cache_bytes, tokens_per_sample
+from autopar.ir.pin_fields import pin_fields
 from autopar.ir.plan import SCHEMA_VERSION, ClusterReference, ModelReference, Plan, SolverReport
 from autopar.ir.serialize_graph import graph_hash
 from autopar.ir.solution import Alternative, Objective
@@ -167,6 +168,7 @@ def assemble_plan(
         notes=_notes(graph, request, target, choice),
         created=_created(),
         software=request.software,
+        pinned=pin_fields(request.pins),
         tokens_per_sample=tokens_per_sample(graph) if graph.is_inference else 0,
     )
     issues = verify(plan, graph, target.cluster)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from autopar.errors import InfeasibleError, InputError, Remedy
+from autopar.ir.pin_fields import pin_fields, pin_words
 from autopar.ir.plan import Plan, SolverReport
 from autopar.ir.serialize import parse_plan
 from autopar.ir.solution import Limits, Objective, Pins
@@ -19,7 +20,7 @@ from autopar.planner.objective import JOULES_PER_KWH, SECONDS_PER_HOUR
 from autopar.planner.plan import FEWER, cluster_reference
 from autopar.planner.recall import Command, finished_plan
 from autopar.planner.request import CLOCKS, PlanRequest, Progress, Target, choose_target
-from autopar.planner.rival import check_unchanged, request_of
+from autopar.planner.rival import check_unchanged, made_under, request_of
 from autopar.planner.store import INDEX_NAME, Entry, Stored, entry_of, kept_in, recalled, remember, store_key
 from autopar.search.infeasible import WORDS
 
@@ -62,13 +63,14 @@ class Means:
     Attributes:
         store: directory of a frontier; None: that of the plan file, if it holds one. The cache is looked at, too.
         compute: search always (True), never (False), or where no stored plan fits (None).
-        pins: of the search; stored plans are of any pins, so with some, only the search counts.
+        pins: of the search, whose answer alone counts; None: those that the plan was made under, which stored plans
+            must have, too; `Pins()` drops them.
         clocks, profile: as for planning; None: as the plan was made.
     """
 
     store: Path | None = None
     compute: bool | None = None
-    pins: Pins = field(default_factory=Pins)
+    pins: Pins | None = None
     clocks: str | None = None
     profile: str | None = None
 
@@ -158,7 +160,7 @@ def _asked(plan: Plan, change: Change, means: Means) -> _Asked:
         raise InputError("the plan is for a cluster of several types of GPU: plan again with another --cluster")
     new = {name: limit for name in FIGURES if (limit := getattr(change.limits, name)) is not None}
     request = replace(
-        request_of(plan, means.pins),
+        request_of(plan, made_under(plan) if means.pins is None else means.pins),
         num_gpus=change.num_gpus or plan.cluster.num_gpus,
         objective=_objective(plan, change),
         limits=replace(plan.limits, **new),
@@ -209,7 +211,7 @@ def _objective(plan: Plan, change: Change) -> Objective:
 
 def _stored(plan: Plan, path: Path, asked: _Asked, means: Means) -> tuple[list[Stored], tuple[str, ...], _Asked]:
     """Plans at hand, the old one included if its figures count; where they lie; the question with further remarks."""
-    if means.pins != Pins():
+    if means.pins not in (None, Pins()):
         return [], (), asked
     key, groups = store_key(plan, asked.target), dict[str, list[Stored]]()
     if asked.as_made:
@@ -226,7 +228,8 @@ def _stored(plan: Plan, path: Path, asked: _Asked, means: Means) -> tuple[list[S
     sources = tuple(name for name, group in groups.items() if group)
     # A plan may lie in several places: one is enough.
     by_content = {stored.entry.sha256: stored for group in reversed(groups.values()) for stored in group}
-    return list(by_content.values()), sources, asked
+    pinned = pin_fields(asked.request.pins)
+    return [stored for stored in by_content.values() if pinned in (None, stored.entry.pinned)], sources, asked
 
 
 def _picked(plan: Plan, stored: Plan, asked: _Asked) -> tuple[Plan, str]:
@@ -250,10 +253,15 @@ def _picked(plan: Plan, stored: Plan, asked: _Asked) -> tuple[Plan, str]:
 
 def _computed(plan: Plan, asked: _Asked, progress: Progress | None) -> Plan:
     command = Command(plan.model.source, plan.model.options, asked.request)
-    found = parse_plan(finished_plan(command, progress).plan_text)
+    try:
+        found = parse_plan(finished_plan(command, progress).plan_text)
+    except InfeasibleError as error:
+        if plan.pinned is None or asked.request.pins != made_under(plan):
+            raise
+        free = Remedy("--unpin", f"searches without what the plan is pinned to ({pin_words(plan.pinned)})")
+        raise replace(error, remedies=(*error.remedies, free)) from error
     check_unchanged(plan, found.model.graph_hash)
-    if asked.request.pins == Pins():
-        remember([found], asked.target)
+    remember([found], asked.target)
     return found
 
 

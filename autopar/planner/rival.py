@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from autopar.errors import PlanMismatchError
 from autopar.ir.offload import NOWHERE
+from autopar.ir.pin_fields import parse_pin_fields
 from autopar.ir.plan import Plan
 from autopar.ir.solution import KEPT, Pins
 from autopar.planner.plan import plan_model
@@ -29,6 +30,16 @@ def request_of(plan: Plan, pins: Pins) -> PlanRequest:
         batch_size=plan.model.batch_size,
         software=plan.software,
     )
+
+
+def made_under(plan: Plan) -> Pins:
+    """The pins that the plan was made under, as far as its file says. Raises PlanMismatchError."""
+    try:
+        return parse_pin_fields(plan.pinned)
+    except ValueError as error:
+        raise PlanMismatchError(
+            f"the plan's pins cannot be read ({error}); make it again with 'autopar plan'"
+        ) from error
 
 
 def policy_pins(plan: Plan) -> Pins:

@@ -30,7 +30,7 @@ from autopar.planner.profile import NO_PROFILE
 from autopar.planner.recall import Command, Finished, finished_plan, graph_of
 from autopar.planner.request import CLOCKS as CLOCK_POLICIES
 from autopar.planner.request import PlanRequest, Progress, choose_target, say_nothing
-from autopar.planner.rival import check_unchanged, policy_pins, request_of
+from autopar.planner.rival import check_unchanged, made_under, policy_pins, request_of
 from autopar.report.frontier import point_words
 
 FASTEST, ALONE, ALONE_LATER = "least time", "clocks alone, in its time", "clocks alone, in the plan's time"
@@ -68,7 +68,7 @@ def split_savings(
     """The savings of a plan.
 
     Args:
-        pins: under which the plan was made; its file does not hold them.
+        pins: under which the plan was made; None: those that its file names.
         use_cache: take plans that were made before from the cache.
 
     Raises:
@@ -76,7 +76,7 @@ def split_savings(
         PlanMismatchError: the model or the prices are no longer those that the plan was made with.
         InfeasibleError: no plan fits under these pins.
     """
-    request = _request(plan, pins or Pins())
+    request = _request(plan, made_under(plan) if pins is None else pins)
     find = _Finder(plan, use_cache, progress or say_nothing)
     fastest, graph = find.with_graph(replace(request, objective=Objective("time")))
     highest = replace(request, clocks="max")

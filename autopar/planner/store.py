@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from autopar.cost.hardware import Cluster
 from autopar.errors import InputError
-from autopar.ir.codec import DecodeError, decode, encode, format_json, parse_json
+from autopar.ir.codec import ADDED, DecodeError, decode, encode, format_json, parse_json
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import FORMS, dump_plan, parse_plan, write_atomic
 from autopar.ir.software import Software
@@ -65,6 +65,7 @@ class Entry:
         ceiling: on the number of GPUs, for which it was found.
         has_clocks: it locks clocks.
         description: mesh, stages and clocks, for people.
+        pinned: what the plan was made under, as in `Plan`.
     """
 
     file: str
@@ -77,6 +78,7 @@ class Entry:
     energy_j: float
     average_power_w: float
     peak_power_w: float
+    pinned: Mapping[str, str] | None = field(default=None, metadata=ADDED)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def remember(plans: Iterable[Plan], target: Target) -> None:
             index.parent.mkdir(parents=True, exist_ok=True)
             for _, plan in group:
                 text = dump_plan(plan)
-                name = f"{key_text}-{_digest(encode(plan.decisions, Decisions, FORMS))[:16]}.json"
+                name = f"{key_text}-{_digest([encode(plan.decisions, Decisions, FORMS), plan.pinned])[:16]}.json"
                 write_atomic(index.parent / name, text)
                 entries.pop(name, None)
                 entries[name] = entry_of(name, plan, text)
@@ -246,4 +248,5 @@ def entry_of(name: str, plan: Plan, text: str) -> Entry:
         energy_j=predicted.energy_j.value,
         average_power_w=predicted.average_power_w.value,
         peak_power_w=predicted.peak_power_w.value,
+        pinned=plan.pinned,
     )

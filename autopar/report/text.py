@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from autopar.ir.graph import OpGraph
+from autopar.ir.pin_fields import pin_words
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
 from autopar.report.sharding import describe_blocks
@@ -71,6 +72,7 @@ def header_words(plan: Plan) -> list[tuple[str, str]]:
     if plan.cluster.origin != "flag" and plan.notes:
         found.append(("", plan.notes[0]))
     found.append(("Objective", objective_words(plan)))
+    found += [] if plan.pinned is None else [("Pinned", pin_words(plan.pinned))]
     limits = limits_words(plan)
     return [*found, ("Limits", limits)] if limits else found
 

@@ -1,0 +1,37 @@
+"""Pins as a plan file keeps them: each that is set, by the name of its field, as JSON text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from autopar.ir.codec import DecodeError, decode, encode, parse_json
+from autopar.ir.solution import Pins
+
+
+def pin_fields(pins: Pins) -> dict[str, str] | None:
+    """Name of the field -> its value as JSON text, of those that differ from the default; None: all are free."""
+    hints, free = typing.get_type_hints(Pins), Pins()
+    names = [field.name for field in dataclasses.fields(Pins) if getattr(pins, field.name) != getattr(free, field.name)]
+    return {name: json.dumps(encode(getattr(pins, name), hints[name], {})) for name in names} or None
+
+
+def parse_pin_fields(fields: Mapping[str, str] | None) -> Pins:
+    """Inverse of `pin_fields`. Raises ValueError for anything else."""
+    hints, found = typing.get_type_hints(Pins), dict[str, Any]()
+    for name, text in (fields or {}).items():
+        if name not in hints:
+            raise ValueError(f"pins have no {name!r}; known are {', '.join(hints)}")
+        try:
+            found[name] = decode(parse_json(text), hints[name], {}, f"pinned.{name}")
+        except DecodeError as error:
+            raise ValueError(str(error)) from error
+    return Pins(**found)
+
+
+def pin_words(fields: Mapping[str, str]) -> str:
+    """`dp=4, recompute=full`, for people."""
+    return ", ".join(f"{name}={text.strip(chr(34))}" for name, text in fields.items())
