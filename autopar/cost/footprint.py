@@ -3,6 +3,7 @@
 What a rank holds at its worst moment is the largest of
 
 - state + largest sum of kept activations that the schedule reaches + largest workspace, as in the search's formula
+- where optimizer states lie elsewhere, state + the shard of them that is being updated
 - during the last backward, block by block: state + activations that are left + the bucket that gradients are copied
   into once all of it are made, while backward runs or at its end
 
@@ -93,6 +94,7 @@ def _moments(
         )
         yield Moment(gradients, most_held(actions, _kept_bytes(costs, rank, decisions)) + extra, work, sent)
         yield Moment(gradients, 0.0, 0.0, bucket + sent)
+        yield Moment(gradients, 0.0, 0.0, slack * max(cost.shard_bytes for cost in own) + sent)
         return
     (cost,), (kept,) = own, _kept_bytes(costs, rank, decisions)
     flying = microbatches_in_flight(rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule)
@@ -102,6 +104,7 @@ def _moments(
     if is_fresh and flying > 1:
         yield Moment(gradients, (flying - 1) * kept + extra, work, crossing)
     yield Moment(gradients, 0.0, 0.0, bucket)
+    yield Moment(gradients, 0.0, 0.0, slack * cost.shard_bytes)
     limit = gradients + flying * kept + extra + max(work, cost.bucket_limit_bytes)
     redo = decisions.stages[rank].recompute == "full"
     walk = _Backward(cost, (flying if is_fresh else 1) * kept, redo, slack)
@@ -194,6 +197,21 @@ def memory_timeline(
             held -= size
             found.append((interval.stop_s, state + held))
     return tuple(found)
+
+
+def offloaded_bytes(costs: Sequence[StageCost], rank: int, decisions: Decisions) -> dict[str, float] | None:
+    """Bytes of one device of a rank that lie elsewhere at the worst moment; None where the plan offloads nothing."""
+    if not decisions.offload:
+        return None
+    own = costs[rank :: decisions.num_ranks]
+    actions = schedule_actions(
+        rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule, interleave=decisions.interleave
+    )
+    held = {
+        "optimizer": sum(cost.offloaded.get("optimizer", 0.0) for cost in own),
+        "activations": most_held(actions, [cost.offloaded.get("activations", 0.0) for cost in own]),
+    }
+    return {name: size for name, size in held.items() if size}
 
 
 def _kept_bytes(costs: Sequence[StageCost], rank: int, decisions: Decisions) -> list[float]:

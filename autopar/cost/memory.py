@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from autopar.errors import InputError
-from autopar.ir.graph import Value
+from autopar.ir.graph import OpGraph, Value
 from autopar.ir.placement import Sharding
 from autopar.ir.software import Software
 from autopar.ir.strategy import ParameterStrategy, optimizer_sharding, storage_sharding
@@ -83,6 +83,12 @@ def gradient_bytes(value: Value, software: Software) -> float:
     """Bytes of the whole gradient of a trained parameter."""
     item_bytes = BYTES_BY_DTYPE[value.meta.dtype]
     return float(held_bytes(value.meta.num_bytes, item_bytes, 0, software).gradient)
+
+
+def optimizer_bytes(graph: OpGraph, states: int, software: Software) -> float:
+    """Bytes of so many states of all trained parameters, master copies included."""
+    trained = [(v.meta.num_bytes, BYTES_BY_DTYPE[v.meta.dtype]) for v in graph.parameters if v.requires_grad]
+    return float(sum(held_bytes(size, item, states, software).optimizer for size, item in trained))
 
 
 _NEVER = np.bool_(False)

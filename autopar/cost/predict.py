@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from autopar.cost.collective import LinearCost, send_cost
-from autopar.cost.footprint import memory_by_cause
+from autopar.cost.footprint import memory_by_cause, offloaded_bytes
 from autopar.cost.mixed import MixedTables
 from autopar.cost.power import dynamic_limit_w
 from autopar.cost.stages import StageCost, stage_costs
@@ -157,6 +157,8 @@ def predict(tables: CostTables | MixedTables, decisions: Decisions) -> Predictio
     Raises:
         PlanMismatchError: if the decisions do not fit the graph, mesh and cluster of `tables`.
     """
+    if any(own.pins.offload != decisions.offload for own in stage_tables(tables, decisions)):
+        raise PlanMismatchError(f"the plan offloads {decisions.offload.words or 'nothing'}, the prices are for another")
     costs, labels = plan_costs(tables, decisions)
     time_s = max(timeline_of(tables, costs, decisions).makespan_s, decisions.pace_s)
     sends_j = sum(_sends_j(tables, decisions, k, cost) for k, cost in enumerate(costs))
@@ -191,6 +193,7 @@ def _prediction(
     peak_w = max(highest_w + blocked_w + host_w, energy_j / time_s)
     ranks = range(decisions.num_ranks)
     memory = [memory_by_cause(costs, k, decisions, each[k].software, each[k].cluster.spec.unseen_share) for k in ranks]
+    elsewhere = [offloaded_bytes(costs, rank, decisions) for rank in ranks]
     peaks = tuple(modelled(sum(memory[k].values()), "B", each[k].cluster.spec.memory_uncertainty) for k in ranks)
     wide = max(cluster.spec.time_uncertainty for cluster, _ in clusters)
     energy_wide = max(cluster.spec.energy_uncertainty for cluster, _ in clusters)
@@ -203,7 +206,7 @@ def _prediction(
         stages=tuple(
             StageFigures(
                 modelled(c.forward_s, "s", wide), modelled(c.backward_s, "s", wide), modelled(c.step_s, "s", wide),
-                peaks[k % len(ranks)], memory[k % len(ranks)],
+                peaks[k % len(ranks)], memory[k % len(ranks)], elsewhere[k % len(ranks)],
             )
             for k, c in enumerate(costs)
         ),

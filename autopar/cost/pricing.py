@@ -11,7 +11,7 @@ from autopar.cost.hardware import Cluster
 from autopar.cost.shards import Sizes
 from autopar.cost.sheets import Kept, OpSheet
 from autopar.cost.work import COMPILED_DISPATCH, Work, clocked, kernels, launches_s, work_parts, works
-from autopar.ir.cost import Array, Traffic
+from autopar.ir.cost import Array, Outside, Traffic
 from autopar.ir.mesh import StageMesh
 from autopar.ir.software import Software
 
@@ -30,11 +30,12 @@ class NodePrice:
     boundary_bytes: Array
     workspace_bytes: Array
     traffic: Traffic | None = None
+    outside: Outside | None = None
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """All arrays but those of the traffic, by name."""
-        return {name: value for name, value in vars(self).items() if name != "traffic"}
+        """All arrays but those of the traffic and of what is outside, by name."""
+        return {name: value for name, value in vars(self).items() if name not in ("traffic", "outside")}
 
     def part(self, start: int, stop: int) -> NodePrice:
         """Views of the choices of one node."""

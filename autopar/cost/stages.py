@@ -15,6 +15,7 @@ from autopar.cost.memory import Synced, parameter_bytes, synced_gradient
 from autopar.cost.table import CostTables
 from autopar.errors import PlanMismatchError
 from autopar.ir.cost import CostEdge, CostNode, CostTable
+from autopar.ir.offload import SHARD_BYTES
 from autopar.ir.solution import Decisions
 from autopar.ir.strategy import ParameterStrategy
 from autopar.ir.streams import BlockWork, Overlap, stage_times
@@ -23,7 +24,7 @@ from autopar.ir.timeline import StageTimes
 SHARED = -1
 STATE_CAUSES = ("parameters", "gradients", "optimizer")
 """What lasts from step to step."""
-WORK = ("forward_s", "backward_s", "gather_s", "regather_s", "scatter_s", "sync_s", "update_s")
+WORK = ("forward_s", "backward_s", "gather_s", "regather_s", "scatter_s", "sync_s", "update_s", "out_s", "back_s")
 """Fields of `BlockWork`."""
 NOTHING: Mapping[tuple[int, int], int] = MappingProxyType({})
 
@@ -64,7 +65,8 @@ class StageCost:
     gradients that buckets copy, `bucket_limit_bytes` what the search reckons those take. `state` is by cause, `blocks`
     and `memory` by index (SHARED first).
     `times` are those of the streams that `blocks` run on. `wire` is None where stages have one mesh: then every device
-    receives `received_bytes` from one other.
+    receives `received_bytes` from one other. `offloaded` are bytes that lie elsewhere, of the optimizer and activations
+    of one microbatch; `shard_bytes` of the former are on the device during the update, beside what stays there.
     """
 
     blocks: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -83,6 +85,8 @@ class StageCost:
     wire: Wire | None = None
     peak_w: float = 0.0
     state: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STATE_CAUSES, 0.0))
+    offloaded: dict[str, float] = field(default_factory=dict)
+    shard_bytes: float = 0.0
 
     @property
     def forward_s(self) -> float:
@@ -169,6 +173,8 @@ def stage_costs(
             strategy = table.nodes[index].choices[choice[index]]
             held = _held(tables, table, table.nodes[index], strategy)
             _add_state(stages[k], block, held)
+            if tables.offload.optimizer is not None:
+                _offload_states(stages[k], held[2], leaves=tables.offload.optimizer.leaves)
             stages[k].synced += synced_gradient(held[1], strategy, table.mesh.sizes, tables.software)
     for edge in table.edges:
         prices = _edge_prices(edge, choice[edge.source], choice[edge.target])
@@ -185,6 +191,7 @@ def stage_costs(
                 stages[k].received_bytes += size
     for k, stage in enumerate(decisions.stages):
         stages[k].largest_block_bytes = max(per_block[stage.start : stage.stop])
+        stages[k].shard_bytes = min(stages[k].offloaded.get("optimizer", 0.0), max(stages[k].shard_bytes, SHARD_BYTES))
         stages[k].times = stage_times(stages[k].works(), overlap_of(tables))
     return tuple(stages)
 
@@ -199,7 +206,8 @@ def overlap_of(tables: CostTables) -> Overlap:
     """What runs side by side under the software of the tables."""
     software = tables.software
     slowdown = tables.cluster.spec.overlap_slowdown
-    return Overlap(software.prefetch_parameters, software.overlap_gradients, slowdown)
+    offload = tables.offload.activations is not None and tables.offload.activations.hides
+    return Overlap(software.prefetch_parameters, software.overlap_gradients, slowdown, offload)
 
 
 def _occurrences(table: CostTable, stage_of: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -223,7 +231,9 @@ def _occurrences(table: CostTable, stage_of: list[int]) -> Iterator[tuple[int, i
 def _add_node(stage: StageCost, block: int, node: CostNode, p: int, redo: bool) -> None:
     energy_j, traffic = float(node.microbatch_j[p]), node.traffic
     if traffic is None:
-        stage.pay(block, float(node.forward_s[p]), float(node.backward_s[p]), energy_j, redo)
+        shown_forward_s, shown_backward_s = _move_activations(stage, block, node, p)
+        forward_s, backward_s = float(node.forward_s[p]) - shown_forward_s, float(node.backward_s[p]) - shown_backward_s
+        stage.pay(block, forward_s, backward_s, energy_j, redo)
         stage.add(block, update_s=float(node.step_s[p]))
     else:
         seconds = {name: float(values[p]) for name, values in vars(traffic).items()}
@@ -242,6 +252,23 @@ def _add_node(stage: StageCost, block: int, node: CostNode, p: int, redo: bool) 
     stage.workspace_bytes = max(stage.workspace_bytes, workspace)
     if node.kind != "param":
         stage.op_workspace_bytes = max(stage.op_workspace_bytes, workspace)
+
+
+def _move_activations(stage: StageCost, block: int, node: CostNode, p: int) -> tuple[float, float]:
+    """Adds the moves of what is offloaded; seconds of them that the node's own contain."""
+    outside = node.outside
+    if outside is None or not outside.num_bytes[p]:
+        return 0.0, 0.0
+    stage.add(block, out_s=float(outside.seconds[p]), back_s=float(outside.seconds[p]))
+    stage.offloaded["activations"] = stage.offloaded.get("activations", 0.0) + float(outside.num_bytes[p])
+    return float(outside.forward_s[p]), float(outside.backward_s[p])
+
+
+def _offload_states(stage: StageCost, size: float, *, leaves: bool) -> None:
+    """States of one parameter lie elsewhere, and are gone from the device if it is another memory."""
+    stage.offloaded["optimizer"] = stage.offloaded.get("optimizer", 0.0) + size
+    stage.shard_bytes = max(stage.shard_bytes, size)
+    stage.state["optimizer"] -= size if leaves else 0.0
 
 
 def _held(tables: CostTables, table: CostTable, node: CostNode, strategy: ParameterStrategy) -> tuple[float, ...]:

@@ -22,7 +22,8 @@ from autopar.cost.hardware import Cluster
 from autopar.cost.kernels import as_run_by
 from autopar.cost.layouts import Codes, code_of, sharding_ids, sharding_of
 from autopar.cost.measured import OpLookup, apply_profile
-from autopar.cost.memory import gradient_bytes, optimizer_states, slack_share
+from autopar.cost.memory import gradient_bytes, optimizer_bytes, optimizer_states, slack_share
+from autopar.cost.offload import OffloadPrice, offload_prices, outside
 from autopar.cost.pricing import NodePrice, Pricer, free_node, rerun
 from autopar.cost.recompute import recomputed
 from autopar.cost.roofline import flop_rate
@@ -83,6 +84,7 @@ class CostTables:
         self.again = recomputed(self.fusion.graph, keep)
         self.pricer = Pricer(cluster, self.training, self.software)
         self.gradient_bytes = sum(gradient_bytes(v, self.software) for v in graph.parameters if v.requires_grad)
+        self.offload = offload_prices(cluster, self.pins.offload)
         self.parameter_pricer = self._parameter_pricer(cluster)
         self.tensors = Tensors(graph, self.dims)
         self.edge_tensors = np.array([self.tensors.index[edge.value] for edge in self.skeleton.edges], dtype=np.int64)
@@ -112,12 +114,17 @@ class CostTables:
         other = copy.copy(self)
         other.cluster = cluster
         other.pricer = Pricer(cluster, self.training, self.software)
-        other.parameter_pricer = self._parameter_pricer(cluster)
+        other.offload = offload_prices(cluster, self.pins.offload)
+        other.parameter_pricer = other._parameter_pricer(cluster)
         other._tables = {}
         return other
 
     def _parameter_pricer(self, cluster: Cluster) -> ParameterPricer:
-        return ParameterPricer(cluster, self.graph.optimizer, self.training, self.software, self.gradient_bytes)
+        states = optimizer_bytes(self.graph, self.optimizer_states, self.software)
+        return ParameterPricer(
+            cluster, self.graph.optimizer, self.training, self.software, self.gradient_bytes,
+            offload=self.offload.optimizer, state_bytes=states,
+        )  # fmt: skip
 
     def keeping(self, policy: str) -> CostTables:
         """The same tables with another of `ir.solution.KEPT`."""
@@ -298,6 +305,8 @@ class _TableMaker:
         ops.backward_s[:], ops.microbatch_j[:] = rerun(ops.forward_s, ops.backward_s, ops.microbatch_j, times)
         self._gather_results(nodes, terms, results)
         self._set_boundaries(nodes)
+        if source.offload.activations is not None:
+            self._offload(nodes, source.offload.activations)
         self._add_slack(nodes)
         self._check(flat, nodes)
         send = send_cost(source.cluster, same_node=2 * self.mesh.num_devices <= source.cluster.gpus_per_node)
@@ -381,6 +390,20 @@ class _TableMaker:
         for index, c in crossing.items():
             if self.source.skeleton.nodes[index].carries_boundary:
                 nodes[index].price.boundary_bytes[:] = self._local_bytes(c.value, nodes[index].form, c.slot)
+
+    def _offload(self, nodes: Sequence[_Node], price: OffloadPrice) -> None:
+        """Activations go elsewhere; some are on their way when the ops run."""
+        total = 0.0
+        for index in self.frame.op_nodes:
+            own = nodes[index].price
+            own.outside = found = outside(own.activation_bytes, own.forward_s, own.backward_s, price)
+            own.forward_s += found.forward_s
+            own.backward_s += found.backward_s
+            own.microbatch_j += 2.0 * found.num_bytes * price.j_per_byte
+            own.activation_bytes -= found.num_bytes if price.leaves else 0.0
+            total += float(found.num_bytes.max(initial=0.0)) * len(self.source.skeleton.nodes[index].blocks)
+        for index in self.frame.op_nodes:
+            nodes[index].price.workspace_bytes += min(price.window_bytes, total)
 
     def _add_slack(self, nodes: Sequence[_Node]) -> None:
         """What moves takes more from the device where that is metered."""

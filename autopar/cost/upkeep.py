@@ -20,6 +20,7 @@ from autopar.cost.collective import collective_cost
 from autopar.cost.hardware import Cluster
 from autopar.cost.layouts import Codes, Mask
 from autopar.cost.memory import BUCKET_BYTES, Synced, held_bytes, optimizer_states, synced
+from autopar.cost.offload import OffloadPrice, shard_bytes
 from autopar.cost.power import byte_energy_j
 from autopar.cost.pricing import NodePrice, free_node
 from autopar.cost.roofline import memory_rate
@@ -104,9 +105,10 @@ class ParameterPricer:
     """Prices parameter nodes on one cluster, run by `software`."""
 
     def __init__(
-        self, cluster: Cluster, optimizer: str, training: bool, software: Software, total_bytes: float
-    ) -> None:
-        """`total_bytes` are those of all gradients together."""
+        self, cluster: Cluster, optimizer: str, training: bool, software: Software, total_bytes: float,
+        *, offload: OffloadPrice | None = None, state_bytes: float = 0.0,
+    ) -> None:  # fmt: skip
+        """`total_bytes` are those of all gradients together, `state_bytes` of what the optimizer keeps."""
         self.cluster = cluster
         self.total_bytes = total_bytes
         self.spec = cluster.spec
@@ -114,6 +116,8 @@ class ParameterPricer:
         self.optimizer = optimizer
         self.states = optimizer_states(optimizer) if training else 0
         self.software = software
+        self.offload = offload
+        self.optimizer_bytes = state_bytes if training else 0.0
 
     def bytes_of(self, sheet: ParameterSheet, found: KeptParameters, sizes: Sizes) -> Upkeep:
         """What the choices keep and move."""
@@ -157,14 +161,20 @@ class ParameterPricer:
         price.microbatch_j = held.whole * terms[:, 4] + np.where(trained & moved, 0.5 * held.whole * terms[:, 4], 0.0)
         room = np.where(moved, self._room(sheet, own, exposed, around), 0.0)
         price.workspace_bytes = np.maximum(room, self._bucket_room(held, sheet, found))
-        price.state_bytes = held.weights + held.gradients + held.optimizer
+        price.state_bytes = held.weights + held.gradients
+        if self.offload is None or not self.offload.leaves:
+            price.state_bytes = price.state_bytes + held.optimizer
+        if self.offload is not None:
+            total = self.optimizer_bytes / found.optimizer_parts[at]
+            price.workspace_bytes = np.maximum(price.workspace_bytes, shard_bytes(held.optimizer, total))
         masks = sheet.reduced[at], sheet.scattered[at], sheet.early[at]
         scatter = scatter + self._synchronise(price, masks, mesh, held.reduced)
         price.backward_s = again + scatter
         sync = np.where(trained, price.step_s, 0.0)
         update = np.where(trained, self._update_s(held, found.optimizer_parts[at]), 0.0)
         price.step_s = sync + update
-        price.step_j = np.where(trained, price.step_j + held.update * byte_energy_j(self.spec), 0.0)
+        moved_j = 0.0 if self.offload is None else 2.0 * held.optimizer * self.offload.j_per_byte
+        price.step_j = np.where(trained, price.step_j + held.update * byte_energy_j(self.spec) + moved_j, 0.0)
         self._hide(price, Traffic(price.forward_s, again, scatter, sync, update), sheet, own, around.compute_s)
         return price
 
@@ -207,12 +217,13 @@ class ParameterPricer:
         return room
 
     def _update_s(self, held: Upkeep, optimizer_parts: Array) -> Array:
-        """As measured where it was; else the bytes that one fused kernel moves."""
+        """As measured where it was; else the bytes that one fused kernel moves. Offloaded states come and go."""
+        moved = 0.0 if self.offload is None else 2.0 * held.optimizer * self.offload.s_per_byte
         line = self.cluster.line(f"update:{self.optimizer}", 1)
         if line is None or self.software.name != Software().name:
-            modelled: Array = held.update / memory_rate(self.spec)
+            modelled: Array = held.update / memory_rate(self.spec) + moved
             return modelled
-        measured: Array = line.latency_s + held.whole / optimizer_parts * line.s_per_byte
+        measured: Array = line.latency_s + held.whole / optimizer_parts * line.s_per_byte + moved
         return measured
 
     def _hide(self, price: NodePrice, traffic: Traffic, sheet: ParameterSheet, own: Codes, compute_s: Array) -> None:

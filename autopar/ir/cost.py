@@ -51,6 +51,8 @@ class CostNode:
         workspace_bytes: transient, the largest over all nodes of a stage counts once.
         traffic: of a parameter whose collectives run beside computation (None: none does): what they take in full.
             `forward_s`, `backward_s` and `step_s` then hold the part that is expected to stay visible.
+        outside: of an op whose activations are offloaded (None: none are): how long that takes in full. `forward_s`
+            and `backward_s` then contain the part that is expected to stay visible.
     """
 
     name: str
@@ -68,6 +70,23 @@ class CostNode:
     boundary_bytes: Array
     workspace_bytes: Array
     traffic: Traffic | None = None
+    outside: Outside | None = None
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Activations per strategy that leave the device in forward, and come back in backward, of one microbatch.
+
+    Attributes:
+        num_bytes: that move, each way.
+        seconds: of moving them one way, alone on the link.
+        forward_s, backward_s: the part of that which is expected to show.
+    """
+
+    num_bytes: Array
+    seconds: Array
+    forward_s: Array
+    backward_s: Array
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ scatter of a forward or backward of one microbatch are exposed. Without `prefetc
 With `gradients` a block's synchronisation is issued in the last microbatch's backward when the block has ended, behind
 its scatter; what is left of it when the backward is over comes before the update.
 
+Offloaded activations move on a stream of their own, in order of issue, which slows nothing down (copy engines). With
+`offload` those of a block go out when it has ended, and come back while the block after it (in order of the model) runs
+backward; a pass is over when its moves are. Without it computation waits for each.
+
 Consequences (proven in the tests): a pass takes at least its computation and at least its collectives, at most their
 sum; no input that grows makes anything end earlier; hiding is never slower than not hiding.
 """
@@ -37,6 +41,7 @@ class BlockWork:
         scatter_s: of its gradients, after its backward.
         sync_s: of its gradients, after its last backward.
         update_s: the optimizer's work.
+        out_s, back_s: of its activations to where they are offloaded, after its forward, and back before its backward.
     """
 
     forward_s: float
@@ -46,6 +51,8 @@ class BlockWork:
     scatter_s: float = 0.0
     sync_s: float = 0.0
     update_s: float = 0.0
+    out_s: float = 0.0
+    back_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +63,13 @@ class Overlap:
         prefetch: gathers and scatters of parameters and their gradients.
         gradients: synchronisation of gradients, behind the last backward.
         slowdown: in [0, 1], share of a collective's time that computation beside it loses; at 1 nothing hides.
+        offload: moves of offloaded activations.
     """
 
     prefetch: bool = False
     gradients: bool = False
     slowdown: float = 0.0
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.slowdown <= 1:
@@ -102,6 +111,15 @@ class _Device:
         self.communication: list[Span] = []
         self.passed = 0
         """Collectives that ended before the computation that was issued last."""
+        self.moved_s = 0.0
+        """When the last move of offloaded activations ends."""
+
+    def move(self, length_s: float, at_s: float) -> float:
+        """When a move issued at `at_s` is done."""
+        if length_s == 0:
+            return at_s
+        self.moved_s = max(at_s, self.moved_s) + length_s
+        return self.moved_s
 
     def issue(self, kind: str, block: int, length_s: float, at_s: float) -> float:
         """When a collective issued at `at_s` is done."""
@@ -147,18 +165,23 @@ def _forward(blocks: Sequence[BlockWork], overlap: Overlap) -> Streams:
         if overlap.prefetch and index + 1 < len(blocks):
             gathered = device.issue("gather", index + 1, blocks[index + 1].gather_s, start)
         now = device.compute("forward", index, block.forward_s, start)
+        moved = device.move(block.out_s, now)
+        now = now if overlap.offload else moved
         if not overlap.prefetch and index + 1 < len(blocks):
             gathered = device.issue("gather", index + 1, blocks[index + 1].gather_s, now)
-    return device.streams(now)
+    return device.streams(max(now, device.moved_s))
 
 
 def _backward(blocks: Sequence[BlockWork], overlap: Overlap, last: bool) -> Streams:
     device, now, needed = _Device(overlap.slowdown), 0.0, 0.0
     final = len(blocks) - 1
     gathered = device.issue("regather", final, blocks[final].regather_s, now)
+    back = device.move(blocks[final].back_s, now)
     for index in range(final, -1, -1):
         block = blocks[index]
-        start = now = max(now, gathered)
+        start = now = max(now, gathered, back)
+        if overlap.offload and index > 0:
+            back = device.move(blocks[index - 1].back_s, start)
         if overlap.prefetch and index > 0:
             gathered = device.issue("regather", index - 1, blocks[index - 1].regather_s, start)
         now = device.compute("backward", index, block.backward_s, start)
@@ -170,6 +193,8 @@ def _backward(blocks: Sequence[BlockWork], overlap: Overlap, last: bool) -> Stre
             device.issue("sync", index, block.sync_s, now)
         if not overlap.prefetch and index > 0:
             gathered = device.issue("regather", index - 1, blocks[index - 1].regather_s, now)
+        if not overlap.offload and index > 0:
+            back = device.move(blocks[index - 1].back_s, now)
     return device.streams(max(now, needed))
 
 
@@ -212,8 +237,10 @@ def _time_s(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) -> float:
     """Of a pass; where nothing can hide, the plain sums in the order of the blocks."""
     if phase == "forward":
         compute, moved = [b.forward_s for b in blocks], [b.gather_s for b in blocks]
+        outside = [b.out_s for b in blocks]
     else:
         compute, moved = [b.backward_s for b in blocks], [b.regather_s + b.scatter_s for b in blocks]
-    if overlap.prefetch and any(moved):
+        outside = [b.back_s for b in blocks]
+    if (overlap.prefetch and any(moved)) or (overlap.offload and any(outside)):
         return stream_intervals(blocks, overlap, phase).stop_s
-    return sum(compute) + sum(moved)
+    return sum(compute) + sum(moved) + sum(outside)

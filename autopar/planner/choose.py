@@ -23,7 +23,7 @@ from autopar.ir.quantity import Quantity
 from autopar.ir.solution import KEPT, Decisions, Limits, Objective, Pins, Solution
 from autopar.ir.verify import broken_limits, limited_figures
 from autopar.planner.cuts import with_even_cuts
-from autopar.planner.pinned import check_constraints, check_inference
+from autopar.planner.pinned import check_constraints, check_inference, check_offload
 from autopar.planner.request import PlanRequest, Target
 from autopar.planner.variants import Variants
 from autopar.search.baselines import BASELINES, Family, best_of_family
@@ -79,7 +79,9 @@ class Chooser:
         check_constraints(self.graph, pins)
         if self.graph.is_inference:
             check_inference(self.request)
-        cluster = self.target.cluster
+        check_offload(self.graph, self.request)
+        own, cluster = self.request.pins, self.target.cluster
+        pins = replace(pins, offload_optimizer=own.offload_optimizer, offload_activations=own.offload_activations)
         if isinstance(cluster, MixedCluster):
             return mixed_tables(self.graph, cluster, pins, self.request.software)
         return CostTables(
@@ -144,6 +146,7 @@ class Chooser:
                 replace(s, recompute=self.keep if s.recompute == "none" else s.recompute) for s in decisions.stages
             )
             decisions = replace(decisions, stages=tuple(stages))
+        decisions = replace(decisions, offload=pins.offload)
         if len(decisions.stages) > 1 and (pins.even_cuts or (pins.interleave or 1) > 1):
             return with_even_cuts(decisions, self.graph, pins.interleave or 1)
         return decisions
@@ -165,7 +168,8 @@ class Chooser:
         """Pins as the search takes them."""
         if self.graph.is_inference:
             return replace(pins, recompute="none", schedule=FORWARD_ONLY)
-        return replace(pins, recompute="none") if self.keep != "none" else pins
+        is_fixed = self.keep != "none" or self.request.pins.offload_activations
+        return replace(pins, recompute="none") if is_fixed else pins
 
     def _follow(self, state: Mapping[str, object]) -> None:
         """Tells the best objective so far and the bound on all plans."""

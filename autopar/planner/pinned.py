@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from autopar.cost.choices import matches
+from autopar.cost.memory import optimizer_bytes, optimizer_states
 from autopar.errors import InputError
 from autopar.ir.graph import OpGraph
 from autopar.ir.solution import Pins
@@ -39,6 +40,7 @@ def check_inference(request: PlanRequest) -> None:
     """Raises InputError for what a plan that runs forward alone cannot have."""
     pins = request.pins
     given = {"recompute": pins.recompute, "schedule": pins.schedule, "vpp": pins.interleave, "zero": pins.zero}
+    given |= {"offload_optimizer": pins.offload_optimizer, "offload_activations": pins.offload_activations}
     wrong = [f"{name}={value}" for name, value in given.items() if value is not None]
     if wrong:
         raise InputError(
@@ -46,6 +48,26 @@ def check_inference(request: PlanRequest) -> None:
         )
     if request.cluster is not None and len(request.cluster.groups) > 1:
         raise InputError("inference plans are for clusters of one type of GPU")
+
+
+def check_offload(graph: OpGraph, request: PlanRequest) -> None:
+    """Raises InputError for what cannot be offloaded, alone or beside other choices."""
+    pins, software = request.pins, request.software
+    if pins.offload_activations and pins.recompute not in (None, "none"):
+        raise InputError(
+            f"--pin offload_activations={pins.offload_activations},recompute={pins.recompute}: either of the two saves "
+            "a block's activations; give one of them"
+        )
+    if pins.offload_activations and software.fusion == "compiled":
+        raise InputError(
+            f"--pin offload_activations={pins.offload_activations},compile=on: what a compiled stage saves cannot be "
+            "taken from it; leave one of them out"
+        )
+    if pins.offload_optimizer and not optimizer_bytes(graph, optimizer_states(graph.optimizer), software):
+        raise InputError(
+            f"--pin offload_optimizer={pins.offload_optimizer}: the optimizer {graph.optimizer} keeps no state here, "
+            "so that nothing could be offloaded"
+        )
 
 
 def found_name(graph: OpGraph) -> str:
