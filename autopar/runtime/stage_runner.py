@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autopar.program.gathered import Frame, wanted_of
 from autopar.program.recompute import checkpointed
-from autopar.program.stage import LOSS_OUTPUT, Segment, StageProgram
+from autopar.program.stage import LOSS_OUTPUT, Segment, StageProgram, left_name
 
 
 class StageRunner(nn.Module):
@@ -44,6 +44,13 @@ class StageRunner(nn.Module):
 
     def forward(self, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The loss on the last stage, else what is sent on: contiguous, and never a received tensor itself."""
+        values = self.run_blocks(received)
+        if self.program.is_last:
+            return values[LOSS_OUTPUT]
+        return tuple(_detached_alias(values[tensor.name]) for tensor in self.program.sent)
+
+    def run_blocks(self, received: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Run the next microbatch; values that are sent on or leave, and others that no block made."""
         program = self.program
         microbatch, self._next = self._next, self._next + 1
         values = self._state | dict(self._microbatches[microbatch])
@@ -57,9 +64,7 @@ class StageRunner(nn.Module):
             self._run_block(segment, values, microbatch, frames[index])
             for name in self._last_use[index]:
                 values.pop(name, None)
-        if program.is_last:
-            return values[LOSS_OUTPUT]
-        return tuple(_detached_alias(values[tensor.name]) for tensor in program.sent)
+        return values
 
     def _frames(self) -> list[Frame | None]:
         """A frame for each segment of this microbatch that gathers."""
@@ -113,7 +118,7 @@ def _detached_alias(x: Tensor) -> Tensor:
 
 def _last_uses(program: StageProgram) -> tuple[tuple[str, ...], ...]:
     """Values made by segments that nothing reads after each segment."""
-    keep = {tensor.name for tensor in program.sent} | {LOSS_OUTPUT}
+    keep = {tensor.name for tensor in program.sent} | {LOSS_OUTPUT} | {left_name(name) for name in program.leaving}
     last: dict[str, int] = {}
     for index, segment in enumerate(program.segments):
         for name in (*segment.inputs, *segment.outputs):
