@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from autopar.runtime.executor import Executor, RunOptions
     from autopar.runtime.feed import Form
+    from autopar.runtime.inference import InferenceExecutor
     from autopar.runtime.mesh import RankMesh
 
 
@@ -49,6 +50,32 @@ def make_executor(
     if options.compile:
         programs = [compiled_program(program, options.compile) for program in programs]
     return Executor(graph, decisions, programs, state, mesh=mesh, options=options)
+
+
+def make_inference_executor(
+    graph: OpGraph, decisions: Decisions, state: Mapping[str, Tensor], mesh: RankMesh, options: RunOptions
+) -> InferenceExecutor:
+    """Executor of one rank of a plan for inference; arguments as of `make_executor`."""
+    from autopar.rewrite.program import build_stage
+    from autopar.runtime.compiled import compiled_program
+    from autopar.runtime.inference import InferenceExecutor
+
+    program = build_stage(
+        graph, decisions, mesh.stage, mesh.coordinate, axes=mesh.axes, device=options.device, seed=options.seed
+    )
+    if options.compile:
+        program = compiled_program(program, options.compile)
+    return InferenceExecutor(graph, decisions, program, state, mesh=mesh, options=options)
+
+
+def make_serial_inference(
+    graph: OpGraph, state: Mapping[str, Tensor], options: RunOptions, num_microbatches: int = 1
+) -> InferenceExecutor:
+    """Executor of the whole inference graph on this process alone."""
+    from autopar.rewrite.program import serial_decisions
+    from autopar.runtime.mesh import serial_mesh
+
+    return make_inference_executor(graph, serial_decisions(graph, num_microbatches), state, serial_mesh(), options)
 
 
 def make_serial_executor(

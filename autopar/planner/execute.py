@@ -139,7 +139,7 @@ def verify_plan(
         WorkerError: a process died.
     """
     arguments = {"plan": dump_plan(plan), "dtype": dtype, "tolerance": tolerance}
-    report = VerifyReport(**_on_all_ranks(verify_worker, arguments, plan.decisions.num_gpus, progress, hosts))
+    report = VerifyReport(**on_all_ranks(verify_worker, arguments, plan.decisions.num_gpus, progress, hosts))
     disagreements = [
         f"{what} differs by {error:.3e} (tolerance {limit:.0e})"
         for what, error, limit in (
@@ -181,7 +181,7 @@ def run_plan(
     boards, ranks = boards or BoardSettings(), node_ranks(num_processes, hosts or Hosts())
     with held_boards(plan, boards, ranks, progress) as held:
         arguments["switching"] = switching_of(plan, boards, held, ranks)
-        found = _on_all_ranks(run_worker, arguments, num_processes, progress, hosts, environment=environment)
+        found = on_all_ranks(run_worker, arguments, num_processes, progress, hosts, environment=environment)
     step_time, window = Quantity(**found["step_time"]), found["window"]
     reading = None if window["reading"] is None else node_reading(window["reading"])
     return RunReport(
@@ -196,7 +196,7 @@ def run_plan(
     )
 
 
-def _on_all_ranks(
+def on_all_ranks(
     worker: Callable[[Mapping[str, Any]], dict[str, Any]],
     arguments: Mapping[str, Any],
     num_processes: int,
@@ -205,7 +205,7 @@ def _on_all_ranks(
     *,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Result of a worker function of this module, of this host's first rank (under torchrun: of this rank)."""
+    """Result of a worker function of a module, of this host's first rank (under torchrun: of this rank)."""
     from autopar.runtime.ending import is_torchrun
     from autopar.runtime.launch import Job, launch_local
     from autopar.runtime.processes import join_torchrun
@@ -377,12 +377,25 @@ def verify_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return compare_with(reference, executor, arguments["tolerance"])
 
 
-def _eager_error(ready: Prepared, device: str) -> float | None:
-    """Largest relative error of loss and gradients of the captured graph against the eager module, one microbatch."""
+def eager_arguments(ready: Prepared) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The captured inputs, one microbatch, as the user's module takes them."""
     import torch
 
     from autopar import torch_adapter
     from autopar.capture.model_source import as_arguments
+
+    leaves = iter(ready.captured.inputs)
+    return as_arguments(
+        torch_adapter.tree_map(
+            lambda leaf: next(leaves) if isinstance(leaf, torch.Tensor) else leaf, ready.source.raw_batch()
+        )
+    )
+
+
+def _eager_error(ready: Prepared, device: str) -> float | None:
+    """Largest relative error of loss and gradients of the captured graph against the eager module, one microbatch."""
+    import torch
+
     from autopar.runtime.compare import relative_error, smallest_scale
     from autopar.runtime.executor import RunOptions
 
@@ -391,11 +404,7 @@ def _eager_error(ready: Prepared, device: str) -> float | None:
     if serial.draws_random:
         return None
     loss = serial.compute_gradients(ready.captured.inputs)
-    leaves = iter(ready.captured.inputs)
-    batch = torch_adapter.tree_map(
-        lambda leaf: next(leaves) if isinstance(leaf, torch.Tensor) else leaf, ready.source.raw_batch()
-    )
-    args, kwargs = as_arguments(batch)
+    args, kwargs = eager_arguments(ready)
     module.zero_grad()
     eager_loss = module(*args, **kwargs)
     eager_loss.backward()

@@ -6,8 +6,8 @@ pass between segments, and over the cuts, in the placement in which the plan kee
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -51,6 +51,11 @@ LOSS_OUTPUT = "loss:whole"
 """Name of the output that holds the loss as I on every axis."""
 
 
+def left_name(value: str) -> str:
+    """Name of the output of a segment that holds an output of the graph as it leaves."""
+    return f"{value}:left"
+
+
 @dataclass(frozen=True)
 class BoundaryTensor:
     """A value that crosses a cut, as one rank sends or receives it.
@@ -82,6 +87,8 @@ class StageProgram:
         parameters, buffers, constants, inputs: names of the outside values read, in graph order.
         updated_buffers: buffers that some op of the stage changes in place.
         stream, scope, keeper, axes: the objects that its nodes refer to.
+        entering, leaving: of inference, the placement in which each batch input comes in (the others: whole), and that
+            in which each output made here leaves.
     """
 
     stage: int
@@ -100,6 +107,8 @@ class StageProgram:
     scope: GatherScope
     keeper: Keeper
     axes: tuple[AxisGroup, ...]
+    entering: Mapping[str, Sharding] = field(default_factory=dict)
+    leaving: Mapping[str, Sharding] = field(default_factory=dict)
 
     @property
     def draws_random(self) -> bool:

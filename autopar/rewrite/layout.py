@@ -58,6 +58,20 @@ class Layout:
             return self.entry(name)
         return self.decisions.hubs.get(name) or self.made(name)
 
+    def entered(self, name: str) -> Sharding:
+        """Placement in which a value that no op makes comes into a segment.
+
+        Batch inputs of inference that a single op reads come in as that op needs them, all other inputs, buffers and
+        constants whole.
+        """
+        value = self.graph.values[name]
+        if value.origin == "parameter":
+            return self.entry(name)
+        if value.origin == "input" and self.graph.is_inference:
+            reads = [(op, i) for op in self.graph.ops for i, read in enumerate(op.inputs) if read == name]
+            return self.needed(*reads[0]) if len(reads) == 1 else self.whole
+        return self.whole
+
     def entry(self, name: str) -> Sharding:
         """A parameter's local form as autograd sees it: as stored, but R where its gradient is summed after the step.
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh
 from autopar.ir.partition import StagePart, partition
-from autopar.ir.placement import INVARIANT
+from autopar.ir.placement import INVARIANT, Sharding
 from autopar.ir.solution import Decisions, StageChoice
 from autopar.ir.strategy import ParameterAxisStrategy
 from autopar.program.collectives import AxisGroup
@@ -21,6 +21,7 @@ from autopar.program.stream import StreamState
 from autopar.rewrite.check import check_segment
 from autopar.rewrite.layout import Layout, layout_of
 from autopar.rewrite.segment import Attributes, SegmentBuilder, describe
+from autopar.rules.outputs import left_as
 from autopar.rules.recompute import BlockRecompute, recompute_by_block
 from autopar.rules.strategies import axis_strategies
 
@@ -78,7 +79,16 @@ def build_stage(
         scope=attributes.scope,
         keeper=attributes.keeper,
         axes=attributes.axes,
+        entering={name: layout.entered(name) for name in outside["input"] if graph.is_inference},
+        leaving=_leaving(layout, part),
     )
+
+
+def _leaving(layout: Layout, part: StagePart) -> dict[str, Sharding]:
+    """Outputs of an inference graph that the stage makes, in the order of the model, as they leave."""
+    made = {name for op in part.ops for name in op.outputs}
+    outputs = (output for output in layout.graph.outputs if output.value in made)
+    return {output.value: left_as(layout.kept(output.value), output) for output in outputs}
 
 
 _OUTSIDE = ("parameter", "buffer", "constant", "input")
@@ -107,13 +117,16 @@ def _segments(
     built = []
     for index, (name, ops) in enumerate(pieces):
         later = {n for names in reads[index + 1 :] for n in names} | set(part.sent)
-        with_loss = is_last and index == len(pieces) - 1
+        with_loss = is_last and index == len(pieces) - 1 and not layout.graph.is_inference
         if is_last and not with_loss:
             later.add(layout.graph.loss)
         made = {n for op in ops for n in op.outputs}
+        leaving = [output for output in layout.graph.outputs if output.value in made and index]
         outputs = [n for n in layout.graph.values if n in made and n in later]
         recompute = again.get(choice.start + index - 1, BlockRecompute()) if index else BlockRecompute()
-        segment = SegmentBuilder(layout, attributes, recompute).build(name, ops, outputs, with_loss=with_loss)
+        segment = SegmentBuilder(layout, attributes, recompute).build(
+            name, ops, outputs, with_loss=with_loss, leaving=leaving
+        )
         check_segment(segment, ops, layout)
         built.append(segment)
     return (built[0] if part.shared else None), tuple(built[1:])

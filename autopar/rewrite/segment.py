@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from autopar.ir.graph import Op
+from autopar.ir.graph import Op, Output
 from autopar.ir.placement import Sharding, format_sharding
 from autopar.program.collectives import STEP_FUNCTIONS, AxisGroup
 from autopar.program.gathered import GatherScope, GatherSteps, gather_parameter
 from autopar.program.local_ops import LOCAL_OPERATIONS, NEEDS_MEMBERS, NEEDS_STREAM
 from autopar.program.recompute import Keeper, keep_output, run_again
-from autopar.program.stage import LOSS_OUTPUT, Segment
+from autopar.program.stage import LOSS_OUTPUT, Segment, left_name
 from autopar.program.stream import StreamState, buffer_for_update
 from autopar.rewrite.layout import Layout
 from autopar.rewrite.region import experts_module, member_call, result_nodes
 from autopar.rewrite.torch_args import fill, resolve_target
 from autopar.rules.local import LocalCall
 from autopar.rules.local_call import local_call
+from autopar.rules.outputs import left_as
 from autopar.rules.recompute import BlockRecompute, with_cores_together
 from autopar.rules.redistribute import RedistributeStep
 
@@ -62,8 +63,10 @@ class SegmentBuilder:
     called: dict[str, Any] = field(default_factory=dict)
     gathered: list[tuple[str, GatherSteps]] = field(default_factory=list)
 
-    def build(self, name: str, ops: Sequence[Op], outputs: Sequence[str], *, with_loss: bool) -> Segment:
-        """Add the ops in order, then the outputs.
+    def build(
+        self, name: str, ops: Sequence[Op], outputs: Sequence[str], *, with_loss: bool, leaving: Sequence[Output] = ()
+    ) -> Segment:
+        """Add the ops in order, then the outputs, and those of the graph that are `leaving` it.
 
         Raises:
             RewriteError: if the decisions do not fit the graph.
@@ -80,6 +83,9 @@ class SegmentBuilder:
         if with_loss:
             results.append(self.fetch(self.layout.graph.loss, self.layout.whole))
             names = (*names, LOSS_OUTPUT)
+        for output in leaving:
+            results.append(self.fetch(output.value, left_as(self.layout.kept(output.value), output)))
+            names = (*names, left_name(output.value))
         self.graph.output(tuple(results))
         self.graph.lint()
         return Segment(name, self._module(name), tuple(self.inputs), names, tuple(self.gathered), self.recompute.whole)
@@ -100,8 +106,8 @@ class SegmentBuilder:
 
     def _entered(self, name: str) -> Sharding:
         """Outside values come in whole; only then are they brought into the form in which they are kept."""
-        value = self.layout.graph.values[name]
-        return self.layout.kept(name) if value.origin in ("op", "parameter") else self.layout.whole
+        made = self.layout.graph.values[name].origin == "op"
+        return self.layout.kept(name) if made else self.layout.entered(name)
 
     def _remember(self, node: fx.Node, value: str, sharding: Sharding) -> None:
         node.meta["value"], node.meta["sharding"] = value, sharding

@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,36 +67,39 @@ def measure_steps(
         after_step: see `AfterStep`; its time is not counted.
     """
     losses: list[float] = []
-    seconds: list[float] = []
     last_step = first_step + num_steps
 
-    def step(index: int) -> None:
+    def step(index: int) -> float:
         started = time.perf_counter()
         losses.append(executor.step(next(batches)))
-        _finish(executor.options.device)
-        seconds.append(time.perf_counter() - started)
+        finish(executor.options.device)
+        seconds = time.perf_counter() - started
         done = first_step + index + 1
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"step {done}/{last_step}: loss {losses[-1]:.6g}, {seconds[-1]:.4g} s", flush=True)
+            print(f"step {done}/{last_step}: loss {losses[-1]:.6g}, {seconds:.4g} s", flush=True)
         if after_step is not None:
-            after_step(done, losses[-1], seconds[-1])
+            after_step(done, losses[-1], seconds)
+        return seconds
 
-    if num_steps > 1:
-        step(0)
-    first = len(losses)
-    with node_meter(executor.options.device) as meter:
+    return replace(measure_rounds(step, num_steps, executor.options.device), losses=tuple(losses))
+
+
+def measure_rounds(run: Callable[[int], float], num_rounds: int, device: str) -> Measured:
+    """Measure `num_rounds` >= 1 rounds, of which `run` does one and tells its seconds; every rank must call."""
+    seconds = [run(0)] if num_rounds > 1 else []
+    first = len(seconds)
+    with node_meter(device) as meter:
         if meter is not None:
             meter.start()
-        for index in range(first, num_steps):
-            step(index)
+        seconds += [run(index) for index in range(first, num_rounds)]
         reading = meter.stop() if meter is not None else None
     steady = seconds[first:]
     readings = readings_of(reading)
     step_time = Quantity(statistics.median(steady), "s", "measured", min(steady), max(steady))
-    return Measured(tuple(losses), step_time, add_up(readings), len(steady), len(readings), sum(seconds))
+    return Measured((), step_time, add_up(readings), len(steady), len(readings), sum(seconds))
 
 
-def _finish(device: str) -> None:
+def finish(device: str) -> None:
     """Wait until the step is over on the device and on all ranks."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
