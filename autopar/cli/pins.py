@@ -2,7 +2,7 @@
 
 Numbers mean what published tables mean by them: `mbs` is sequences per microbatch and data-parallel rank, `gbs`
 sequences per step, `ga` or `m` microbatches per step, so that gbs = mbs * dp * m. Ranks of `ep` count among those of
-`dp`, ranks of `cp` do not.
+`dp`, ranks of `cp` do not. `meshes=2x1/1x2` gives every stage a mesh of its own, dp x tp, in place of dp, tp and pp.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from autopar.errors import InputError
 from autopar.ir.families import CHOICES, FAMILIES
+from autopar.ir.offload import PLACES
 from autopar.ir.pipeline import SCHEDULES
 from autopar.ir.solution import RECOMPUTE, Pins
 from autopar.report.explain import SPECIAL
@@ -25,6 +26,8 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
     "zero": ("0", "1", "2", "3"),
     "dtype": CHOICES["dtype"],
+    "offload_optimizer": PLACES,
+    "offload_activations": PLACES,
 }
 SWITCHES = ("compile", "fused", "overlap", "fp8", "tf32")
 """Of the software; see `planner.software`."""
@@ -33,7 +36,7 @@ SCHEMES: Mapping[str, tuple[tuple[str, str], ...]] = {
 }
 """Of "one weird trick" (Krizhevsky 2014), `owt=`: samples of convolutions and outputs of fully connected layers are
 split over the same ranks. (a): every rank gathers the samples of all, so that the fully connected batch is theirs."""
-KEYS = (*COUNTS, "sp", *WORDS, "software", *SWITCHES, *SPECIAL, "owt", "op:REGEX")
+KEYS = (*COUNTS, "meshes", "sp", *WORDS, "software", *SWITCHES, *SPECIAL, "owt", "op:REGEX")
 _TRUTH = {"on": True, "off": False}
 
 
@@ -121,7 +124,9 @@ def _add_labels(labels: dict[str, Any], key: str, value: str) -> None:
     labels["ops"] = (*labels.get("ops", ()), (regex, value))
 
 
-def _value(key: str, value: str) -> int | str | bool:
+def _value(key: str, value: str) -> int | str | bool | tuple[tuple[int, int], ...]:
+    if key == "meshes":
+        return _meshes(value)
     if key in COUNTS:
         if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) < 1:
             raise InputError(f"--pin {key}={value}: expected a whole number of at least 1")
@@ -141,8 +146,35 @@ def _value(key: str, value: str) -> int | str | bool:
     return value
 
 
+def _meshes(value: str) -> tuple[tuple[int, int], ...]:
+    """`2x1/1x2`: dp x tp of every stage."""
+    if not re.fullmatch(r"[1-9][0-9]{0,5}x[1-9][0-9]{0,5}(/[1-9][0-9]{0,5}x[1-9][0-9]{0,5})+", value):
+        raise InputError(f"--pin meshes={value}: expected dp x tp of at least two stages, e.g. meshes=2x1/1x2")
+    dp_tp = [part.split("x") for part in value.split("/")]
+    return tuple((int(dp), int(tp)) for dp, tp in dp_tp)
+
+
+def _of_meshes(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Pins of stages with meshes of their own.
+
+    Raises:
+        InputError: something else that is fixed says what all stages are like.
+    """
+    count, wrong = len(found["meshes"]), {"dp", "tp", "cp", "ep", "mbs"} & set(found)
+    if wrong:
+        raise InputError(f"--pin meshes=...,{sorted(wrong)[0]}=...: what all stages have alike, meshes says per stage")
+    for key in ("vpp", "offload_optimizer", "offload_activations"):
+        if key in found:
+            raise InputError(f"--pin meshes=...,{key}=...: not both; stages of one mesh can have {key}")
+    if found.get("pp", count) != count:
+        raise InputError(f"--pin pp={found['pp']}: meshes names {count} stages")
+    return {"meshes": found["meshes"], "roles": True}
+
+
 def _degrees(found: Mapping[str, Any]) -> dict[str, Any]:
     """Axes of the mesh: if one is given, dp and tp are too (1); a context or experts axis of 1 is none."""
+    if "meshes" in found:
+        return _of_meshes(found)
     degrees = {name: found[name] for name in ("dp", "tp", "cp", "ep") if name in found}
     if not degrees:
         if "sp" in found:
@@ -155,7 +187,8 @@ def _degrees(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rest(found: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"vpp": "interleave", "sp": "sequence"} | {name: name for name in ("pp", "recompute", "schedule", "zero")}
+    same = ("pp", "recompute", "schedule", "zero", "offload_optimizer", "offload_activations")
+    names = {"vpp": "interleave", "sp": "sequence"} | {name: name for name in same}
     return {name: found[key] for key, name in names.items() if key in found}
 
 

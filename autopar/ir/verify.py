@@ -8,7 +8,7 @@ for its op (the rules are, and the rewrite refuses strategies they do not offer)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from autopar.errors import PlanMismatchError
@@ -17,6 +17,7 @@ from autopar.ir.graph import Op, OpGraph
 from autopar.ir.inference import is_inference
 from autopar.ir.mesh import StageMesh
 from autopar.ir.offload import NOWHERE
+from autopar.ir.partition import partition
 from autopar.ir.pipeline import FORWARD_ONLY, SCHEDULES, check_interleave
 from autopar.ir.placement import Sharding, format_sharding, local_shape
 from autopar.ir.plan import SCHEMA_VERSION, Plan, Prediction
@@ -156,7 +157,8 @@ def _skeleton(plan: Plan) -> Iterator[Issue]:
         yield Issue("$.decisions.interleave", problem)
         return
     if decisions.num_gpus > plan.cluster.num_gpus:
-        used = f"{num_stages} stages of {decisions.mesh.num_devices}"
+        widths = " and ".join(str(width) for width in dict.fromkeys(mesh.num_devices for mesh in decisions.meshes))
+        used = f"{num_stages} stages of {widths}"
         yield Issue("$.decisions", f"{used} are more GPUs than the {plan.cluster.num_gpus} of $.cluster.num_gpus")
     if plan.model.batch_size % decisions.num_microbatches:
         problem = f"a batch of {plan.model.batch_size} does not divide into {decisions.num_microbatches}"
@@ -165,8 +167,28 @@ def _skeleton(plan: Plan) -> Iterator[Issue]:
     if decisions.schedule not in schedules:
         yield Issue("$.decisions.schedule", f"expected one of {', '.join(schedules)}, found {decisions.schedule!r}")
     yield from _interleave(decisions)
+    yield from _stage_meshes(plan)
     yield from _stages(plan)
     yield from _types(plan)
+
+
+def _stage_meshes(plan: Plan) -> Iterator[Issue]:
+    """Meshes of their own that stages have, and what does not go with them."""
+    decisions, path = plan.decisions, "$.decisions.stage_meshes"
+    if not decisions.stage_meshes:
+        return
+    if len(decisions.stage_meshes) != len(decisions.stages) or decisions.stage_meshes[0] != decisions.mesh:
+        yield Issue(path, f"expected one mesh for each of {len(decisions.stages)} stages, the first that of the plan")
+    if len({tuple(axis.name for axis in mesh.axes) for mesh in decisions.stage_meshes}) != 1:
+        yield Issue(path, "expected equal names of axes on every stage")
+    others = {
+        "several chunks per rank": decisions.interleave > 1,
+        f"the schedule {decisions.schedule}": decisions.schedule not in ("1f1b", "gpipe"),
+        "offload": bool(decisions.offload),
+        "several types of GPU": plan.cluster.description is not None,
+    }
+    for what in (words for words, is_there in others.items() if is_there):
+        yield Issue(path, f"stages with meshes of their own do not go with {what}")
 
 
 def _interleave(decisions: Decisions) -> Iterator[Issue]:
@@ -197,7 +219,8 @@ def _types(plan: Plan) -> Iterator[Issue]:
             known = ", ".join(sorted(room)) or "no types to choose from"
             yield Issue(f"$.decisions.stages[{i}].gpu", f"{stage.gpu!r} is not in $.cluster.description: {known}")
     for gpu, count in sorted(room.items()):
-        used = sum(stage.gpu == gpu for stage in stages[: plan.decisions.num_ranks]) * plan.decisions.mesh.num_devices
+        pairs = zip(stages, plan.decisions.meshes, strict=False)
+        used = sum(mesh.num_devices for stage, mesh in pairs if stage.gpu == gpu)
         if used > count:
             yield Issue("$.decisions.stages", f"uses {used} x {gpu}, the cluster has {count}")
 
@@ -272,33 +295,51 @@ def _arity(op: Op, strategy: Strategy, num_axes: int) -> str:
 
 def _shardings(decisions: Decisions, graph: OpGraph) -> list[Issue]:
     """Every sharding divides its tensor evenly. Shapes are those of one microbatch where they count samples."""
-    issues = []
+    issues, of_ops, of_values = [], *_meshes_of(decisions, graph)
     for op in graph.ops:
         strategy = decisions.ops[op.name]
         named = [(name, input_sharding(strategy, i)) for i, name in enumerate(op.inputs)]
         named += [(name, output_sharding(strategy, i)) for i, name in enumerate(op.outputs)]
         for name, sharding in named:
-            problem = _indivisible(graph, decisions.mesh, name, sharding)
+            problem = _indivisible(graph, of_ops[op.name], name, sharding)
             if problem:
                 issues.append(Issue(f"$.decisions.ops.{op.name}", problem))
     for value in graph.parameters:
         strategies = decisions.parameters[value.name]
         for pick in (storage_sharding, exposed_sharding, optimizer_sharding):
-            problem = _indivisible(graph, decisions.mesh, value.name, pick(strategies))
+            problem = _indivisible(graph, of_values.get(value.name, ()), value.name, pick(strategies))
             if problem:
                 issues.append(Issue(f"$.decisions.parameters.{value.name}", problem))
     for name, hub in sorted(decisions.hubs.items()):
-        problem = _indivisible(graph, decisions.mesh, name, hub)
+        problem = _indivisible(graph, of_values.get(name, ()), name, hub)
         if problem:
             issues.append(Issue(f"$.decisions.hubs.{name}", problem))
     return issues
 
 
-def _indivisible(graph: OpGraph, mesh: StageMesh, name: str, sharding: Sharding) -> str:
+Meshes = Mapping[str, tuple[StageMesh, ...]]
+
+
+def _meshes_of(decisions: Decisions, graph: OpGraph) -> tuple[Meshes, Meshes]:
+    """Meshes of the stages that run each op, and of those that hold each value."""
+    if not decisions.stage_meshes:
+        every = (decisions.mesh,)
+        return dict.fromkeys((op.name for op in graph.ops), every), dict.fromkeys(graph.values, every)
+    ops: dict[str, tuple[StageMesh, ...]] = {op.name: () for op in graph.ops}
+    values: dict[str, tuple[StageMesh, ...]] = {}
+    for mesh, part in zip(decisions.stage_meshes, partition(graph, decisions.stages), strict=True):
+        ops |= {op.name: (*ops[op.name], mesh) for op in part.ops}
+        held = {name for op in part.ops for name in (*op.inputs, *op.outputs)} | {*part.received, *part.sent}
+        values |= {name: (*values.get(name, ()), mesh) for name in held}
+    return ops, values
+
+
+def _indivisible(graph: OpGraph, meshes: Iterable[StageMesh], name: str, sharding: Sharding) -> str:
     shape = graph.values[name].meta.shape
-    if local_shape(shape, sharding, mesh.sizes) is not None:
-        return ""
-    return f"{name} of shape {list(shape)} does not divide into {format_sharding(sharding)} on {mesh.sizes}"
+    for mesh in meshes:
+        if local_shape(shape, sharding, mesh.sizes) is None:
+            return f"{name} of shape {list(shape)} does not divide into {format_sharding(sharding)} on {mesh.sizes}"
+    return ""
 
 
 def _device_fit(plan: Plan, device: Device) -> Iterator[Issue]:
