@@ -85,8 +85,8 @@ SPACE_OPTIONS = (
 )
 OBJECTIVE_OPTIONS = (
     click.option("--objective", default="time", show_default=True, metavar="|".join(OBJECTIVES)),
-    click.option("--time-weight", type=float, default=1.0, show_default=True, help="Per second, for weighted."),
-    click.option("--energy-weight", type=float, default=1.0, show_default=True, help="Per joule, for weighted."),
+    click.option("--time-weight", type=float, metavar="W", help="Per second, for weighted; default 1."),
+    click.option("--energy-weight", type=float, metavar="W", help="Per joule, for weighted; default 1."),
     *MONEY_OPTIONS,
     click.option("--gap", type=float, default=1e-3, show_default=True, help="Relative gap at which to stop."),
 )
@@ -188,11 +188,14 @@ def _objective(options: Mapping[str, Any], economy: Economy | None) -> Objective
     kind = options["objective"]
     if kind not in OBJECTIVES:
         raise InputError(f"unknown objective {kind!r}; one of {', '.join(OBJECTIVES)}")
+    given = [name for name in ("time_weight", "energy_weight") if options.get(name) is not None]
+    if given and kind != "weighted":
+        raise InputError(f"--{given[0].replace('_', '-')} is for --objective weighted")
     if economy is not None:
         return objective_of(kind, economy)
     if kind != "weighted":
         return Objective(kind)
-    weights = (options["time_weight"], options["energy_weight"])
+    weights = tuple(options[name] if name in given else 1.0 for name in ("time_weight", "energy_weight"))
     if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
         raise InputError("--time-weight and --energy-weight must be at least 0, and one of them above 0")
     return Objective(kind, *weights)

@@ -23,6 +23,8 @@ Progress: TypeAlias = Callable[[str], None]
 OWN_SOFTWARE = "autopar"
 """The stack that `autopar run` is."""
 CLOCKS = ("auto", "max")
+LEAST_LIMIT = "power.limit_min_w"
+"""Number of a device file: the lowest power limit that the driver sets."""
 INTERRUPTED = "the search was interrupted: this is the best plan that it had found"
 """Note of a plan that another run with equal inputs need not give."""
 
@@ -121,7 +123,17 @@ def choose_target(request: PlanRequest) -> Target:
     cluster = with_measured(cluster, profile.device)
     if request.gpu_power_limit_w is not None:
         cluster = with_power_limit(cluster, request.gpu_power_limit_w)
+        _check_settable(cluster, request.gpu_power_limit_w)
     return Target(choice, cluster, profile)
+
+
+def _check_settable(cluster: Cluster, limit_w: float) -> None:
+    """Raises InputError for a limit below what the board takes, where the device file knows it."""
+    least = next((number for number in cluster.provenance if number.path == LEAST_LIMIT), None)
+    if least is not None and limit_w < least.value:
+        raise InputError(
+            f"{cluster.gpu} takes power limits from {least.value:g} W ({least.source}), found {limit_w:g} W"
+        )
 
 
 def _described_target(request: PlanRequest, cluster: Cluster | MixedCluster) -> Target:

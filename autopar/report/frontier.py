@@ -46,10 +46,12 @@ def frontier_report(plans: Sequence[Plan], num_dropped: int, complete: bool) -> 
         )
     width = max(len(row[-1]) for row in rows)
     lines = [line[:WIDTH].rstrip() for line in table([(*row[:-1], row[-1].ljust(width)) for row in rows])]
-    count = f"{len(plans)} plans, none better than another in both"
+    one = "1 plan: the fastest is the thriftiest"
+    count = one if len(plans) == 1 else f"{len(plans)} plans, none better than another in both"
     lines += ["", count if complete else f"{count}; more may lie between them"]
     if num_dropped:
-        lines.append(f"{num_dropped} plans left out: dominated, or above a limit, when simulated")
+        left_out = "1 plan" if num_dropped == 1 else f"{num_dropped} plans"
+        lines.append(f"{left_out} left out: dominated, or above a limit, when simulated")
     return "\n".join(lines)
 
 

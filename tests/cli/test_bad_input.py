@@ -77,6 +77,10 @@ CASES = {
     "zero batch": Case(_plan("--gpus", "2", "--batch", "0"), "at least 1"),
     "no GPUs per node": Case(_plan("--gpus", "2", "--gpus-per-node", "0"), "at least 1"),
     "unknown objective": Case(_plan("--gpus", "2", "--objective", "speed"), "energy"),
+    "weight without its objective": Case(_plan("--gpus", "2", "--energy-weight", "2"), "--objective weighted"),
+    "limit that no board takes": Case(
+        _plan("--gpus", "2", "--gpu", "h100-sxm-80gb", "--gpu-power-limit", "150W"), "from 200 W"
+    ),
     "bad weight": Case(_plan("--gpus", "2", "--objective", "weighted", "--time-weight", "nan"), "weight"),
     "bad memory": Case(_plan("--gpus", "2", "--memory", "lots"), "46GiB"),
     "bad time": Case(_plan("--gpus", "2", "--time-limit", "soon"), "30s"),
