@@ -16,7 +16,7 @@ from typing import Any
 from autopar.errors import InputError
 from autopar.ir.families import CHOICES, FAMILIES
 from autopar.ir.offload import PLACES
-from autopar.ir.pipeline import SCHEDULES
+from autopar.ir.pipeline import SCHEDULES, ZERO_BUBBLE
 from autopar.ir.solution import RECOMPUTE, Pins
 from autopar.report.explain import SPECIAL
 
@@ -166,6 +166,8 @@ def _of_meshes(found: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("vpp", "offload_optimizer", "offload_activations"):
         if key in found:
             raise InputError(f"--pin meshes=...,{key}=...: not both; stages of one mesh can have {key}")
+    if found.get("schedule") == ZERO_BUBBLE:
+        raise InputError("--pin meshes=...,schedule=zero-bubble: not both; stages of one mesh can have that schedule")
     if found.get("pp", count) != count:
         raise InputError(f"--pin pp={found['pp']}: meshes names {count} stages")
     return {"meshes": found["meshes"], "roles": True}

@@ -9,8 +9,9 @@ What a rank holds at its worst moment is the largest of
 
 State lasts (parameters, gradients, optimizer states with master copies); activations follow the schedule; the workspace
 is that of the hungriest node. For a parameter that is gathered, it is what its gather keeps beside the ops of its
-block: the part above the hungriest op is called buffers. So are buckets and, in interleaved pipelines whose engine
-waits for its sends at the end of a step alone, all that was sent. Where software frees gradients, and a stage that is
+block: the part above the hungriest op is called buffers. So are buckets and, in interleaved and zero-bubble pipelines
+whose engine waits for its sends at the end of a step alone, all that was sent. Between the halves of a backward that is
+split a microbatch keeps what its second half needs, as activations. Where software frees gradients, and a stage that is
 no chunk holds most during the first backward of a step, the gradients are those that this backward has made when the
 sum is largest: that sum is never above the search's formula. Where the allocator's reserve is metered, each of the
 moving parts holds a share of slack (`memory.slack_share`).
@@ -24,10 +25,10 @@ from typing import NamedTuple
 
 from autopar.cost.memory import BUCKET_BYTES, Synced, slack_share
 from autopar.cost.stages import STATE_CAUSES, StageCost
-from autopar.ir.pipeline import microbatches_in_flight
+from autopar.ir.pipeline import microbatches_in_flight, splits_backward
 from autopar.ir.software import Software
 from autopar.ir.solution import Decisions
-from autopar.ir.timeline import BACKWARD, FORWARD, Timeline, most_held, schedule_actions
+from autopar.ir.timeline import FORWARD, STEP, Timeline, held_after, most_held, schedule_actions
 
 MEMORY_CAUSES = (*STATE_CAUSES, "activations", "workspace", "buffers", "slack")
 
@@ -87,14 +88,15 @@ def _moments(
     bucket = min(slack * float(synced.room), max(cost.bucket_limit_bytes for cost in own))
     extra = _largest_block_bytes(costs, rank, decisions)
     work = max(cost.workspace_bytes for cost in own)
-    if decisions.interleave > 1:
+    if decisions.interleave > 1 or splits_backward(decisions.schedule, decisions.num_ranks):
         sent = slack * _sent_bytes(costs, rank, decisions) if software.keeps_sent else 0.0
         actions = schedule_actions(
             rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule, interleave=decisions.interleave
         )
-        yield Moment(gradients, most_held(actions, _kept_bytes(costs, rank, decisions)) + extra, work, sent)
+        waiting = [cost.waiting_bytes for cost in own]
+        yield Moment(gradients, most_held(actions, _kept_bytes(costs, rank, decisions), waiting) + extra, work, sent)
         yield Moment(gradients, 0.0, 0.0, bucket + sent)
-        yield Moment(gradients, 0.0, 0.0, max(cost.shard_bytes for cost in own) + sent)
+        yield Moment(gradients, 0.0, 0.0, slack * max(cost.shard_bytes for cost in own) + sent)
         return
     (cost,), (kept,) = own, _kept_bytes(costs, rank, decisions)
     flying = microbatches_in_flight(rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule)
@@ -104,7 +106,7 @@ def _moments(
     if is_fresh and flying > 1:
         yield Moment(gradients, (flying - 1) * kept + extra, work, crossing)
     yield Moment(gradients, 0.0, 0.0, bucket)
-    yield Moment(gradients, 0.0, 0.0, cost.shard_bytes)
+    yield Moment(gradients, 0.0, 0.0, slack * cost.shard_bytes)
     limit = gradients + flying * kept + extra + max(work, cost.bucket_limit_bytes)
     redo = decisions.stages[rank].recompute == "full"
     walk = _Backward(cost, (flying if is_fresh else 1) * kept, redo, slack)
@@ -187,15 +189,13 @@ def memory_timeline(
     """(seconds, bytes) of one rank: what it holds from each moment on, without workspaces."""
     state = sum(sum(cost.state.values()) for cost in costs[rank :: decisions.num_ranks])
     sizes, held = _kept_bytes(costs, rank, decisions), 0.0
+    waiting = [cost.waiting_bytes for cost in costs[rank :: decisions.num_ranks]]
     found = [(0.0, state)]
     for interval in timeline.stages[rank]:
-        size = sizes[interval.action.chunk]
-        if interval.action.kind == FORWARD:
-            held += size
-            found.append((interval.start_s, state + held))
-        elif interval.action.kind == BACKWARD:
-            held -= size
-            found.append((interval.stop_s, state + held))
+        kind = interval.action.kind
+        if kind != STEP:
+            held += held_after(interval.action, sizes, waiting)
+            found.append((interval.start_s if kind == FORWARD else interval.stop_s, state + held))
     return tuple(found)
 
 

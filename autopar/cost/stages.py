@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from autopar.cost.memory import Synced, parameter_bytes, synced_gradient
 from autopar.cost.table import CostTables
+from autopar.cost.weights import WeightHalves
 from autopar.errors import PlanMismatchError
 from autopar.ir.cost import CostEdge, CostNode, CostTable
 from autopar.ir.offload import SHARD_BYTES
@@ -24,7 +25,10 @@ from autopar.ir.timeline import StageTimes
 SHARED = -1
 STATE_CAUSES = ("parameters", "gradients", "optimizer")
 """What lasts from step to step."""
-WORK = ("forward_s", "backward_s", "gather_s", "regather_s", "scatter_s", "sync_s", "update_s", "out_s", "back_s")
+WORK = (
+    "forward_s", "backward_s", "gather_s", "regather_s", "scatter_s", "sync_s", "update_s", "out_s", "back_s",
+    "weight_s",
+)  # fmt: skip
 """Fields of `BlockWork`."""
 NOTHING: Mapping[tuple[int, int], int] = MappingProxyType({})
 
@@ -67,6 +71,7 @@ class StageCost:
     `times` are those of the streams that `blocks` run on. `wire` is None where stages have one mesh: then every device
     receives `received_bytes` from one other. `offloaded` are bytes that lie elsewhere, of the optimizer and activations
     of one microbatch; `shard_bytes` of the former are on the device during the update, beside what stays there.
+    `waiting` are the bytes, by cause, that one microbatch leaves between the halves of a backward that is split.
     """
 
     blocks: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -87,6 +92,11 @@ class StageCost:
     state: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STATE_CAUSES, 0.0))
     offloaded: dict[str, float] = field(default_factory=dict)
     shard_bytes: float = 0.0
+    waiting: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def waiting_bytes(self) -> float:
+        return sum(self.waiting.values())
 
     @property
     def forward_s(self) -> float:
@@ -115,6 +125,12 @@ class StageCost:
         again = forward_s if redo else 0.0
         self.add(block, forward_s=forward_s, backward_s=backward_s + again)
         self.spend(forward_s + backward_s, again, energy_j)
+
+    def wait(self, block: int, weight_s: float, waiting: Mapping[str, float]) -> None:
+        """Notes what of a block's backward comes later, and the bytes that it needs until then, by cause."""
+        if weight_s:
+            self.add(block, weight_s=weight_s, backward_s=-weight_s)
+        self.waiting |= waiting
 
     def spend(self, total_s: float, again_s: float, energy_j: float) -> None:
         """Adds the joules of an entry of `total_s` seconds, of which `again_s` pass a second time."""
@@ -165,8 +181,11 @@ def stage_costs(
     stages = [StageCost() for _ in decisions.stages]
     everywhere = range(len(stages))
     per_block = [0.0] * table.num_blocks
+    halves = WeightHalves(tables, table, decisions)
     for index, k, block in _occurrences(table, stage_of):
         _add_node(stages[k], block, table.nodes[index], choice[index], redo=redo[k] and block != SHARED)
+        weight_s, waiting = halves.of(table.nodes[index], choice[index], k, block)
+        stages[k].wait(block, weight_s, waiting)
         if block != SHARED:
             per_block[block] += float(table.nodes[index].activation_bytes[choice[index]])
         if table.nodes[index].kind == "param":

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SCHEDULES = ("1f1b", "gpipe")
+ZERO_BUBBLE = "zero-bubble"
+SCHEDULES = ("1f1b", "gpipe", ZERO_BUBBLE)
 FORWARD_ONLY = "forward"
 """Schedule of inference: every microbatch forward through the stages, and nothing back."""
 
@@ -54,8 +55,33 @@ def ranks_of(num_chunks: int, interleave: int) -> int:
     return num_chunks // interleave
 
 
+def splits_backward(schedule: str, num_ranks: int) -> bool:
+    """Whether gradients of weights are computed apart from those of inputs, when there is nothing else to do."""
+    return schedule == ZERO_BUBBLE and num_ranks > 1
+
+
+def check_zero_bubble(num_ranks: int, num_microbatches: int, schedule: str) -> None:
+    """Passes what the zero-bubble schedule can run; everything under another schedule, or on one rank.
+
+    Microbatches go in M // K rounds of equal size (`ScheduleInterleavedZeroBubble` of torch).
+
+    Raises:
+        ValueError: saying why there is no such schedule.
+    """
+    if not splits_backward(schedule, num_ranks):
+        return
+    rounds = num_microbatches // num_ranks
+    if not rounds or num_microbatches % rounds:
+        raise ValueError(
+            f"schedule 'zero-bubble' over {num_ranks} pipeline ranks needs at least as many microbatches, in equal "
+            f"rounds: a multiple of {num_ranks}, not {num_microbatches}"
+        )
+
+
 def effective_schedule(schedule: str, num_stages: int, num_microbatches: int) -> str:
     """The schedule that really runs: with fewer microbatches than stages the engine has no 1F1B, and GPipe serves.
+
+    A plan with the zero-bubble schedule and so few is refused (`check_zero_bubble`).
 
     Raises:
         ValueError: for a schedule that is not in SCHEDULES.
@@ -89,24 +115,24 @@ def check_interleave(num_ranks: int, num_microbatches: int, schedule: str, inter
         raise ValueError(f"a rank has at least one chunk, not {interleave}")
     if interleave == 1:
         return
-    if schedule != "1f1b":
-        raise ValueError(f"{interleave} chunks per rank need schedule '1f1b', not {schedule!r}")
+    if schedule not in ("1f1b", ZERO_BUBBLE):
+        raise ValueError(f"{interleave} chunks per rank need schedule '1f1b' or 'zero-bubble', not {schedule!r}")
     if num_microbatches % num_ranks:
-        raise ValueError(
-            f"interleaved 1F1B needs microbatches in multiples of the {num_ranks} ranks, not {num_microbatches}"
-        )
+        name = "interleaved 1F1B" if schedule == "1f1b" else "the interleaved zero-bubble schedule"
+        raise ValueError(f"{name} needs microbatches in multiples of the {num_ranks} ranks, not {num_microbatches}")
 
 
-def chunks_in_flight(rank: int, num_ranks: int, num_microbatches: int, interleave: int) -> int:
-    """Activation sets of one chunk and one microbatch that rank `rank` (from 0) holds at its worst moment, under 1F1B.
+def chunks_in_flight(rank: int, num_ranks: int, num_microbatches: int, interleave: int, schedule: str = "1f1b") -> int:
+    """Activation sets of one chunk and one microbatch that rank `rank` (from 0) holds at its worst moment.
 
     With v > 1: 2 (K - k - 1) + (v - 1) K forwards before the first that has a backward behind it, and that one; at most
-    all M * v (the order of Megatron-LM, Narayanan et al. 2021).
+    all M * v (the order of Megatron-LM, Narayanan et al. 2021). Under zero-bubble K - k - 1 in place of twice that.
 
     Raises:
         ValueError: see `check_interleave`.
     """
-    check_interleave(num_ranks, num_microbatches, "1f1b", interleave)
+    check_interleave(num_ranks, num_microbatches, schedule, interleave)
     if interleave == 1:
-        return microbatches_in_flight(rank, num_ranks, num_microbatches, "1f1b")
-    return min(2 * (num_ranks - rank - 1) + (interleave - 1) * num_ranks + 1, num_microbatches * interleave)
+        return microbatches_in_flight(rank, num_ranks, num_microbatches, schedule)
+    behind = (1 if schedule == ZERO_BUBBLE else 2) * (num_ranks - rank - 1)
+    return min(behind + (interleave - 1) * num_ranks + 1, num_microbatches * interleave)

@@ -17,6 +17,9 @@ Offloaded activations move on a stream of their own, in order of issue, which sl
 `offload` those of a block go out when it has ended, and come back while the block after it (in order of the model) runs
 backward; a pass is over when its moves are. Without it computation waits for each.
 
+Where a schedule splits backward, the gradients of weights are a pass of their own. Synchronisation, which needs them,
+then begins when that is over: it hides behind nothing.
+
 Consequences (proven in the tests): a pass takes at least its computation and at least its collectives, at most their
 sum; no input that grows makes anything end earlier; hiding is never slower than not hiding.
 """
@@ -28,7 +31,7 @@ from dataclasses import dataclass
 
 from autopar.ir.timeline import StageTimes
 
-PASSES = ("forward", "backward", "last_backward")
+PASSES = ("forward", "backward", "last_backward", "weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class BlockWork:
 
     Attributes:
         forward_s, backward_s: of the computation stream: ops, recompute, and collectives that cannot hide.
+        weight_s: of backward, where the schedule splits it: gradients of weights, which are not in `backward_s`.
         gather_s, regather_s: of the block's parameters, needed before its forward and before its backward.
         scatter_s: of its gradients, after its backward.
         sync_s: of its gradients, after its last backward.
@@ -53,6 +57,7 @@ class BlockWork:
     update_s: float = 0.0
     out_s: float = 0.0
     back_s: float = 0.0
+    weight_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +203,13 @@ def _backward(blocks: Sequence[BlockWork], overlap: Overlap, last: bool) -> Stre
     return device.streams(max(now, needed))
 
 
+def _weight(blocks: Sequence[BlockWork]) -> Streams:
+    device, now = _Device(0.0), 0.0
+    for index in range(len(blocks) - 1, -1, -1):
+        now = device.compute("weight", index, blocks[index].weight_s, now)
+    return device.streams(now)
+
+
 def stream_intervals(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) -> Streams:
     """Both streams during one pass.
 
@@ -213,7 +225,9 @@ def stream_intervals(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) 
         raise ValueError(f"unknown pass {phase!r}; one of {', '.join(PASSES)}")
     if phase == "forward":
         return _forward(blocks, overlap)
-    return _backward(blocks, overlap, last=phase == "last_backward")
+    if phase == "weight":
+        return _weight(blocks)
+    return _backward(blocks, overlap, last=phase == "last_backward" and not any(block.weight_s for block in blocks))
 
 
 def stage_times(blocks: Sequence[BlockWork], overlap: Overlap) -> StageTimes:
@@ -221,11 +235,11 @@ def stage_times(blocks: Sequence[BlockWork], overlap: Overlap) -> StageTimes:
 
     `last_backward_s` is there where synchronisation hides; `step_s` then holds what is left of it, and the updates.
     """
-    update = sum(b.update_s for b in blocks)
+    update, weight_s = sum(b.update_s for b in blocks), sum(b.weight_s for b in blocks)
     forward_s = _time_s(blocks, overlap, "forward")
-    backward_s = _time_s(blocks, overlap, "backward")
-    if not overlap.gradients:
-        return StageTimes(forward_s, backward_s, sum(b.sync_s for b in blocks) + update)
+    backward_s = _time_s(blocks, overlap, "backward") + weight_s
+    if not overlap.gradients or weight_s:
+        return StageTimes(forward_s, backward_s, sum(b.sync_s for b in blocks) + update, weight_s=weight_s)
     last = _backward(blocks, overlap, last=True)
     if not any(b.sync_s for b in blocks):
         return StageTimes(forward_s, backward_s, update, backward_s)

@@ -7,6 +7,10 @@ optimizer) follows its last backward. Transfers take time but occupy no stage, u
 Under interleaved 1F1B the model is cut into K * v chunks, and rank k of K runs chunks k, k + K, ... by turns, in the
 order of Megatron-LM (Narayanan et al. 2021): K microbatches through one of its chunks, the same K through the next,
 and so on; backward the same with the chunks from the last to the first.
+
+Under zero-bubble (ZB-H1 of Qi et al. 2024, in the order of torch's `ScheduleInterleavedZeroBubble`) `B m` is the
+gradient of the inputs alone, for which the stage before waits, and `W m` that of the weights, which fills what was a
+bubble: rank k runs its first W after its (k + 1)-th B, one after every B from there on, and the rest at the end.
 """
 
 from __future__ import annotations
@@ -14,9 +18,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autopar.ir.pipeline import FORWARD_ONLY, check_interleave, chunks_in_flight, microbatches_in_flight, ranks_of
+from autopar.ir.pipeline import (
+    FORWARD_ONLY,
+    check_interleave,
+    check_zero_bubble,
+    chunks_in_flight,
+    microbatches_in_flight,
+    ranks_of,
+    splits_backward,
+)
 
-FORWARD, BACKWARD, STEP = "F", "B", "STEP"
+FORWARD, BACKWARD, WEIGHT, STEP = "F", "B", "W", "STEP"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,7 @@ class StageTimes:
         last_backward_s: of the step's last microbatch, where gradients are synchronised beside it; None: as the others.
         exposed_s: the part of `step_s` that synchronises gradients beside what the rank does next: backwards of other
             chunks, if it has any left.
+        weight_s: the part of `backward_s` that a schedule may do apart and later: gradients of weights.
     """
 
     forward_s: float
@@ -57,6 +70,7 @@ class StageTimes:
     step_s: float
     last_backward_s: float | None = None
     exposed_s: float = 0.0
+    weight_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,25 +95,30 @@ def schedule_actions(
 
     GPipe: all forwards, then all backwards. 1F1B: as many forwards as stages lie from here to the end (at most M),
     then one backward and one forward in turn, then the remaining backwards. Interleaved 1F1B: more forwards at first
-    (`ir.pipeline.chunks_in_flight`). For inference: all forwards, and nothing else.
+    (`ir.pipeline.chunks_in_flight`). Zero-bubble: see the module docstring. For inference: all forwards, and no more.
 
     Raises:
         ValueError: for an unknown schedule, or one that cannot run.
     """
     check_interleave(num_stages, num_microbatches, schedule, interleave)
+    check_zero_bubble(num_stages, num_microbatches, schedule)
     turns = _turns(num_stages if interleave > 1 else 1, num_microbatches, interleave)
     if schedule == FORWARD_ONLY:
         return tuple(Action(FORWARD, m) for m, _ in turns)
     if interleave > 1:
-        warm_up = chunks_in_flight(stage, num_stages, num_microbatches, interleave)
+        warm_up = chunks_in_flight(stage, num_stages, num_microbatches, interleave, schedule)
     else:
         warm_up = microbatches_in_flight(stage, num_stages, num_microbatches, schedule)
     actions = [Action(FORWARD, m, chunk) for m, chunk in turns[:warm_up]]
+    later: list[Action] = []
     for i, (m, chunk) in enumerate(turns):
         actions.append(Action(BACKWARD, m, interleave - 1 - chunk))
+        if splits_backward(schedule, num_stages):
+            later.append(Action(WEIGHT, m, interleave - 1 - chunk))
+            actions += [later.pop(0)] if i >= stage else []
         if warm_up + i < len(turns):
             actions.append(Action(FORWARD, *turns[warm_up + i]))
-    return (*actions, Action(STEP, -1))
+    return (*actions, *later, Action(STEP, -1))
 
 
 def _turns(group: int, num_microbatches: int, interleave: int) -> list[tuple[int, int]]:
@@ -112,16 +131,30 @@ def _turns(group: int, num_microbatches: int, interleave: int) -> list[tuple[int
     ]
 
 
-def most_held(actions: Sequence[Action], chunk_size: Sequence[float]) -> float:
-    """Largest sum, over time, of what forwards leave and backwards free; `chunk_size` is per chunk of the rank."""
+def most_held(
+    actions: Sequence[Action], chunk_size: Sequence[float], weight_size: Sequence[float] | None = None
+) -> float:
+    """Largest sum, over time, of what forwards leave and backwards free; `chunk_size` is per chunk of the rank.
+
+    Args:
+        weight_size: likewise, what B leaves for W.
+    """
     held = most = 0.0
     for action in actions:
-        if action.kind == FORWARD:
-            held += chunk_size[action.chunk]
-            most = max(most, held)
-        elif action.kind == BACKWARD:
-            held -= chunk_size[action.chunk]
+        held += held_after(action, chunk_size, weight_size)
+        most = max(most, held)
     return most
+
+
+def held_after(action: Action, chunk_size: Sequence[float], weight_size: Sequence[float] | None = None) -> float:
+    """By how much an action changes what is held, sizes as in `most_held`; without `weight_size` B leaves nothing."""
+    chunk = action.chunk
+    later = 0.0 if weight_size is None or action.kind == STEP else weight_size[chunk]
+    if action.kind == FORWARD:
+        return chunk_size[chunk]
+    if action.kind == BACKWARD:
+        return later - chunk_size[chunk]
+    return -later if action.kind == WEIGHT else 0.0
 
 
 def simulate(
@@ -145,7 +178,8 @@ def simulate(
     num_ranks = ranks_of(len(stages), interleave)
     each = range(num_ranks)
     queues = [schedule_actions(k, num_ranks, num_microbatches, schedule, interleave=interleave) for k in each]
-    lengths = [_lengths(times) for times in stages]
+    is_split = splits_backward(schedule, num_ranks)
+    lengths = [_lengths(times, is_split=is_split) for times in stages]
     done: dict[tuple[int, str, int], float] = {}
     clock = [0.0] * num_ranks
     found: list[list[Interval]] = [[] for _ in each]
@@ -154,7 +188,7 @@ def simulate(
         """When the action can start; None while the producer of its operand has not run."""
         at = action.chunk * num_ranks + k
         other = at - 1 if action.kind == FORWARD else at + 1
-        if action.kind == STEP or not 0 <= other < len(stages):
+        if action.kind in (WEIGHT, STEP) or not 0 <= other < len(stages):
             return clock[k]
         made = done.get((other, action.kind, action.microbatch))
         if made is None:
@@ -172,7 +206,8 @@ def simulate(
                 at = action.chunk * num_ranks + k
                 is_last = action.microbatch == num_microbatches - 1
                 if action.kind == STEP:
-                    ends = [done[c, BACKWARD, num_microbatches - 1] for c in range(k, len(stages), num_ranks)]
+                    last = WEIGHT if is_split else BACKWARD
+                    ends = [done[c, last, num_microbatches - 1] for c in range(k, len(stages), num_ranks)]
                     clock[k] = start + _step_s(stages[k::num_ranks], ends)
                 else:
                     clock[k] = start + lengths[at][action.kind, is_last]
@@ -181,9 +216,19 @@ def simulate(
     return Timeline(tuple(tuple(stage) for stage in found))
 
 
-def _lengths(times: StageTimes) -> dict[tuple[str, bool], float]:
-    """Seconds by kind, and whether of the last microbatch."""
+def _lengths(times: StageTimes, *, is_split: bool) -> dict[tuple[str, bool], float]:
+    """Seconds by kind, and whether of the last microbatch; where backward is split, what its end hides goes with W."""
     last = times.backward_s if times.last_backward_s is None else times.last_backward_s
+    if is_split:
+        inputs_s = times.backward_s - times.weight_s
+        return {
+            (FORWARD, False): times.forward_s,
+            (FORWARD, True): times.forward_s,
+            (BACKWARD, False): inputs_s,
+            (BACKWARD, True): inputs_s,
+            (WEIGHT, False): times.weight_s,
+            (WEIGHT, True): last - inputs_s,
+        }
     return {
         (FORWARD, False): times.forward_s,
         (FORWARD, True): times.forward_s,

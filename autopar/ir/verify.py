@@ -18,7 +18,7 @@ from autopar.ir.inference import is_inference
 from autopar.ir.mesh import StageMesh
 from autopar.ir.offload import NOWHERE
 from autopar.ir.partition import partition
-from autopar.ir.pipeline import FORWARD_ONLY, SCHEDULES, check_interleave
+from autopar.ir.pipeline import FORWARD_ONLY, SCHEDULES, check_interleave, check_zero_bubble
 from autopar.ir.placement import Sharding, format_sharding, local_shape
 from autopar.ir.plan import SCHEMA_VERSION, Plan, Prediction
 from autopar.ir.quantity import Quantity
@@ -166,6 +166,7 @@ def _skeleton(plan: Plan) -> Iterator[Issue]:
     schedules = (FORWARD_ONLY,) if is_inference(plan) else SCHEDULES
     if decisions.schedule not in schedules:
         yield Issue("$.decisions.schedule", f"expected one of {', '.join(schedules)}, found {decisions.schedule!r}")
+    yield from _zero_bubble(decisions)
     yield from _interleave(decisions)
     yield from _stage_meshes(plan)
     yield from _stages(plan)
@@ -189,6 +190,13 @@ def _stage_meshes(plan: Plan) -> Iterator[Issue]:
     }
     for what in (words for words, is_there in others.items() if is_there):
         yield Issue(path, f"stages with meshes of their own do not go with {what}")
+
+
+def _zero_bubble(decisions: Decisions) -> Iterator[Issue]:
+    try:
+        check_zero_bubble(decisions.num_ranks, decisions.num_microbatches, decisions.schedule)
+    except ValueError as error:
+        yield Issue("$.decisions.num_microbatches", str(error))
 
 
 def _interleave(decisions: Decisions) -> Iterator[Issue]:

@@ -1,7 +1,8 @@
 """Clocks of a plan's instructions: least energy within a deadline, by the prices of its stages at every clock.
 
 Instructions are forwards, backwards and the update of every pipeline rank. A rank of an interleaved pipeline has
-forwards and backwards of its own for each chunk: `F`, `F.1`, ...
+forwards and backwards of its own for each chunk: `F`, `F.1`, ... Where the schedule splits backward, `W` is its second
+half.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from autopar.cost.table import CostTables
 from autopar.errors import InputError
 from autopar.ir.clocks import ClockedStep, ClockPoint, StageClocks
 from autopar.ir.graph import OpGraph
+from autopar.ir.pipeline import splits_backward
 from autopar.ir.plan import Plan, Prediction
 from autopar.ir.quantity import Quantity
 from autopar.ir.serialize_graph import graph_hash
 from autopar.ir.solution import Decisions
-from autopar.ir.timeline import BACKWARD, FORWARD, STEP
+from autopar.ir.timeline import BACKWARD, FORWARD, STEP, WEIGHT
 from autopar.planner.choose import Chooser
 from autopar.planner.plan import capture_graph
 from autopar.planner.request import PlanRequest, Progress, choose_target, say_nothing
@@ -32,7 +34,7 @@ SHORTEST_S = 1e-9
 SLACKS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Shares by which deadlines lie beyond the fastest step."""
 LAST = " last"
-"""Ends the kind of the backward of the last microbatch."""
+"""Ends the kind of the backward, or its second half, of the last microbatch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,6 @@ def plan_instruction_clocks(
     """
     if plan.cluster.description is not None:
         raise InputError("clocks are planned for pipelines on one type of GPU")
-    if plan.decisions.stage_meshes:
-        raise InputError(f"clocks are planned for pipelines {ONE_MESH}")
     straggler = straggler or Straggler()
     ranks = plan.decisions.num_ranks
     if straggler.rank is not None and not 0 <= straggler.rank < ranks:
@@ -102,9 +102,6 @@ def clock_tables(graph: OpGraph, request: PlanRequest, progress: Progress | None
     if not isinstance(tables, CostTables) or len(tables.clocks_hz) == 1:
         raise InputError(f"the clocks of {request.gpu} cannot be locked, or nothing is known of them")
     return tables
-
-
-ONE_MESH = "whose stages have one mesh"
 
 
 @dataclass(frozen=True)
@@ -254,15 +251,16 @@ def clock_problem(tables: CostTables, decisions: Decisions, *, free: bool = True
         exposed_s=[max(cost.times.exposed_s for _, cost in own) for own in choices],
     )
     options: dict[tuple[int, str], tuple[ClockOption, ...]] = {}
+    works = (BACKWARD, WEIGHT) if splits_backward(decisions.schedule, ranks) else (BACKWARD,)
     for stage, own in enumerate(choices):
-        for work in (FORWARD, BACKWARD, BACKWARD + LAST):
+        for work in (FORWARD, *works, works[-1] + LAST):
             kind = work_name(work.removesuffix(LAST), stage // ranks) + work[1:]
             options[stage % ranks, kind] = tuple(_option(hz, cost, work, blocked_w) for hz, cost in own)
     for rank in range(ranks):
         options[rank, STEP] = (_update(tables.clocks_hz[0], first[rank::ranks], blocked_w),)
     last = decisions.num_microbatches - 1
     named = tuple(
-        replace(i, kind=i.kind + LAST) if i.kind.startswith(BACKWARD) and i.microbatch == last else i
+        replace(i, kind=i.kind + LAST) if i.kind.startswith(works[-1]) and i.microbatch == last else i
         for i in instructions
     )
     cluster, gpus = tables.cluster, (decisions.mesh.num_devices,) * ranks
@@ -285,10 +283,12 @@ def _choices(tables: CostTables, decisions: Decisions, *, free: bool) -> list[li
 
 def _option(clock_hz: float, cost: StageCost, work: str, blocked_w: float) -> ClockOption:
     """The last backward, beside which gradients are synchronised, takes its own time and the joules of any other."""
-    both_s = cost.forward_s + cost.backward_s
-    usual_s = cost.forward_s if work == FORWARD else cost.backward_s
-    is_last = work == BACKWARD + LAST and cost.times.last_backward_s is not None
-    time_s = max(cost.times.last_backward_s or 0.0 if is_last else usual_s, SHORTEST_S)
+    both_s, weight_s = cost.forward_s + cost.backward_s, cost.times.weight_s
+    usual_s = {FORWARD: cost.forward_s, WEIGHT: weight_s}.get(work[0], cost.backward_s - weight_s)
+    later_s = 0.0
+    if work.endswith(LAST) and cost.times.last_backward_s is not None:
+        later_s = cost.times.last_backward_s - cost.backward_s
+    time_s = max(usual_s + later_s, SHORTEST_S)
     share = usual_s / both_s if both_s else 0.0
     return ClockOption(clock_hz / 1e6, time_s, cost.microbatch_j * share + blocked_w * time_s)
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from autopar.ir.placement import Sharding
 from autopar.program.collectives import AxisGroup
+from autopar.program.delayed import DelayedWeights
 from autopar.program.gathered import GatherScope, GatherSteps
 from autopar.program.local_ops import attention_dropout, dropout
 from autopar.program.recompute import Keeper
@@ -86,7 +87,7 @@ class StageProgram:
         received, sent: what crosses the cuts before and after.
         parameters, buffers, constants, inputs: names of the outside values read, in graph order.
         updated_buffers: buffers that some op of the stage changes in place.
-        stream, scope, keeper, axes: the objects that its nodes refer to.
+        stream, scope, keeper, delayed, axes: the objects that its nodes refer to.
         entering, leaving: of inference, the placement in which each batch input comes in (the others: whole), and that
             in which each output made here leaves.
     """
@@ -106,6 +107,7 @@ class StageProgram:
     stream: StreamState
     scope: GatherScope
     keeper: Keeper
+    delayed: DelayedWeights
     axes: tuple[AxisGroup, ...]
     entering: Mapping[str, Sharding] = field(default_factory=dict)
     leaving: Mapping[str, Sharding] = field(default_factory=dict)

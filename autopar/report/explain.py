@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from autopar.ir.pipeline import step_time_s
+from autopar.ir.pipeline import splits_backward, step_time_s
 from autopar.ir.plan import Plan
 from autopar.ir.savings import Savings
 from autopar.ir.solution import Alternative
@@ -48,8 +48,7 @@ def explain_json(plan: Plan, rival: Plan | None = None) -> dict[str, Any]:
     """The same as numbers. `rival` holds its predicted step time and energy, and their ratios to the plan's."""
     content: dict[str, Any] = {
         "decision": {"num_gpus": plan.decisions.num_gpus, "pp": plan.decisions.num_ranks}
-        | {axis.name: axis.size for axis in plan.decisions.mesh.axes}
-        | {f"stage{k}": {a.name: a.size for a in mesh.axes} for k, mesh in enumerate(plan.decisions.stage_meshes)},
+        | {axis.name: axis.size for axis in plan.decisions.mesh.axes},
         "time_s": time_parts(plan),
         "energy_j": dict(plan.predicted.energy_by_cause),
         "memory_bytes": [dict(stage.memory_by_cause) for stage in plan.predicted.stages],
@@ -118,7 +117,9 @@ def _time(plan: Plan) -> list[str]:
         stages = [s.forward_s.value + s.backward_s.value for s in plan.predicted.stages]
         steps = [s.step_s.value for s in plan.predicted.stages]
         formula = step_time_s(stages, steps, plan.decisions.num_microbatches, plan.decisions.interleave)
-        lines += wrapped("", f"closed form of the pipeline: {format_seconds(formula)}")
+        split = splits_backward(plan.decisions.schedule, plan.decisions.num_ranks)
+        name = "its closed form under 1f1b" if split else "closed form of the pipeline"
+        lines += wrapped("", f"{name}: {format_seconds(formula)}")
     return lines
 
 

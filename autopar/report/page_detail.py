@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from autopar.ir.plan import Plan
 from autopar.ir.streams import PASSES, Span, Streams
-from autopar.ir.timeline import BACKWARD, FORWARD, STEP, Interval, Timeline
+from autopar.ir.timeline import BACKWARD, FORWARD, STEP, WEIGHT, Interval, Timeline
 from autopar.report.page_html import Markup, joined, section, tag
 from autopar.report.page_svg import Mark, key, rows, strip, ticks
 from autopar.report.sharding import BlockSplit
@@ -19,7 +19,10 @@ MOST_RANKS = 32
 MOST_MARKS = 3000
 """Of the schedule, and again of its collectives."""
 MOST_OF_RANK = 120
-ACTIONS = MappingProxyType({FORWARD: ("k0", "forward"), BACKWARD: ("k1", "backward"), STEP: ("k2", "once a step")})
+ACTIONS = MappingProxyType({
+    FORWARD: ("k0", "forward"), BACKWARD: ("k1", "backward"), WEIGHT: ("k6", "backward of weights"),
+    STEP: ("k2", "once a step"),
+})  # fmt: skip
 EXPOSED = "waiting for collectives"
 ROUNDING = 1e-9
 """Share of a step below which a wait is none."""
@@ -27,7 +30,7 @@ MERGED = "k5"
 COLLECTIVE = "beside"
 WORDS = MappingProxyType({
     "forward": "forward", "backward": "backward", "gather": "gather parameters", "regather": "gather parameters again",
-    "scatter": "scatter gradients", "sync": "synchronise gradients",
+    "scatter": "scatter gradients", "sync": "synchronise gradients", "weight": "gradients of weights",
 })  # fmt: skip
 COLOURS_OF = MappingProxyType({"gather": "k8", "regather": "k2", "scatter": "k4", "sync": "k3"})
 """Of collectives on a stream of their own."""
@@ -96,7 +99,8 @@ def timeline_section(plan: Plan, detail: StepDetail) -> Markup:
         picture = strip([*marks, *(collectives[rank] if drawn else ())], end, label, height=24 if drawn else 18)
         entries.append((f"rank {rank}", picture, f"busy {busy:.0%}"))
     entries.append(("", ticks(end, format_seconds), ""))
-    colours = list(ACTIONS.values())
+    done = {interval.action.kind for intervals in detail.timeline.stages for interval in intervals}
+    colours = [entry for kind, entry in ACTIONS.items() if kind in done]
     colours += [(COLLECTIVE, "collectives on a stream of their own (lower lane)")] if drawn else []
     colours += (
         [(MERGED, "forwards and backwards, drawn as one block as high as their share of the time")]
@@ -204,7 +208,7 @@ def streams_section(detail: StepDetail) -> Markup:
     own = detail.passes[stage]
     if not any(own[name].communication for name in PASSES):
         return Markup("")
-    names = [name for name in PASSES if name != "last_backward" or own[name] != own["backward"]]
+    names = [name for name in PASSES if own[name].stop_s and (name != "last_backward" or own[name] != own["backward"])]
     end = max(own[name].stop_s for name in names) or 1.0
     entries = []
     for name in names:

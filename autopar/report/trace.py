@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from autopar.ir.streams import Span, Streams
-from autopar.ir.timeline import BACKWARD, FORWARD, STEP, Interval, Timeline
+from autopar.ir.timeline import BACKWARD, FORWARD, STEP, WEIGHT, Interval, Timeline
 
 ROWS = ("schedule", "computation", "communication")
 MICROSECOND = 1e-6
@@ -39,7 +39,9 @@ def trace_json(timeline: Timeline, passes: Sequence[Mapping[str, Streams]]) -> d
 
 def pass_of(kind: str, is_last: bool) -> str:
     """Name of the pass, of `ir.streams.PASSES`, that an action is."""
-    return "forward" if kind == FORWARD else "last_backward" if kind == BACKWARD and is_last else "backward"
+    if kind in (FORWARD, WEIGHT):
+        return "forward" if kind == FORWARD else "weight"
+    return "last_backward" if kind == BACKWARD and is_last else "backward"
 
 
 def _blocks(interval: Interval, streams: Streams, rank: int) -> Iterator[dict[str, Any]]:

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh
 from autopar.ir.partition import StagePart, partition
+from autopar.ir.pipeline import splits_backward
 from autopar.ir.placement import INVARIANT, Sharding
 from autopar.ir.solution import Decisions, StageChoice
 from autopar.ir.strategy import ParameterAxisStrategy
 from autopar.program.collectives import AxisGroup
+from autopar.program.delayed import DelayedWeights
 from autopar.program.gathered import GatherScope
 from autopar.program.recompute import Keeper
 from autopar.program.stage import BoundaryTensor, Segment, StageProgram
@@ -24,6 +26,7 @@ from autopar.rewrite.segment import Attributes, SegmentBuilder, describe
 from autopar.rules.outputs import left_as
 from autopar.rules.recompute import BlockRecompute, recompute_by_block
 from autopar.rules.strategies import axis_strategies
+from autopar.rules.weights import delayed_products
 
 
 def build_stage(
@@ -58,6 +61,7 @@ def build_stage(
         StreamState(seed, samples=graph.batch_size),
         GatherScope(),
         Keeper(),
+        DelayedWeights(),
         device,
     )
     shared, segments = _segments(layout, part, attributes, stage)
@@ -78,6 +82,7 @@ def build_stage(
         stream=attributes.stream,
         scope=attributes.scope,
         keeper=attributes.keeper,
+        delayed=attributes.delayed,
         axes=attributes.axes,
         entering={name: layout.entered(name) for name in outside["input"] if graph.is_inference},
         leaving=_leaving(layout, part),
@@ -112,6 +117,7 @@ def _segments(
     """Build and check each piece; each returns what later pieces, or the next stage, read."""
     choice, is_last = layout.decisions.stages[stage], stage == len(layout.decisions.stages) - 1
     again = recompute_by_block(layout.graph, choice.recompute)
+    delays = _delayed(layout, part)
     pieces = [("shared", part.shared), *part.blocks]
     reads: list[set[str]] = [{name for op in ops for name in op.inputs} for _, ops in pieces]
     built = []
@@ -124,12 +130,20 @@ def _segments(
         leaving = [output for output in layout.graph.outputs if output.value in made and index]
         outputs = [n for n in layout.graph.values if n in made and n in later]
         recompute = again.get(choice.start + index - 1, BlockRecompute()) if index else BlockRecompute()
-        segment = SegmentBuilder(layout, attributes, recompute).build(
+        segment = SegmentBuilder(layout, attributes, recompute, delays).build(
             name, ops, outputs, with_loss=with_loss, leaving=leaving
         )
         check_segment(segment, ops, layout)
         built.append(segment)
     return (built[0] if part.shared else None), tuple(built[1:])
+
+
+def _delayed(layout: Layout, part: StagePart) -> frozenset[str]:
+    """Products whose weight gradients wait for their turn in the schedule."""
+    decisions = layout.decisions
+    if not splits_backward(decisions.schedule, decisions.num_ranks):
+        return frozenset()
+    return delayed_products(part.ops, layout.graph.values, decisions.parameters)
 
 
 def serial_decisions(graph: OpGraph, num_microbatches: int = 1) -> Decisions:

@@ -19,6 +19,7 @@ from torch import fx
 from autopar.ir.graph import Op, Output
 from autopar.ir.placement import Sharding, format_sharding
 from autopar.program.collectives import STEP_FUNCTIONS, AxisGroup
+from autopar.program.delayed import DELAYED, DelayedWeights
 from autopar.program.gathered import GatherScope, GatherSteps, gather_parameter
 from autopar.program.local_ops import LOCAL_OPERATIONS, NEEDS_MEMBERS, NEEDS_STREAM
 from autopar.program.recompute import Keeper, keep_output, run_again
@@ -42,20 +43,22 @@ class Attributes:
     stream: StreamState
     scope: GatherScope
     keeper: Keeper
+    delayed: DelayedWeights
     device: str
 
     def by_name(self) -> dict[str, Any]:
-        others = {"stream": self.stream, "scope": self.scope, "keeper": self.keeper}
+        others = {"stream": self.stream, "scope": self.scope, "keeper": self.keeper, "delayed": self.delayed}
         return {f"axis_{a.name}": a for a in self.axes} | others
 
 
 @dataclass
 class SegmentBuilder:
-    """Builds one segment; used once."""
+    """Builds one segment; used once. Of `delays` are the products whose weight gradients wait."""
 
     layout: Layout
     attributes: Attributes
     recompute: BlockRecompute = field(default_factory=BlockRecompute)
+    delays: frozenset[str] = frozenset()
     graph: fx.Graph = field(default_factory=fx.Graph)
     inputs: dict[str, fx.Node] = field(default_factory=dict)
     held: dict[tuple[str, Sharding], fx.Node] = field(default_factory=dict)
@@ -185,7 +188,7 @@ class SegmentBuilder:
 
     def _add_core(self, core: Sequence[Op]) -> None:
         """A part that runs again in backward: a module of its own, from operands in the form in which it needs them."""
-        inner = SegmentBuilder(self.layout, self.attributes)
+        inner = SegmentBuilder(self.layout, self.attributes, delays=self.delays)
         made = {name for op in core for name in op.outputs}
         needs = {(n, self.layout.needed(op, i)): None for op in core for i, n in enumerate(op.inputs) if n not in made}
         for index, (name, form) in enumerate(needs):
@@ -217,6 +220,8 @@ class SegmentBuilder:
                 kwargs["core"] = self._experts(op, call)
         else:
             target = resolve_target(call.target, self.attributes.device)
+            if op.name in self.delays and call.target in DELAYED:
+                target, args = DELAYED[call.target], (self._object("delayed"), *args)
         if op.name in self.recompute.kept and call.target not in LOCAL_OPERATIONS:
             title = f"call_{_identifier(op.name)}"
             self.called[title] = target

@@ -24,7 +24,8 @@ from functools import cached_property
 import networkx as nx
 
 from autopar.errors import InfeasibleError, InputError, Remedy
-from autopar.ir.timeline import BACKWARD, FORWARD, STEP, schedule_actions
+from autopar.ir.pipeline import splits_backward
+from autopar.ir.timeline import BACKWARD, FORWARD, STEP, WEIGHT, schedule_actions
 from autopar.search.clock_lp import Relaxation, Relaxed, relax
 from autopar.search.clock_schedule import Network, fill, improve, repair, round_down, round_to_finishes
 
@@ -296,7 +297,8 @@ def pipeline_graph(
 ) -> tuple[tuple[Instruction, ...], tuple[Arc, ...]]:
     """Instructions of a pipeline schedule and their order: along each stage, and from stage to stage.
 
-    Kinds are F and B, of further chunks of an interleaved stage F.1, B.1, ... (`work_name`).
+    Kinds are F and B, and W where the schedule splits backward; of further chunks of an interleaved stage F.1, B.1, ...
+    (`work_name`).
 
     Args:
         transfer_s: seconds to send from one stage (chunk) to the next, or back: one for all, or one per pair.
@@ -306,6 +308,7 @@ def pipeline_graph(
     instructions: list[Instruction] = []
     arcs: list[Arc] = []
     place: dict[tuple[int, str, int], int] = {}
+    final = WEIGHT if splits_backward(schedule, num_stages) else BACKWARD
     for stage in range(num_stages):
         first = len(instructions)
         for action in schedule_actions(stage, num_stages, num_microbatches, schedule, interleave=interleave):
@@ -317,9 +320,9 @@ def pipeline_graph(
     between_s = [transfer_s] * (num_stages * interleave) if isinstance(transfer_s, int | float) else transfer_s
     for (chunk, kind, microbatch), position in place.items():
         after = place.get((chunk + (1 if kind == FORWARD else -1), kind, microbatch))
-        if kind != STEP and after is not None:
+        if kind in (FORWARD, BACKWARD) and after is not None:
             arcs.append(Arc(position, after, between_s[chunk if kind == FORWARD else chunk - 1]))
-        if kind == BACKWARD and microbatch == num_microbatches - 1 and exposed_s is not None:
+        if kind == final and microbatch == num_microbatches - 1 and exposed_s is not None:
             arcs.append(Arc(position, place[chunk % num_stages, STEP, -1], exposed_s[chunk]))
     return tuple(instructions), tuple(arcs)
 

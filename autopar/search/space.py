@@ -36,6 +36,7 @@ from autopar.ir.cost import Array, TableSource
 from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import StageMesh, stage_mesh
 from autopar.ir.mixed import MixedSource
+from autopar.ir.pipeline import check_zero_bubble
 from autopar.ir.solution import Pins
 from autopar.search.evaluate import redo_share
 
@@ -229,7 +230,8 @@ def list_skeletons(
             continue
         names = [pins.recompute] if pins.recompute else MODE_NAMES[: 2 + (num_stages > 1)]
         limit = num_gpus // num_stages
-        rest = [(count, MODE_NAMES.index(name)) for count in counts for name in names]
+        runs = [count for count in counts if _runs(pins.schedule, num_stages, count)]
+        rest = [(count, MODE_NAMES.index(name)) for count in runs for name in names]
         for sizes in _meshes(useful, limit, source.graph.batch_size, pins, exactly=use_all):
             mesh = index.setdefault(sizes, len(index))
             if isinstance(source, MixedSource):
@@ -238,11 +240,29 @@ def list_skeletons(
             else:
                 found += [(num_stages, mesh, *pair, 0) for pair in rest]
     if not found:
+        if pins.schedule is not None and pins.pp is not None and pins.num_microbatches is not None:
+            _check_pinned(pins.schedule, pins.pp, pins.num_microbatches)
         raise InputError(_empty_space(num_gpus, pins, use_all=use_all))
     if pins.pp is not None and pins.pp > num_blocks:
         raise InputError(f"pp={pins.pp}, but the model has only {num_blocks} blocks to put on stages")
     num_stages_of, mesh_of, count_of, mode_of, kinds_of = np.array(found, dtype=np.int64).T
     return Skeletons(tuple(index), num_stages_of, mesh_of, count_of, mode_of, kinds_of, clocks, tuple(types))
+
+
+def _runs(schedule: str | None, num_stages: int, num_microbatches: int) -> bool:
+    """Whether there is such a schedule."""
+    try:
+        check_zero_bubble(num_stages, num_microbatches, schedule or "1f1b")
+    except ValueError:
+        return False
+    return True
+
+
+def _check_pinned(schedule: str, num_stages: int, num_microbatches: int) -> None:
+    try:
+        check_zero_bubble(num_stages, num_microbatches, schedule)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _empty_space(num_gpus: int, pins: Pins, *, use_all: bool) -> str:

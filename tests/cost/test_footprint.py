@@ -240,6 +240,17 @@ def test_a_gradient_larger_than_a_bucket_is_summed_where_it_lies() -> None:
     assert synced(100.0, yes, no, 1, Software(copies_gradients=False)).room == 0.0
 
 
+def test_zero_bubble_holds_what_weights_wait_for() -> None:
+    """Rank k of K: K - k microbatches whole, or K - k - 1 with k whose W is put off."""
+    ranks = 4
+    costs = [stage(10.0, boundary=1.0) for _ in range(ranks)]
+    for cost in costs:
+        cost.waiting = {"x": 3.0, "gradient of y": 1.0}
+    plan = pipeline(ranks, 8, schedule="zero-bubble")
+    held = [memory_by_cause(costs, k, plan, Software(keeps_sent=False))["activations"] for k in range(ranks)]
+    assert held == [10.0 * (ranks - k) + 4.0 * k for k in range(ranks)]
+
+
 def test_interleaved_pipelines_keep_what_they_sent() -> None:
     costs = [stage(10.0) for _ in range(4)]
     for k, cost in enumerate(costs):

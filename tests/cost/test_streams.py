@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from autopar.ir.streams import PASSES, BlockWork, Overlap, Streams, stage_times, stream_intervals
 from autopar.ir.timeline import StageTimes, simulate
 
-FIELDS = tuple(field.name for field in fields(BlockWork))
+FIELDS = tuple(f.name for f in fields(BlockWork) if f.name not in ("weight_s", "out_s", "back_s"))
 SECONDS = st.one_of(st.just(0.0), st.integers(1, 40).map(lambda n: n / 4))
 BLOCKS = st.lists(st.builds(BlockWork, **dict.fromkeys(FIELDS, SECONDS)), min_size=1, max_size=6)
+SPLIT_BLOCKS = st.lists(
+    st.builds(BlockWork, weight_s=SECONDS, **dict.fromkeys(FIELDS, SECONDS)), min_size=1, max_size=6
+)
 OVERLAPS = st.builds(Overlap, st.booleans(), st.booleans(), st.sampled_from((0.0, 0.125, 0.25, 0.5, 0.875, 1.0)))
 Name = tuple[str, int]
 
@@ -24,6 +27,9 @@ Name = tuple[str, int]
 def programme(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) -> Iterator[tuple[str, Name, float]]:
     """What the host issues: ("send", name, seconds), ("wait", name, 0) or ("compute", name, seconds)."""
     forward = phase == "forward"
+    if phase == "weight":
+        yield from (("compute", ("c", i), blocks[i].weight_s) for i in reversed(range(len(blocks))))
+        return
     order = list(range(len(blocks)))[:: 1 if forward else -1]
     gathers = {i: blocks[i].gather_s if forward else blocks[i].regather_s for i in order}
     if overlap.prefetch:
@@ -92,6 +98,32 @@ def total_s(times: StageTimes) -> float:
 
 def sums(blocks: Sequence[BlockWork]) -> dict[str, float]:
     return {name: sum(getattr(block, name) for block in blocks) for name in FIELDS}
+
+
+@given(
+    blocks=SPLIT_BLOCKS, overlap=OVERLAPS.filter(lambda overlap: not overlap.gradients), phase=st.sampled_from(PASSES)
+)
+def test_a_split_pass_takes_what_the_oracle_says(blocks: list[BlockWork], overlap: Overlap, phase: str) -> None:
+    _, stop = oracle(blocks, overlap, phase)
+    assert stream_intervals(blocks, overlap, phase).stop_s == pytest.approx(float(stop))
+
+
+@given(blocks=SPLIT_BLOCKS, overlap=OVERLAPS)
+def test_the_halves_of_a_split_backward_add_up_and_its_synchronisation_shows(
+    blocks: list[BlockWork], overlap: Overlap
+) -> None:
+    times, whole = stage_times(blocks, overlap), sums(blocks)
+    assert times.weight_s == whole_weight(blocks)
+    assert times.backward_s == pytest.approx(float(oracle(blocks, overlap, "backward")[1]) + times.weight_s)
+    if times.weight_s:
+        assert (times.last_backward_s, times.exposed_s) == (None, 0.0)
+        assert times.step_s == whole["sync_s"] + whole["update_s"]
+        last = stream_intervals(blocks, overlap, "last_backward")
+        assert last == stream_intervals(blocks, overlap, "backward")
+
+
+def whole_weight(blocks: Sequence[BlockWork]) -> float:
+    return sum(block.weight_s for block in blocks)
 
 
 @given(blocks=BLOCKS, overlap=OVERLAPS, phase=st.sampled_from(PASSES))

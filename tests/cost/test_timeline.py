@@ -221,9 +221,72 @@ def test_blocking_sends_occupy_the_receiver() -> None:
     assert (free.makespan_s, blocking.makespan_s) == (9, 11)
 
 
+def test_actions_of_zero_bubble_follow_the_textbook() -> None:
+    """ZB-H1 of Qi et al. 2024: the last rank puts off as many W as ranks lie before it."""
+    orders = [" ".join(map(str, schedule_actions(k, 3, 4, "zero-bubble"))) for k in range(3)]
+    assert orders == [
+        "F0 F1 F2 B0 W0 F3 B1 W1 B2 W2 B3 W3 STEP",
+        "F0 F1 B0 F2 B1 W0 F3 B2 W1 B3 W2 W3 STEP",
+        "F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3 STEP",
+    ]
+
+
+@given(ranks=st.integers(2, 6), rounds=st.integers(1, 4))
+def test_equal_parts_leave_a_third_of_the_bubble(ranks: int, rounds: int) -> None:
+    """With F = B = W the bubble is (K - 1) (F + B - W), against (K - 1) (F + B + W) under 1F1B (Qi et al. 2024)."""
+    times, count = [StageTimes(1.0, 2.0, 0.5, weight_s=1.0)] * ranks, ranks * rounds
+    timeline = simulate(times, [0.0] * (ranks - 1), count, "zero-bubble")
+    assert timeline.makespan_s == pytest.approx(3.0 * count + (ranks - 1) + 0.5)
+    assert all(timeline.busy_s(k) == pytest.approx(3.0 * count + 0.5) for k in range(ranks))
+    plain = simulate(times, [0.0] * (ranks - 1), count, "1f1b")
+    assert plain.makespan_s == pytest.approx(3.0 * count + 3.0 * (ranks - 1) + 0.5)
+
+
+@given(
+    data=st.data(), ranks=st.integers(2, 5), rounds=st.integers(1, 3), chunks=st.integers(1, 3)
+)  # fmt: skip
+def test_zero_bubble_is_a_longest_path(data: st.DataObject, ranks: int, rounds: int, chunks: int) -> None:
+    """F and B wait for their neighbours, W for nothing but its turn; the step ends with the last W."""
+    last, count = ranks * chunks - 1, ranks * rounds
+    drawn = st.tuples(SECONDS, SECONDS, SECONDS, SECONDS)
+    parts = data.draw(st.lists(drawn, min_size=last + 1, max_size=last + 1))
+    sends = data.draw(st.lists(SECONDS, min_size=last, max_size=last))
+    times = [StageTimes(f, b + w, g, weight_s=w) for f, b, w, g in parts]
+    timeline = simulate(times, sends, count, "zero-bubble", interleave=chunks)
+    stops = {
+        (i.action.kind, i.action.microbatch, i.action.chunk * ranks + k): i.stop_s
+        for k, rank in enumerate(timeline.stages)
+        for i in rank[:-1]
+    }
+    assert len(stops) == 3 * count * (last + 1)
+    for k, rank in enumerate(timeline.stages):
+        before = 0.0
+        for interval in rank[:-1]:
+            kind, m, c = interval.action.kind, interval.action.microbatch, interval.action.chunk * ranks + k
+            source = {"F": c - 1, "B": c + 1}.get(kind, -1)
+            made = stops.get((kind, m, source))
+            start = before if made is None else max(before, made + sends[min(c, source)])
+            length = parts[c]["FBW".index(kind)]
+            assert (interval.start_s, interval.stop_s) == pytest.approx((start, start + length))
+            assert kind != "W" or stops["B", m, c] <= interval.start_s
+            before = interval.stop_s
+        assert rank[-1].stop_s == pytest.approx(before + sum(part[3] for part in parts[k::ranks]))
+
+
+def test_what_waits_for_its_weights_turn_is_held() -> None:
+    """Of 10 per microbatch B leaves 4: rank 2 of 3 holds two of those when F2 comes, and a third before W0."""
+    actions = schedule_actions(2, 3, 4, "zero-bubble")
+    assert most_held(actions, [10.0], [4.0]) == 10 + 2 * 4
+    assert most_held(actions, [10.0], [11.0]) == 3 * 11
+    assert most_held(schedule_actions(0, 3, 4, "zero-bubble"), [10.0], [4.0]) == 30
+
+
 @pytest.mark.parametrize(
     ("ranks", "count", "schedule", "chunks", "words"),
     [
+        (3, 2, "zero-bubble", 1, "at least as many microbatches, in equal rounds: a multiple of 3, not 2"),
+        (3, 16, "zero-bubble", 1, "a multiple of 3, not 16"),
+        (2, 3, "zero-bubble", 2, "zero-bubble schedule needs microbatches in multiples of the 2 ranks, not 3"),
         (2, 3, "1f1b", 2, "multiples of the 2 ranks, not 3"),
         (2, 4, "gpipe", 2, "need schedule '1f1b'"),
         (2, 4, "1f1b", 0, "at least one chunk"),

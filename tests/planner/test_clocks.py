@@ -54,7 +54,15 @@ def test_the_fastest_step_is_the_simulated_one(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    "pins", [{"pp": 2}, {"pp": 2, "dp": 2}, {"pp": 2, "dp": 2, "interleave": 2}, {"pp": 1, "dp": 2}]
+    "pins",
+    [
+        {"pp": 2},
+        {"pp": 2, "dp": 2},
+        {"pp": 2, "dp": 2, "interleave": 2},
+        {"pp": 1, "dp": 2},
+        {"pp": 2, "schedule": "zero-bubble"},
+        {"pp": 2, "dp": 2, "interleave": 2, "schedule": "zero-bubble"},
+    ],
 )
 @pytest.mark.parametrize("indices", [(0, 0), (5, 2)])
 def test_at_the_plans_own_clocks_the_problem_costs_what_the_prediction_says(

@@ -78,6 +78,15 @@ def _in_chunks(**changes: Any) -> list[str]:
     return [issue.path for issue in issues if not issue.path.startswith("$.predicted.peak_memory")]
 
 
+def test_zero_bubble_needs_microbatches_in_equal_rounds() -> None:
+    plan = tiny_plan()
+    for count, expected in ((2, []), (1, ["$.decisions.num_microbatches"]), (7, ["$.decisions.num_microbatches"])):
+        decisions = replace(plan.decisions, schedule="zero-bubble", num_microbatches=count)
+        model = replace(plan.model, batch_size=14)
+        found = verify(replace(plan, decisions=decisions, model=model))
+        assert [issue.path for issue in found] == expected
+
+
 def test_interleaved_chunks_need_1f1b_divisible_microbatches_and_one_device_per_rank() -> None:
     assert _in_chunks() == []
     assert _in_chunks(interleave=4) == ["$.decisions.interleave"]
