@@ -19,6 +19,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 from autopar.errors import InputError
 from autopar.ir.cluster import ClusterDescription
 from autopar.ir.hosts import DEFAULT_TIMEOUT_S
+from autopar.ir.inference import require_training
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import load_plan
 from autopar.ir.software import PRECISION_OPTION
@@ -136,6 +137,8 @@ def parallelize(
     request = _request_here({"objective": _objective(objective), "gpu": gpu} | settings)
     training = TrainingOptions(optimizer, learning_rate, weight_decay, max_norm, seed, timeout_s)
     chosen = load_plan(plan) if isinstance(plan, str) else plan
+    if chosen is not None:
+        require_training(chosen, "a training loop")
     precision = None if chosen is None else chosen.model.options.get(PRECISION_OPTION)
     return open_session(source_of(model, example_batch, options, precision), request, chosen, training)
 

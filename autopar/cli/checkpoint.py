@@ -8,6 +8,7 @@ import click
 
 from autopar.cli.console import print_json
 from autopar.cli.options import json_option
+from autopar.ir.inference import require_training
 from autopar.ir.serialize import load_plan
 from autopar.planner.checkpoints import export_checkpoint, import_checkpoint, list_checkpoints
 from autopar.units import format_bytes
@@ -56,7 +57,9 @@ def export(directory: str, *, out: str, step: int | None, as_json: bool) -> None
 @json_option
 def import_(files: tuple[str, ...], *, plan_file: str, out: str, as_json: bool) -> None:
     """Make a checkpoint at step 0 from the state_dict in FILES (.safetensors, or .pt of tensors alone)."""
-    unused = import_checkpoint(files, load_plan(plan_file), out)
+    plan = load_plan(plan_file)
+    require_training(plan, "autopar checkpoint import")
+    unused = import_checkpoint(files, plan, out)
     if as_json:
         print_json({"directory": out, "num_unused": unused})
     else:

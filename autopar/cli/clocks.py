@@ -11,6 +11,7 @@ from autopar.cli.console import print_json, progress_line
 from autopar.cli.options import json_option
 from autopar.cli.quantities import parse_seconds
 from autopar.errors import InputError
+from autopar.ir.inference import require_training
 from autopar.ir.serialize import check_writable, load_plan, write_atomic
 from autopar.planner.clock_file import schedule_json
 from autopar.planner.clocks import Straggler, plan_instruction_clocks
@@ -30,6 +31,7 @@ from autopar.report.clocks import clocks_report
 def clocks(plan_file: str, deadline: str | None, straggler: str | None, out: str | None, as_json: bool) -> None:
     """Choose the clock of every forward and backward of PLAN_FILE: least energy within a deadline."""
     plan = load_plan(plan_file)
+    require_training(plan, "autopar clocks")
     deadline_s = None if deadline is None else _seconds("--deadline", deadline)
     late = _straggler(straggler)
     if out is not None:

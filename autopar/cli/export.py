@@ -13,6 +13,7 @@ from autopar.cli.options import json_option, with_options
 from autopar.cli.quantities import parse_seconds
 from autopar.errors import InputError
 from autopar.ir.hosts import DEFAULT_PORT, DEFAULT_TIMEOUT_S
+from autopar.ir.inference import require_training
 from autopar.ir.serialize import check_writable, load_plan
 from autopar.planner.export import SCHEDULERS, ExportRequest, export_plan
 
@@ -47,6 +48,7 @@ def export(
 ) -> None:
     """Write the job file that runs PLAN_FILE on a cluster's hosts."""
     plan = load_plan(plan_file)
+    require_training(plan, "autopar export")
     time_s = None if limit is None else round(parse_seconds(limit))
     request = ExportRequest(**answers, time_s=time_s, environment=_environment(variables))
     found = export_plan(plan, Path(plan_file).read_text(), plan_file, request)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from autopar.rules.sequence import SequenceParts, sequence_parts, sequence_strat
 from autopar.rules.strategies import FOLLOW, axis_strategies
 
 BY_EXPERT = (EXPERTS, EXCHANGE)
+WHOLE = ("replicate", "invariant")
+"""Labels of what every rank has or does whole."""
+A = TypeVar("A", AxisStrategy, ParameterAxisStrategy)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,8 @@ class ChoiceMaker:
         batch = settled_strategy(op, values, self.dims, self.graph.batch_size)
         roles = axis_names(len(active))
         options = [self._op_options(op, every, batch, role, on) for role, on in zip(roles, active, strict=True)]
+        if not any(values[name].requires_grad for name in op.outputs):
+            options = [self._smallest_first(own) for own in options]
         grid = make_grid(options)
         preferences = (self._op_preference(op, grid, axis, role) for axis, role in enumerate(roles) if active[axis])
         return OpChoices(
@@ -216,7 +222,13 @@ class ChoiceMaker:
             allowed.discard("sharded")
         if zero == 0 or (pinned and role == "tp"):
             allowed -= {"zero1", "zero2", "zero3"}
-        return tuple(s for s in every if s.label in allowed)
+        return self._smallest_first([s for s in every if s.label in allowed])
+
+    def _smallest_first(self, options: Sequence[A]) -> Sequence[A]:
+        """Of equal choices the first is taken. Where nothing is trained, a part of what is kept whole can be read at no
+        cost; it is kept in parts all the same.
+        """
+        return sorted(options, key=lambda s: s.label in WHOLE) if self.graph.is_inference else tuple(options)
 
     @cached_property
     def _expert_parameters(self) -> frozenset[str]:
