@@ -15,6 +15,8 @@
 | `allocation_events` | event tree of the profiler                 | public events carry no addresses               |
 | `collective_name`   | `Work._get_op_type`                        | a `Work` says its name nowhere else            |
 | `Store` and kinds   | `torch._C._distributed_c10d`               | documented, but has types in no public module  |
+| `StorageWatch`      | `reductions.StorageWeakRef`                | storages take no other weak reference          |
+| `version_of`        | `Tensor._version`                          | no other sign of a change in place             |
 | `limit_collectives` | `distributed_c10d.default_pg_*timeout`     | groups of a mesh take no timeout of their own  |
 
 `encode_constant` and `decode_constant` turn the torch constants of a call into the strings of `ir.graph.Arg` and back.
@@ -30,6 +32,7 @@ from typing import Any, TypeAlias
 import torch
 from torch._C import _distributed_c10d as c10d
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,6 +47,22 @@ INPUT_DEVICE = "device:input"
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of the storage, equal for views of one tensor; valid while the storage lives."""
     return int(tensor.untyped_storage()._cdata)
+
+
+class StorageWatch:
+    """Tells whether a storage still lives, without keeping it."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        reference: Any = StorageWeakRef
+        self._reference = reference(storage)
+
+    def is_gone(self) -> bool:
+        return bool(self._reference.expired())
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often its memory was changed in place, as autograd counts."""
+    return int(tensor._version)
 
 
 def target_name(overload: Any) -> str:

@@ -96,7 +96,7 @@ def _moments(
         waiting = [cost.waiting_bytes for cost in own]
         yield Moment(gradients, most_held(actions, _kept_bytes(costs, rank, decisions), waiting) + extra, work, sent)
         yield Moment(gradients, 0.0, 0.0, bucket + sent)
-        yield Moment(gradients, 0.0, 0.0, slack * max(cost.shard_bytes for cost in own) + sent)
+        yield Moment(gradients, 0.0, 0.0, max(cost.shard_bytes for cost in own) + sent)
         return
     (cost,), (kept,) = own, _kept_bytes(costs, rank, decisions)
     flying = microbatches_in_flight(rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule)
@@ -106,7 +106,7 @@ def _moments(
     if is_fresh and flying > 1:
         yield Moment(gradients, (flying - 1) * kept + extra, work, crossing)
     yield Moment(gradients, 0.0, 0.0, bucket)
-    yield Moment(gradients, 0.0, 0.0, slack * cost.shard_bytes)
+    yield Moment(gradients, 0.0, 0.0, cost.shard_bytes)
     limit = gradients + flying * kept + extra + max(work, cost.bucket_limit_bytes)
     redo = decisions.stages[rank].recompute == "full"
     walk = _Backward(cost, (flying if is_fresh else 1) * kept, redo, slack)

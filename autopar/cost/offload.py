@@ -19,6 +19,10 @@ from autopar.errors import InputError
 from autopar.ir.cost import Array, Outside
 from autopar.ir.offload import LEAST_BYTES, NOWHERE, SHARD_BYTES, WINDOW_BYTES, Offload
 
+AT_WORK = 3
+"""Of the largest that an op saves, as many are on the device at once for the op that runs and those around it, beside
+what ops need without offload. Source: bytes that a multilayer perceptron takes on a CPU (tests/dist/test_memory.py)."""
+
 
 @dataclass(frozen=True)
 class OffloadPrice:

@@ -40,7 +40,9 @@ class NodePrice:
     def part(self, start: int, stop: int) -> NodePrice:
         """Views of the choices of one node."""
         traffic = None if self.traffic is None else self.traffic.part(start, stop)
-        return NodePrice(**{name: array[start:stop] for name, array in self.arrays.items()}, traffic=traffic)
+        return NodePrice(
+            **{name: array[start:stop] for name, array in self.arrays.items()}, traffic=traffic, outside=None
+        )
 
 
 def rerun(forward_s: Array, backward_s: Array, energy_j: Array, times: Array) -> tuple[Array, Array]:

@@ -23,7 +23,7 @@ from autopar.cost.kernels import as_run_by
 from autopar.cost.layouts import Codes, code_of, sharding_ids, sharding_of
 from autopar.cost.measured import OpLookup, apply_profile
 from autopar.cost.memory import gradient_bytes, optimizer_bytes, optimizer_states, slack_share
-from autopar.cost.offload import OffloadPrice, offload_prices, outside
+from autopar.cost.offload import AT_WORK, OffloadPrice, offload_prices, outside
 from autopar.cost.pricing import NodePrice, Pricer, free_node, rerun
 from autopar.cost.recompute import recomputed
 from autopar.cost.roofline import flop_rate
@@ -392,8 +392,8 @@ class _TableMaker:
                 nodes[index].price.boundary_bytes[:] = self._local_bytes(c.value, nodes[index].form, c.slot)
 
     def _offload(self, nodes: Sequence[_Node], price: OffloadPrice) -> None:
-        """Activations go elsewhere; some are on their way when the ops run."""
-        total = 0.0
+        """Activations go elsewhere; some are on their way, or back, when the ops run."""
+        total = largest = 0.0
         for index in self.frame.op_nodes:
             own = nodes[index].price
             own.outside = found = outside(own.activation_bytes, own.forward_s, own.backward_s, price)
@@ -401,9 +401,12 @@ class _TableMaker:
             own.backward_s += found.backward_s
             own.microbatch_j += 2.0 * found.num_bytes * price.j_per_byte
             own.activation_bytes -= found.num_bytes if price.leaves else 0.0
-            total += float(found.num_bytes.max(initial=0.0)) * len(self.source.skeleton.nodes[index].blocks)
+            most = float(found.num_bytes.max(initial=0.0))
+            total += most * len(self.source.skeleton.nodes[index].blocks)
+            largest = max(largest, most)
+        room = min(total, max(price.window_bytes, AT_WORK * largest))
         for index in self.frame.op_nodes:
-            nodes[index].price.workspace_bytes += min(price.window_bytes, total)
+            nodes[index].price.workspace_bytes += room
 
     def _add_slack(self, nodes: Sequence[_Node]) -> None:
         """What moves takes more from the device where that is metered."""

@@ -206,6 +206,12 @@ class Decisions:
         return self.stage_meshes or (self.mesh,) * self.num_ranks
 
     @property
+    def extent(self) -> StageMesh:
+        """The axes, each as long as on the stage where it is longest."""
+        sizes = [max(own) for own in zip(*(mesh.sizes for mesh in self.meshes), strict=True)]
+        return StageMesh(tuple(replace(a, size=size) for a, size in zip(self.mesh.axes, sizes, strict=True)))
+
+    @property
     def num_gpus(self) -> int:
         return sum(mesh.num_devices for mesh in self.meshes)
 

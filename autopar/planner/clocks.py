@@ -80,6 +80,8 @@ def plan_instruction_clocks(
     """
     if plan.cluster.description is not None:
         raise InputError("clocks are planned for pipelines on one type of GPU")
+    if plan.decisions.stage_meshes:
+        raise InputError(f"clocks are planned for pipelines {ONE_MESH}")
     straggler = straggler or Straggler()
     ranks = plan.decisions.num_ranks
     if straggler.rank is not None and not 0 <= straggler.rank < ranks:
@@ -102,6 +104,9 @@ def clock_tables(graph: OpGraph, request: PlanRequest, progress: Progress | None
     if not isinstance(tables, CostTables) or len(tables.clocks_hz) == 1:
         raise InputError(f"the clocks of {request.gpu} cannot be locked, or nothing is known of them")
     return tables
+
+
+ONE_MESH = "whose stages have one mesh"
 
 
 @dataclass(frozen=True)

@@ -463,7 +463,7 @@ def work_of_ranks(plan: Plan) -> list[float]:
     decisions, count = plan.decisions, plan.decisions.num_ranks
     seconds = [stage.forward_s.value + stage.backward_s.value for stage in plan.predicted.stages]
     by_rank = [sum(seconds[rank::count]) for rank in range(count)]
-    return [work for work in by_rank for _ in range(decisions.mesh.num_devices)]
+    return [work for work, mesh in zip(by_rank, decisions.meshes, strict=True) for _ in range(mesh.num_devices)]
 
 
 def start_of(plan: Plan, settings: RunSettings, optimizer: str) -> Position:

@@ -25,7 +25,7 @@ from autopar.ir.savings import CLOCKS, NUM_GPUS, PARALLELISATION, STAGE_CLOCKS, 
 from autopar.ir.serialize import parse_plan
 from autopar.ir.solution import Objective, Pins
 from autopar.planner.choose import EQUAL
-from autopar.planner.clocks import ClockPass, clock_tables
+from autopar.planner.clocks import ONE_MESH, ClockPass, clock_tables
 from autopar.planner.profile import NO_PROFILE
 from autopar.planner.recall import Command, Finished, finished_plan, graph_of
 from autopar.planner.request import CLOCKS as CLOCK_POLICIES
@@ -164,6 +164,9 @@ def _by_instruction(
     cluster = choose_target(replace(request, clocks="auto")).cluster
     if not isinstance(cluster, Cluster) or len(cluster.clocks_hz) == 1:
         return None, (), (f"the clocks of {plan.cluster.gpu} cannot be locked, or nothing is known of them",)
+
+    if plan.decisions.stage_meshes or fastest.decisions.stage_meshes:
+        return None, (), (f"clocks of instructions are planned for pipelines {ONE_MESH}",)
 
     def pass_of(found: Plan) -> ClockPass:
         return ClockPass.of(clock_tables(graph, replace(request, pins=policy_pins(found))), found.decisions)

@@ -161,7 +161,7 @@ def _of_boards(
     elif settings.lock_clocks:
         by_rank = {place: stage.clock_hz / 1e6 for place, stage in enumerate(plan.decisions.stages)}
     limit_w = plan.cluster.gpu_power_limit_w if settings.set_power_limit else None
-    places = [rank // plan.decisions.mesh.num_devices for rank in ranks]
+    places = [plan.decisions.place_of(rank)[0] for rank in ranks]
     wanted = [
         Wanted(board.uuid, by_rank.get(place) or None, limit_w) for board, place in zip(boards, places, strict=True)
     ]
@@ -173,7 +173,7 @@ def _of_boards(
 
 
 def _planned_gpu(plan: Plan, rank: int) -> str:
-    stage = plan.decisions.stages[rank // plan.decisions.mesh.num_devices]
+    stage = plan.decisions.stages[plan.decisions.place_of(rank)[0]]
     return stage.gpu or plan.cluster.gpu
 
 

@@ -54,6 +54,9 @@ def make_detail(
         timeline=timeline,
         passes=passes,
         memory_bytes=tuple(memory_timeline(costs, k, decisions, timeline) for k in range(decisions.num_ranks)),
-        dynamic_j=tuple(decisions.mesh.num_devices * (count * cost.microbatch_j + cost.step_j) for cost in costs),
+        dynamic_j=tuple(
+            decisions.meshes[k % decisions.num_ranks].num_devices * (count * cost.microbatch_j + cost.step_j)
+            for k, cost in enumerate(costs)
+        ),
         splits=block_splits(decisions, graph),
     )

@@ -14,7 +14,7 @@ it is run again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -204,12 +204,14 @@ class GatherScope:
         alive: gathered tensors of the segment that runs now, by address of their memory.
         frame: of the segment that runs now.
         deferred: ids of leaves whose gradients may arrive late: `finish` adds them up. The runtime names them.
+        pack_others: makes something with a `restore` of what is saved besides gathered parameters, or leaves it.
     """
 
     alive: dict[int, tuple[Tensor, Wanted]] = field(default_factory=dict)
     is_active: bool = False
     frame: Frame | None = None
     deferred: frozenset[int] = frozenset()
+    pack_others: Callable[[Tensor], Any] | None = None
     _late: tuple[Scatter, list[Tensor]] | None = None
 
     @contextmanager
@@ -235,10 +237,10 @@ class GatherScope:
             self.is_active = False
             self.alive.clear()
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Note:
+    def _pack(self, tensor: Tensor) -> Any:
         found = self.alive.get(tensor.untyped_storage().data_ptr())
         if found is None:
-            return tensor
+            return tensor if self.pack_others is None else self.pack_others(tensor)
         _, wanted = found
         assert self.frame is not None
         self.frame.uses[wanted.key] += 1
@@ -265,9 +267,11 @@ class GatherScope:
             leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
 
 
-def _unpack(packed: Tensor | _Note) -> Tensor:
+def _unpack(packed: Any) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
+    if not isinstance(packed, _Note):
+        return packed.restore()  # type: ignore[no-any-return]
     wanted = packed.wanted
     whole = packed.frame.use(wanted.key)
     if whole is None:

@@ -90,7 +90,7 @@ def _changes(first: Plan, second: Plan, kind: str) -> Counter[tuple[str, str, st
 
 def _labels(plan: Plan, kind: str) -> dict[str, str]:
     """`dp batch, tp columns` of every op or parameter, over axes longer than one."""
-    axes = plan.decisions.mesh.axes
+    axes = plan.decisions.extent.axes
     chosen: Mapping[str, Any] = plan.decisions.ops if kind == "ops" else plan.decisions.parameters
     return {
         name: ", ".join(f"{axis.name} {own.label}" for axis, own in zip(axes, strategy, strict=True) if axis.size > 1)

@@ -48,7 +48,8 @@ def explain_json(plan: Plan, rival: Plan | None = None) -> dict[str, Any]:
     """The same as numbers. `rival` holds its predicted step time and energy, and their ratios to the plan's."""
     content: dict[str, Any] = {
         "decision": {"num_gpus": plan.decisions.num_gpus, "pp": plan.decisions.num_ranks}
-        | {axis.name: axis.size for axis in plan.decisions.mesh.axes},
+        | {axis.name: axis.size for axis in plan.decisions.mesh.axes}
+        | {f"stage{k}": {a.name: a.size for a in mesh.axes} for k, mesh in enumerate(plan.decisions.stage_meshes)},
         "time_s": time_parts(plan),
         "energy_j": dict(plan.predicted.energy_by_cause),
         "memory_bytes": [dict(stage.memory_by_cause) for stage in plan.predicted.stages],

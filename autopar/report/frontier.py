@@ -19,7 +19,8 @@ FIGURES = ("step_time_s", "energy_j", "average_power_w", "peak_power_w")
 def point_words(plan: Plan) -> str:
     """`dp=4 tp=2 pp=2 m=8 1530 MHz`."""
     decisions = plan.decisions
-    axes = [f"{axis.name}={axis.size}" for axis in decisions.mesh.axes if axis.size > 1]
+    each = [" ".join(f"{axis.name}={axis.size}" for axis in mesh.axes if axis.size > 1) for mesh in decisions.meshes]
+    axes = ["/".join(own or "1" for own in each)] if decisions.stage_meshes else [own for own in each[:1] if own]
     clocks = sorted({stage.clock_hz for stage in decisions.stages} - {0.0})
     locked = [f"{'-'.join(f'{hz / 1e6:.0f}' for hz in clocks)} MHz"] if clocks else []
     policies = sorted({stage.recompute for stage in decisions.stages} - {"none"})

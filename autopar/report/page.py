@@ -60,7 +60,9 @@ def plan_page(plan: Plan, detail: StepDetail | None = None, missing: str = "", s
 
 
 def _summary(plan: Plan) -> str:
-    mesh = " x ".join(f"{axis.name} {axis.size}" for axis in plan.decisions.mesh.axes if axis.size > 1)
+    meshes = plan.decisions.stage_meshes or (plan.decisions.mesh,)
+    mesh = " / ".join(" x ".join(f"{a.name} {a.size}" for a in mesh.axes if a.size > 1) or "1" for mesh in meshes)
+    mesh = "" if mesh == "1" else mesh
     stages = plan.decisions.num_ranks
     split = " x ".join(filter(None, (f"{stages} pipeline stages" if stages > 1 else "", mesh))) or "no parallelism"
     step = format_seconds(plan.predicted.step_time_s.value)

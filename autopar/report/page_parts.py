@@ -12,7 +12,7 @@ from autopar.ir.solution import Alternative
 from autopar.report.page_detail import EXPOSED, ROUNDING, StepDetail, chosen_ranks, memory_curves
 from autopar.report.page_html import Markup, joined, section, table, tag
 from autopar.report.page_svg import COLOURS, key, rows, stacked, strip, ticks
-from autopar.report.text import span_words
+from autopar.report.text import rank_words, span_words
 from autopar.units import format_bytes, format_joules, format_seconds, format_watts
 
 MOST_ALTERNATIVES = 25
@@ -82,13 +82,12 @@ def _is_locked(plan: Plan) -> bool:
 
 def _stage_row(plan: Plan, index: int, detail: StepDetail | None) -> tuple[str, ...]:
     stage, figures = plan.decisions.stages[index], plan.predicted.stages[index]
-    width, rank = plan.decisions.mesh.num_devices, index % plan.decisions.num_ranks
     times = (figures.forward_s, figures.backward_s, figures.step_s)
     return (
         str(index),
         ", ".join(dict.fromkeys(quantity.label for quantity in (*times, figures.peak_memory_bytes))),
         span_words(stage.start, stage.stop - 1),
-        span_words(rank * width, (rank + 1) * width - 1) + (f" ({stage.gpu})" if stage.gpu else ""),
+        rank_words(plan, index) + (f" ({stage.gpu})" if stage.gpu else ""),
         stage.recompute,
         *([f"{stage.clock_hz / 1e6:.0f} MHz" if stage.clock_hz else "free"] if _is_locked(plan) else []),
         *(quantity_cell(quantity, format_seconds) for quantity in times),
@@ -229,7 +228,7 @@ def energy_section(plan: Plan) -> Markup:
 
 def splits_section(plan: Plan, detail: StepDetail) -> Markup:
     """How the heavy ops are split."""
-    if all(axis.size == 1 for axis in plan.decisions.mesh.axes) or not detail.splits:
+    if all(axis.size == 1 for axis in plan.decisions.extent.axes) or not detail.splits:
         return Markup("")
     body = [
         (split.blocks if i == 0 else "", words, names)

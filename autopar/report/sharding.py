@@ -31,7 +31,7 @@ class BlockSplit:
 
 def describe_blocks(decisions: Decisions, graph: OpGraph) -> list[str]:
     """One paragraph per run of alike blocks: the ops that do most of its work, by what each axis divides."""
-    if all(axis.size == 1 for axis in decisions.mesh.axes):
+    if all(axis.size == 1 for axis in decisions.extent.axes):
         return []
     lines = ["How the heavy ops are split (what each mesh axis divides)"]
     for split in block_splits(decisions, graph):
@@ -87,7 +87,8 @@ def _heavy_ops(graph: OpGraph, block: Block) -> list[Op]:
 
 
 def _split_words(decisions: Decisions, op: Op, dims: BatchDims) -> str:
-    pairs = zip(decisions.mesh.axes, decisions.ops[op.name], strict=True)
+    stage = next(k for k, stage in enumerate(decisions.stages) if op.block < stage.stop)
+    pairs = zip(decisions.at(stage).mesh.axes, decisions.ops[op.name], strict=True)
     return ", ".join(f"{axis.name} {_axis_word(choice, op, dims)}" for axis, choice in pairs if axis.size > 1)
 
 

@@ -51,10 +51,18 @@ def with_range(quantity: Quantity, show: Callable[[float], str]) -> str:
 
 
 def mesh_words(plan: Plan) -> str:
-    """`pp=2, dp=4, tp=1`."""
-    every = plan.decisions.mesh.axes
-    axes = [f"{axis.name}={axis.size}" for axis in every if axis.size > 1 or axis.name in ("dp", "tp")]
-    return ", ".join([f"pp={plan.decisions.num_ranks}{chunk_words(plan)}", *axes])
+    """`pp=2, dp=4, tp=1`; `pp=2, dp=2 tp=1 / dp=1 tp=2` where stages have meshes of their own."""
+    decisions = plan.decisions
+    each = [[f"{a.name}={a.size}" for a in m.axes if a.size > 1 or a.name in ("dp", "tp")] for m in decisions.meshes]
+    axes = [" / ".join(map(" ".join, each))] if decisions.stage_meshes else each[0]
+    return ", ".join([f"pp={decisions.num_ranks}{chunk_words(plan)}", *axes])
+
+
+def rank_words(plan: Plan, stage: int) -> str:
+    """Ranks of a stage, or of a chunk: `4-7`."""
+    decisions, rank = plan.decisions, stage % plan.decisions.num_ranks
+    first = decisions.first_gpu(rank)
+    return span_words(first, first + decisions.meshes[rank].num_devices - 1)
 
 
 def header_words(plan: Plan) -> list[tuple[str, str]]:
@@ -155,7 +163,7 @@ def _clocks(plan: Plan) -> list[str]:
 
 
 def _parameters_on_axis(plan: Plan, axis: int) -> list[str]:
-    mesh_axis = plan.decisions.mesh.axes[axis]
+    mesh_axis = plan.decisions.extent.axes[axis]
     if mesh_axis.size == 1:
         return []
     counts = Counter(strategy[axis].label for strategy in plan.decisions.parameters.values())
@@ -184,13 +192,12 @@ def chunk_words(plan: Plan) -> str:
 def _stage_table(plan: Plan) -> list[str]:
     name = "chunk" if plan.decisions.interleave > 1 else "stage"
     rows = [(name, "blocks", "ranks", "recompute", "forward", "backward", "per step", "peak memory")]
-    width, ranks = plan.decisions.mesh.num_devices, plan.decisions.num_ranks
     for i, (stage, figures) in enumerate(zip(plan.decisions.stages, plan.predicted.stages, strict=True)):
         rows.append(
             (
                 str(i),
                 span_words(stage.start, stage.stop - 1),
-                span_words(i % ranks * width, (i % ranks + 1) * width - 1),
+                rank_words(plan, i),
                 stage.recompute,
                 format_seconds(figures.forward_s.value),
                 format_seconds(figures.backward_s.value),

@@ -83,7 +83,7 @@ def parts_of(executor: Executor) -> dict[str, Part]:
     """
     found: dict[str, Part] = {}
     for item in executor.store.items.values():
-        found[f"parameter/{item.value.fqn}"] = _part(executor, item, item.updated.detach())
+        found[f"parameter/{item.value.fqn}"] = _part(executor, item, executor.updated_value(item))
         for state, tensor in sorted(executor.optimizer.state.get(item.updated, {}).items()):
             if isinstance(tensor, Tensor):
                 is_count = tensor.dim() == 0 and item.updated.dim() > 0
@@ -182,7 +182,7 @@ def load(executor: Executor, directory: Path) -> Position:
         except CheckpointException as error:
             cause = next((e for e, _ in error.failures.values() if isinstance(e, InputError)), None)
             raise cause or error from error
-    executor.store.after_update()
+    executor.refresh_leaves()
     if executor.mesh.pipeline is not None and any(op.mutates for op in executor.graph.ops):
         executor.sync_buffers()
     for program in executor.programs:
@@ -204,7 +204,7 @@ def _make_optimizer_state(executor: Executor, checkpoint: Checkpoint) -> None:
         for state in names.get(item.value.fqn, ()):
             stored = checkpoint.tensors[f"optimizer/{item.value.fqn}/{state}"]
             is_count = not stored.shape and item.updated.dim() > 0
-            made = torch.zeros((), device=counts_on) if is_count else torch.zeros_like(item.updated)
+            made = torch.zeros((), device=counts_on) if is_count else executor.empty_state(item, state)
             executor.optimizer.state[item.updated][state] = made.detach()
 
 

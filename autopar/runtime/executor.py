@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -26,17 +26,21 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 
 from autopar.errors import InputError
 from autopar.ir.graph import OpGraph
+from autopar.ir.offload import LEAST_BYTES, NOWHERE
 from autopar.ir.partition import partition
 from autopar.ir.pipeline import effective_schedule, splits_backward
 from autopar.ir.solution import Decisions
 from autopar.program.stage import BoundaryTensor, StageProgram
+from autopar.runtime.activations import OffloadedActivations
 from autopar.runtime.buckets import BUCKET_BYTES
 from autopar.runtime.lean_stage import LeanStage, ReshardingStage
 from autopar.runtime.mesh import RankMesh, join_mesh, join_meshes, serial_mesh
 from autopar.runtime.pace import Pacer
-from autopar.runtime.parameters import ParameterStore, tied_stages
+from autopar.runtime.parameters import ParameterStore, StoredParameter, tied_stages
+from autopar.runtime.places import make_place
 from autopar.runtime.resharding import make_cut
 from autopar.runtime.stage_runner import StageRunner
+from autopar.runtime.states import OffloadedStates
 from autopar.torch_adapter import dtype_of
 
 
@@ -67,6 +71,8 @@ class RunOptions:
         bucket_bytes: of parameters whose gradients are summed together, at most.
         master: dtype of the copy of narrower parameters that the optimizer updates; "": it updates the parameters.
         compile: backend of `torch.compile` that stages go through; "": they run as they are.
+        offload_directory: for what the plan offloads to disk; "": where temporary files go.
+        offload_least_bytes: of memory that autograd saves, to be offloaded.
     """
 
     device: str = "cpu"
@@ -77,6 +83,8 @@ class RunOptions:
     bucket_bytes: float = BUCKET_BYTES
     master: str = ""
     compile: str = ""
+    offload_directory: str = ""
+    offload_least_bytes: int = LEAST_BYTES
 
 
 @dataclass(frozen=True)
@@ -141,12 +149,39 @@ class Executor:
         for program in self.programs:
             program.scope.deferred = self.store.complete_leaves()
         self.runners = [
-            StageRunner(program, buffers | self.store.leaves, prefetch=options.prefetch_parameters)
+            StageRunner(
+                program,
+                buffers | self.store.leaves,
+                prefetch=options.prefetch_parameters,
+                activations=self._activations(),
+            )
             for program, buffers in zip(programs, self._buffers, strict=True)
         ]
-        self.optimizer = _make_optimizer(self.store, self.options.optimizer)
+        self.states = self._offloaded_states()
+        groups = [self.store.updated_parameters()] if self.states is None else self.states.groups
+        self.optimizer = _make_optimizer(groups, self.options.optimizer)
         self._pacer = Pacer(decisions.pace_s)
         self._schedule = _make_schedule(self.runners, decisions, mesh, device) if mesh.pipeline else None
+
+    def _activations(self) -> OffloadedActivations | None:
+        """Where a stage keeps what autograd saves; None: on the device."""
+        options, place = self.options, self.decisions.offload.activations
+        if place == NOWHERE:
+            return None
+        if options.compile:
+            raise InputError(
+                "what a compiled stage saves cannot be taken from it: run without --compile, or plan again"
+            )
+        made = make_place(place, options.device, options.offload_directory)
+        return OffloadedActivations(made, options.device, options.offload_least_bytes)
+
+    def _offloaded_states(self) -> OffloadedStates | None:
+        """Where the optimizer's states lie; None: on the device."""
+        options, place = self.options, self.decisions.offload.optimizer
+        if place == NOWHERE:
+            return None
+        made = make_place(place, options.device, options.offload_directory)
+        return OffloadedStates(self.store, options.optimizer.kind, made)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -202,8 +237,27 @@ class Executor:
 
     def _update(self) -> None:
         self.clip_gradients()
+        if self.states is not None:
+            self.states.step(self.optimizer)
+            return
         self.optimizer.step()
         self.store.after_update()
+
+    def updated_value(self, item: StoredParameter) -> Tensor:
+        """What the optimizer updates of a parameter, wherever it lies."""
+        return item.updated.detach() if self.states is None else self.states.value(item)
+
+    def empty_state(self, item: StoredParameter, name: str) -> Tensor:
+        """Room for a state of the optimizer that is as large as its parameter, to be filled and to stay."""
+        home = None if self.states is None else self.states.state(item.updated, name)
+        return torch.zeros_like(item.updated).detach() if home is None else home
+
+    def refresh_leaves(self) -> None:
+        """After the state has been loaded: what computes follows what the optimizer updates."""
+        if self.states is not None:
+            self.states.refresh_leaves()
+        else:
+            self.store.after_update()
 
     def _microbatches(self, batch: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Equal parts along each input's batch dim; inputs without one are whole in each.
@@ -321,9 +375,9 @@ def _tied(graph: OpGraph, decisions: Decisions) -> dict[str, tuple[int, ...]]:
     return tied_stages([[v.name for v in graph.parameters if v.name in names] for names in read])
 
 
-def _make_optimizer(store: ParameterStore, options: OptimizerOptions) -> torch.optim.Optimizer:
+def _make_optimizer(groups: Sequence[list[nn.Parameter]], options: OptimizerOptions) -> torch.optim.Optimizer:
     """Over plain tensors and in one kernel: DTensors would cost a dispatch of each op on each parameter."""
-    parameters = store.updated_parameters() or [torch.nn.Parameter(torch.zeros(()))]
+    parameters = [{"params": group or [nn.Parameter(torch.zeros(()))]} for group in groups or [[]]]
     if options.kind == "adamw":
         return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     if options.kind == "sgd":

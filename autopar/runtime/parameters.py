@@ -112,7 +112,7 @@ class ParameterStore:
         """
         self._mesh = mesh
         self._master = master
-        self._device = device
+        self.device = device
         self.items: dict[str, StoredParameter] = {}
         for value in values:
             strategy = strategies[value.name]
@@ -134,7 +134,7 @@ class ParameterStore:
         for i, axis in enumerate(strategy):
             if axis.storage.is_shard:
                 local = slice_dim(local, self._mesh.axes[i], axis.storage.dim)
-        leaf = local.clone(memory_format=torch.contiguous_format).to(self._device)
+        leaf = local.clone(memory_format=torch.contiguous_format).to(self.device)
         shard = leaf
         for i, dim in _optimizer_cuts(strategy):
             shard = slice_dim(shard, self._mesh.axes[i], dim)
@@ -282,14 +282,27 @@ class ParameterStore:
 
     def after_update(self) -> None:
         """After the optimizer: cast masters, gather the parts that zero1 ranks updated. Once a step on every rank."""
+        for item in self.items.values():
+            if not self._cuts(item):
+                self.settle(item)
+        self.gather_parts({})
+
+    def settle(self, item: StoredParameter) -> dict[str, Tensor]:
+        """After the update of one parameter: cast its master; by name, its part if others have the rest of the leaf."""
         with torch.no_grad():
-            for item in self.items.values():
-                if item.updated.dtype != item.leaf.dtype and not self._cuts(item):
-                    item.leaf.copy_(item.updated)
+            if self._cuts(item):
+                return {item.value.name: item.updated.detach().to(item.leaf.dtype)}
+            if item.updated.dtype != item.leaf.dtype:
+                item.leaf.copy_(item.updated)
+        return {}
+
+    def gather_parts(self, parts: Mapping[str, Tensor]) -> None:
+        """Gather what zero1 ranks updated; every rank must call. `parts` are those that `settle` gave, if any."""
+        with torch.no_grad():
             for group in self._cut_groups:
-                parts = [item.updated.detach().to(item.leaf.dtype) for item in group]
+                own = [parts.get(item.value.name, item.updated.detach()).to(item.leaf.dtype) for item in group]
                 leaves = [item.leaf for item in group]
-                gather_together(parts, [self._cuts(item) for item in group], leaves, self._mesh.axes)
+                gather_together(own, [self._cuts(item) for item in group], leaves, self._mesh.axes)
 
     def _cuts(self, item: StoredParameter) -> tuple[Cut, ...]:
         """Slicings of the leaf that leave something out."""

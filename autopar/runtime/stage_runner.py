@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from autopar.program.gathered import Frame, wanted_of
 from autopar.program.recompute import checkpointed
 from autopar.program.stage import LOSS_OUTPUT, Segment, StageProgram, left_name
+from autopar.runtime.activations import OffloadedActivations
 
 
 class StageRunner(nn.Module):
@@ -18,13 +20,21 @@ class StageRunner(nn.Module):
     Forwards must come in microbatch order, as every schedule here calls them.
     """
 
-    def __init__(self, program: StageProgram, state: Mapping[str, Tensor], *, prefetch: bool = False) -> None:
+    def __init__(
+        self,
+        program: StageProgram,
+        state: Mapping[str, Tensor],
+        *,
+        prefetch: bool = False,
+        activations: OffloadedActivations | None = None,
+    ) -> None:
         """Bind tensors.
 
         Args:
             program: of this rank.
             state: parameters (leaves), buffers and constants by value name.
             prefetch: gather the parameters of a segment while its neighbour computes.
+            activations: takes what autograd saves elsewhere; None: it stays.
         """
         super().__init__()
         self.program = program
@@ -33,6 +43,8 @@ class StageRunner(nn.Module):
         self._next = 0
         self._last_use = _last_uses(program)
         self._prefetch = prefetch
+        self._activations = activations
+        program.scope.pack_others = None if activations is None else activations.pack
         self._wanted = [
             [wanted_of(self._state[name], steps) for name, steps in segment.gathered] for segment in program.segments
         ]
@@ -55,6 +67,8 @@ class StageRunner(nn.Module):
         microbatch, self._next = self._next, self._next + 1
         values = self._state | dict(self._microbatches[microbatch])
         values |= {tensor.name: x for tensor, x in zip(program.received, received, strict=True)}
+        if self._activations is not None:
+            self._activations.begin(values.values())
         if program.shared is not None:
             with program.stream.at(microbatch, is_recomputing=False):
                 self._run(program.shared, values)
@@ -99,7 +113,8 @@ class StageRunner(nn.Module):
             outputs = checkpointed(run, program.stream, program.keeper, microbatch)
             values.update(zip(segment.outputs, outputs, strict=True))
             return
-        with program.stream.at(microbatch, is_recomputing=False), program.scope.within(frame):
+        away = nullcontext() if self._activations is None else self._activations.offloading()
+        with program.stream.at(microbatch, is_recomputing=False), program.scope.within(frame), away:
             if segment.gathered:
                 with program.scope.forgetting():
                     self._run(segment, values)
