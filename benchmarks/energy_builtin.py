@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from autopar.planner.estimate import price_configuration
 from autopar.planner.plan import capture_graph
 from autopar.planner.request import PlanRequest
 from autopar.planner.software import chosen_software
-from autopar.search.clocks import ClockOption, ClockPlanner
+from autopar.search.clocks import ClockOption
 
 FITTED = {
     "tf32_efficiency": (0.3, 0.9),
@@ -91,14 +91,6 @@ class BuiltIn:
                 for kind, option in zip("FB", self._options(self.tables, clock_hz, stage), strict=True):
                     found.setdefault((stage, kind), []).append(option)
         return {key: tuple(options) for key, options in found.items()}
-
-    def planner(self, make: Callable[[Options, float], ClockPlanner]) -> ClockPlanner:
-        """The pipeline at every clock, made once."""
-        cache = self.__dict__
-        if "clock_planner" not in cache:
-            cache["clock_planner"] = make(self.clocked, self.transfer_s)
-        found: ClockPlanner = cache["clock_planner"]
-        return found
 
 
 def price_pipeline(
