@@ -76,6 +76,17 @@ def test_a_cut_link_is_one_message_on_each_host() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_namespaces")
+def test_a_plan_is_verified_over_two_hosts(make_plan: Any) -> None:
+    found = on_two_hosts("verify", make_plan(4, "dp=2,pp=2"), "--json")["first"]
+    assert (found["codes"], found["left"]) == ([0, 0], [])
+    here, there = (json.loads(text) for text in found["texts"])
+    assert here == there
+    assert here["num_processes"] == 4
+    assert max(here["loss_error"], here["worst_gradient_error"]) <= 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_namespaces")
 def test_training_tells_a_cut_link_and_resumes_once_it_has_healed(make_plan: Any, tmp_path: Path) -> None:
     keep = ("--checkpoint", str(tmp_path / "kept"), "--checkpoint-every", "2", "--max-failures", "0")
     found = on_two_hosts("again", make_plan(2, "dp=2"), *keep)

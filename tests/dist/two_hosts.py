@@ -3,7 +3,8 @@
 Runs PLAN (`-`: ranks that only sum) on both, one half of the ranks on each. Once step `CUT_AT` is over the link goes
 down. What then happens says the scenario: `cut`: no more; `again`: both runs end, the link comes up, and they are
 started once more, to end a few steps later; `waiting`: they are to start again by themselves, and the link comes up
-while they wait for each other; `killed`: in place of the link, a worker of host 1 goes. Prints what they said as JSON.
+while they wait for each other; `killed`: in place of the link, a worker of host 1 goes. `verify` compares the plan with
+the serial model instead, undisturbed. Prints what they said as JSON.
 The namespaces vanish with this process. It needs root, or a user namespace (`unshare -rnm`).
 """
 
@@ -37,6 +38,8 @@ def main(scenario: str, plan: str, *options: str) -> dict[str, Any]:
     make_hosts()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
+        if scenario == "verify":
+            return {"first": run_both(directory, [plan, *options], command="verify")}
         if scenario == "cut":
             return {"first": run_both(directory, [plan, *options], scenario)}
         if scenario != "again":
@@ -72,15 +75,16 @@ def on_host(host: int, *command: str) -> str:
     return run(*inside(host), *command)
 
 
-def run_both(directory: Path, arguments: list[str], mishap: str = "") -> dict[str, Any]:
+def run_both(directory: Path, arguments: list[str], mishap: str = "", command: str = "run") -> dict[str, Any]:
     """Start the run on both hosts and wait for both.
 
     Args:
         directory: for what they say.
-        arguments: of `autopar run`.
+        arguments: of the command.
+        command: of autopar.
         mishap: `cut`: the link, for good; `waiting`: the link, until both hosts wait; `killed`: a worker of host 1.
     """
-    runs = [_start(host, directory, arguments) for host in (0, 1)]
+    runs = [_start(host, directory, command, arguments) for host in (0, 1)]
     outputs = [directory / f"out_{host}" for host in (0, 1)]
     found: dict[str, Any] = {}
     try:
@@ -113,8 +117,9 @@ def _kill_worker() -> None:
             return
 
 
-def _start(host: int, directory: Path, arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "autopar", "run", *arguments, "--timeout", str(TIMEOUT_S)]
+def _start(host: int, directory: Path, name: str, arguments: list[str]) -> subprocess.Popen[str]:
+    limit = () if name == "verify" else ("--timeout", str(TIMEOUT_S))
+    command = [sys.executable, "-m", "autopar", name, *arguments, *limit]
     if arguments[0] == "-":
         command = [sys.executable, __file__, "host", str(host)]
     else:
