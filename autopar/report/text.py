@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from autopar.ir.graph import OpGraph
+from autopar.ir.inference import MODE_OPTION, is_inference
 from autopar.ir.pin_fields import pin_words
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
+from autopar.report.inference import rate_words
 from autopar.report.sharding import describe_blocks
 from autopar.units import format_bytes, format_joules, format_seconds, format_watts
 
@@ -68,14 +70,15 @@ def rank_words(plan: Plan, stage: int) -> str:
 def header_words(plan: Plan) -> list[tuple[str, str]]:
     """(name, words): model, devices, objective, limits; a name of "" continues the one before."""
     origin = {"flag": "as named", "detected": "found here", "default": "the default"}.get(plan.cluster.origin, "")
-    model = plan.model.source + "".join(f" {key}={value}" for key, value in sorted(plan.model.options.items()))
+    options = sorted(option for option in plan.model.options.items() if option[0] != MODE_OPTION)
+    model = plan.model.source + "".join(f" {key}={value}" for key, value in options)
     memory = format_bytes(plan.cluster.memory_bytes)
     gpus = f"up to {plan.cluster.num_gpus} x {plan.cluster.gpu} ({origin}), {plan.cluster.gpus_per_node} per node"
     if plan.cluster.description is not None:
         groups = plan.cluster.description.groups
         types = [f"{sum(g.nodes)} x {g.gpu} in {len(g.nodes)} node{'s' * (len(g.nodes) > 1)}" for g in groups]
         gpus, memory = f"up to {' + '.join(types)}", f"at most {memory}"
-    found = [("Model", f"{model}, global batch {plan.model.batch_size}")]
+    found = [("Model", f"{model}, global batch {plan.model.batch_size}{', inference' if is_inference(plan) else ''}")]
     found.append(("Planned for", f"{gpus}, {memory} usable each"))
     if plan.cluster.origin != "flag" and plan.notes:
         found.append(("", plan.notes[0]))
@@ -104,6 +107,7 @@ def objective_words(plan: Plan) -> str:
     """`energy: least energy per step`."""
     objective = plan.objective
     words = {"time": "least step time", "energy": "least energy per step", "edp": "least energy x time"}
+    words |= {"time": "least latency of a batch", "energy": "least energy per batch"} if is_inference(plan) else {}
     if objective.kind in words:
         return f"{objective.kind}: {words[objective.kind]}"
     if objective.kind in ("cost", "carbon"):
@@ -124,7 +128,7 @@ def decision_words(plan: Plan) -> list[str]:
     return [
         f"{decisions.num_gpus} of {plan.cluster.num_gpus} GPUs: {mesh_words(plan)}",
         f"{decisions.num_microbatches} microbatch{many} of {size}, schedule {decisions.schedule}",
-        f"recompute: {policies}",
+        *([] if is_inference(plan) else [f"recompute: {policies}"]),
         *_types(plan),
         *_clocks(plan),
         *(words for i in range(len(decisions.mesh.axes)) for words in _parameters_on_axis(plan, i)),
@@ -175,8 +179,11 @@ def _figures(plan: Plan) -> list[str]:
     predicted = plan.predicted
     naive = predicted.tdp_energy_j
     causes = ", ".join(f"{name} {format_joules(j)}" for name, j in sorted(predicted.energy_by_cause.items()))
-    lines = wrapped("Step time", with_range(predicted.step_time_s, format_seconds))
-    lines += wrapped("Energy", with_range(predicted.energy_j, format_joules) + " per step")
+    alone = is_inference(plan)
+    name, per = ("Latency", "batch") if alone else ("Step time", "step")
+    lines = wrapped(name, with_range(predicted.step_time_s, format_seconds) + (" of one batch" if alone else ""))
+    lines += [line for words in rate_words(plan) for line in wrapped(*words)] if alone else []
+    lines += wrapped("Energy", with_range(predicted.energy_j, format_joules) + f" per {per}")
     lines += wrapped("", causes)
     lines += wrapped("", f"the naive figure, TDP x time, would be {format_joules(naive)}")
     lines += wrapped("Power", "average " + with_range(predicted.average_power_w, format_watts))
@@ -205,6 +212,7 @@ def _stage_table(plan: Plan) -> list[str]:
                 format_bytes(figures.peak_memory_bytes.value),
             )
         )
+    rows = [(*row[:3], row[4], row[7]) for row in rows] if is_inference(plan) else rows
     worst = max(range(len(plan.predicted.stages)), key=lambda i: plan.predicted.stages[i].peak_memory_bytes.value)
     return [*table(rows), *_memory_causes(plan, worst), ""]
 
