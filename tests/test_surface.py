@@ -49,6 +49,7 @@ OPTIONS = {
         "--data-seed",
         "--data-workers",
         "--keep",
+        "--offload-dir",
     }
     | {"--max-failures"}
     | HOSTS,

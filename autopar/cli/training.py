@@ -42,6 +42,12 @@ OPTIONS = (
     click.option(
         "--compile", "compile", flag_value="inductor", default="", help="Compile the stages with torch.compile."
     ),
+    click.option(
+        "--offload-dir",
+        default="",
+        metavar="DIR",
+        help="Of the file (nameless, gone at the end) of what the plan offloads to disk.  [default: temporary files]",
+    ),
     click.option("--adapt", is_flag=True, help="Go on without a device that makes the others wait, if that is faster."),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autopar.errors import InputError
+from autopar.ir.offload import NOWHERE, Offload
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class RunSettings:
         data_workers: loader processes per rank; None: as the model file's `DataLoader` says, else none.
         adapt: go on without a device that makes the others wait, where that is faster.
         compile: backend of `torch.compile` for the stages; "": as the plan was priced.
+        offload_dir: where the nameless file of what the plan offloads to disk lies; "": among temporary files.
     """
 
     steps: int = 10
@@ -34,6 +36,7 @@ class RunSettings:
     data_workers: int | None = None
     adapt: bool = False
     compile: str = ""
+    offload_dir: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be. Raises InputError."""
@@ -47,3 +50,12 @@ class RunSettings:
             raise InputError(f"--data-workers must be at least 0, got {self.data_workers}")
         if not self.checkpoints and (self.every or self.is_async or self.adapt):
             raise InputError("--checkpoint-every, --async-checkpoints and --adapt need --checkpoint DIR")
+
+    def check_offload(self, offload: Offload) -> None:
+        """Raises InputError where a plan that offloads so cannot be run under these settings."""
+        if self.offload_dir and "disk" not in (offload.optimizer, offload.activations):
+            raise InputError(f"--offload-dir {self.offload_dir}: the plan offloads nothing to disk")
+        if self.compile and offload.activations != NOWHERE:
+            raise InputError(
+                "--compile: the plan offloads activations, and what a compiled stage saves cannot be taken"
+            )

@@ -26,6 +26,7 @@ from autopar.planner.cuts import with_even_cuts
 from autopar.planner.pinned import check_constraints, check_inference, check_offload
 from autopar.planner.request import PlanRequest, Target
 from autopar.planner.variants import Variants
+from autopar.planner.ways_out import with_offloads
 from autopar.search.baselines import BASELINES, Family, best_of_family
 from autopar.search.infeasible import WORDS
 from autopar.search.solve import search
@@ -107,9 +108,9 @@ class Chooser:
             self.progress(f"searching plans for {self.graph.name} on up to {self.request.num_gpus} GPUs")
             try:
                 solution = self._search(tables, limits)
-            except InfeasibleError:
+            except InfeasibleError as error:
                 if overdrawn is None:
-                    raise
+                    raise with_offloads(self, error) from error
                 break
             self.progress("timing the plan")
             found = self._candidates(tables, solution)
@@ -156,7 +157,7 @@ class Chooser:
         return search(
             tables,
             request.objective,
-            pins=self._searched(request.pins),
+            pins=self.searched(request.pins),
             limits=limits,
             use_all=request.use_all,
             gap_tolerance=request.gap_tolerance,
@@ -164,7 +165,7 @@ class Chooser:
             progress=self._follow,
         )
 
-    def _searched(self, pins: Pins) -> Pins:
+    def searched(self, pins: Pins) -> Pins:
         """Pins as the search takes them."""
         if self.graph.is_inference:
             return replace(pins, recompute="none", schedule=FORWARD_ONLY)
@@ -212,7 +213,7 @@ class Chooser:
         return best_of_family(
             tables,
             request.objective,
-            pins=self._searched(pins),
+            pins=self.searched(pins),
             limits=limits,
             use_all=request.use_all,
             gap_tolerance=request.gap_tolerance,

@@ -176,7 +176,9 @@ def run_plan(
         NetworkError: ranks did not meet, or lost each other.
         WorkerError: a process died.
     """
-    arguments: dict[str, Any] = {"plan": dump_plan(plan), "settings": asdict(settings or RunSettings())}
+    settings = settings or RunSettings()
+    settings.check_offload(plan.decisions.offload)
+    arguments: dict[str, Any] = {"plan": dump_plan(plan), "settings": asdict(settings)}
     num_processes = plan.decisions.num_gpus
     boards, ranks = boards or BoardSettings(), node_ranks(num_processes, hosts or Hosts())
     with held_boards(plan, boards, ranks, progress) as held:
