@@ -6,10 +6,16 @@ import dataclasses
 import json
 import typing
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from autopar.ir.codec import DecodeError, decode, encode, parse_json
 from autopar.ir.solution import Pins
+
+TYPED: Mapping[str, str] = MappingProxyType(
+    {"num_microbatches": "m", "interleave": "vpp", "sequence": "sp", "true": "on", "false": "off"}
+)
+"""Fields and values to what one types for them."""
 
 
 def pin_fields(pins: Pins) -> dict[str, str] | None:
@@ -33,5 +39,12 @@ def parse_pin_fields(fields: Mapping[str, str] | None) -> Pins:
 
 
 def pin_words(fields: Mapping[str, str]) -> str:
-    """`dp=4, recompute=full`, for people."""
-    return ", ".join(f"{name}={text.strip(chr(34))}" for name, text in fields.items())
+    """`dp=4, m=8, recompute=full`, as typed after `--pin`; what cannot be typed there by its field's name."""
+    words = []
+    for name, text in fields.items():
+        if name == "ops":
+            words += [f"op:{regex}={label}" for regex, label in json.loads(text)]
+        else:
+            value = TYPED.get(text, text.strip('"')) if name == "sequence" else text.strip('"')
+            words.append(f"{TYPED.get(name, name)}={value}")
+    return ", ".join(words)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autopar.cli.pins import parse_pins
 from autopar.errors import InfeasibleError, PlanMismatchError
 from autopar.ir.pin_fields import parse_pin_fields, pin_fields, pin_words
 from autopar.ir.plan import Plan
@@ -62,7 +63,14 @@ def test_a_file_without_pins_is_as_before_and_free() -> None:
 def test_pins_that_nobody_wrote_are_refused_by_name(fields: dict[str, str]) -> None:
     with pytest.raises(PlanMismatchError, match=f"{next(iter(fields))}|JSON"):
         made_under(replace(tiny_plan(), pinned=fields))
-    assert pin_words({"dp": "2", "recompute": '"full"'}) == "dp=2, recompute=full"
+
+
+def test_pins_are_told_as_they_are_typed() -> None:
+    typed = "dp=2,tp=1,m=8,recompute=full,vpp=2,sp=off,op:.*mlp.*=columns"
+    found = parse_pins(typed, 64).pins
+    words = pin_words(pin_fields(found) or {})
+    assert sorted(words.split(", ")) == sorted(typed.split(","))
+    assert parse_pins(words.replace(", ", ","), 64).pins == found
 
 
 def test_stored_plans_count_only_under_the_same_pins(tmp_path: Path) -> None:
