@@ -39,33 +39,35 @@ def uneven(graph: OpGraph, shapes: Sequence[Sequence[int]], setting: tuple[str, 
 
 
 def uneven_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """One step of each model on each list of meshes: loss, gradients, buffers, and what DTensors say."""
+    """One step of each (model, meshes): loss, gradients, buffers, what DTensors say; and some with several steps."""
     results, settings = [], itertools.cycle(SETTINGS)
-    for name in arguments["models"]:
-        bench = Bench(name, COUNT)
-        for shapes in arguments["meshes"]:
-            setting = next(settings)
-            decisions = uneven(bench.graph, shapes, setting)
-            case = f"{name} {'/'.join('x'.join(map(str, shape)) for shape in shapes)} {' '.join(setting)}"
-            results.append({"case": case, "error": bench.error_of(decisions)})
+    benches: dict[str, Bench] = {}
+    for name, shapes in arguments["cases"]:
+        benches[name] = bench = benches.get(name) or Bench(name, COUNT)
+        setting = next(settings)
+        case = f"{name} {_words(shapes)} {' '.join(setting)}"
+        results.append({"case": case, "error": bench.error_of(uneven(bench.graph, shapes, setting))})
+    for name, shapes in arguments["training"]:
+        results.append({"case": f"{name} {_words(shapes)} trained", "error": _training_error(benches, name, shapes)})
     return results
 
 
-def uneven_training(arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """Steps with clipping: the losses and the parameters."""
-    results = []
+def _words(shapes: Sequence[Sequence[int]]) -> str:
+    return "/".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def _training_error(benches: dict[str, Bench], name: str, shapes: Sequence[Sequence[int]]) -> float:
+    """Of the losses of three steps with clipping, and of the parameters after them."""
     options = RunOptions(optimizer=OptimizerOptions("sgd", learning_rate=1e-2, max_norm=0.5))
-    for name, shapes in itertools.product(arguments["models"], arguments["meshes"]):
-        bench = Bench(name, COUNT)
-        serial = make_serial_executor(bench.graph, bench.state, options, num_microbatches=COUNT)
-        decisions = uneven(bench.graph, shapes, SETTINGS[0])
-        executor = make_executor(bench.graph, decisions, bench.state, mesh_of("", bench.graph, decisions), options)
-        errors = []
-        for _ in range(3):
-            expected = serial.step(bench.batch)
-            errors.append(abs(executor.step(bench.batch) - expected) / abs(expected))
-        for parameter in executor.store.items:
-            whole = serial.store.whole_parameter(parameter)
-            errors.append(relative_error(executor.store.whole_parameter(parameter), whole))
-        results.append({"case": f"{name} {shapes}", "error": max(errors)})
-    return results
+    bench = benches.get(name) or Bench(name, COUNT)
+    serial = make_serial_executor(bench.graph, bench.state, options, num_microbatches=COUNT)
+    decisions = uneven(bench.graph, shapes, SETTINGS[0])
+    executor = make_executor(bench.graph, decisions, bench.state, mesh_of("", bench.graph, decisions), options)
+    errors = []
+    for _ in range(3):
+        expected = serial.step(bench.batch)
+        errors.append(abs(executor.step(bench.batch) - expected) / abs(expected))
+    for parameter in executor.store.items:
+        whole = serial.store.whole_parameter(parameter)
+        errors.append(relative_error(executor.store.whole_parameter(parameter), whole))
+    return max(errors)
