@@ -2,8 +2,8 @@
 
 The model runs in evaluation mode. It is traced as for training, parameters with gradients, since that is what tells
 activations from values that every stage can compute for itself; the graph is then freed of everything that backward
-would need. What a step keeps until its end is what it returns, and the batch inputs that are no indices: a cache of
-keys and values.
+would need. What a step keeps until its end is what it returns, and the batch inputs, such as a cache of keys and
+values.
 
 A tensor that the model returns leaves whole, but for samples; tensors inside a nested list, tuple or dict (such as a
 cache by layer) stay split as the plan has them, on the stage that makes them.
@@ -91,12 +91,12 @@ def kept_results(
 def held_by_op(
     live: Sequence[Traced], values: Mapping[str, Value], outputs: Iterable[str]
 ) -> dict[str, tuple[str, ...]]:
-    """Per op, what lasts until the step is over because of it: data that it is the first to read, and outputs."""
+    """Per op, what lasts until the step is over because of it: batch inputs that it reads first, and outputs."""
     roots = {values[name].root for name in outputs}
     seen: set[str] = set()
     held: dict[str, tuple[str, ...]] = {}
     for op in live:
-        data = [n for n in op.inputs if values[n].origin == "input" and values[n].meta.is_floating]
+        data = [name for name in op.inputs if values[name].origin == "input"]
         own = [n for n in dict.fromkeys((*data, *(n for n in op.outputs if n in roots))) if n not in seen]
         seen.update(own)
         held[op.name] = tuple(own)

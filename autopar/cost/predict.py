@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 
 from autopar.cost.collective import LinearCost, send_cost
 from autopar.cost.footprint import memory_by_cause, offloaded_bytes
+from autopar.cost.live import most_live
+from autopar.cost.memory import slack_share
 from autopar.cost.mixed import MixedTables
 from autopar.cost.power import dynamic_limit_w
 from autopar.cost.stages import StageCost, stage_costs
@@ -129,7 +131,19 @@ def plan_costs(tables: CostTables | MixedTables, decisions: Decisions) -> tuple[
                 raise PlanMismatchError(f"the batch does not divide into {decisions.num_microbatches} microbatches")
             by_type[id(own)] = _at_clocks(own, table, decisions)
             labels.update(table.labels)
-    return tuple(by_type[id(own)][k] for k, own in enumerate(each)), dict(labels)
+    costs = tuple(by_type[id(own)][k] for k, own in enumerate(each))
+    if decisions.schedule == FORWARD_ONLY:
+        _hold_live(each[0], costs, decisions)
+    return costs, dict(labels)
+
+
+def _hold_live(tables: CostTables, costs: Sequence[StageCost], decisions: Decisions) -> None:
+    """Workspaces of inference: what is alive at once, since nothing of it is kept for backward."""
+    values = tables.microbatch_values(decisions.num_microbatches)
+    slack = 1.0 + slack_share(tables.software, tables.cluster.spec.unseen_share)
+    for cost, live in zip(costs, most_live(tables.graph, values, decisions), strict=True):
+        cost.workspace_bytes = max(cost.workspace_bytes, slack * live)
+        cost.op_workspace_bytes = max(cost.op_workspace_bytes, slack * live)
 
 
 def _uneven_costs(

@@ -352,7 +352,7 @@ def _facts(
         if backward[i]:
             roots = [values[values[name].root] for name in own[i].saved]
             whole += [(i, tensors.index[root.name]) for root in roots if root.origin == "input"]
-        if op.is_shared:
+        if op.is_shared and training:
             whole += [(i, tensors.index[name]) for name in op.outputs if name in kept_shared]
     matrices = [(i, found) for i, op in enumerate(ops) if (found := matrix_operands(op, values)) is not None]
     slots = np.array([slots for _, slots in matrices], dtype=np.int64).reshape(-1, 3)

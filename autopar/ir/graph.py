@@ -9,8 +9,8 @@ them computes them again, so they never cross a stage cut and belong to no block
 The graph ends in `loss`, a scalar. Shapes are those of one whole global batch.
 
 An inference graph has `outputs` in place of a loss, and parameters without gradient. Its activations still say whether
-they depend on parameters (`requires_grad`), and `Op.saved` lists what lasts until the step is over: batch inputs that
-are no indices (a cache), and outputs.
+they depend on parameters (`requires_grad`), and `Op.saved` lists what lasts until the step is over: batch inputs
+(such as a cache) and outputs.
 """
 
 from __future__ import annotations
