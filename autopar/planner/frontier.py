@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from autopar.errors import InfeasibleError
+from autopar.errors import InfeasibleError, InputError
 from autopar.ir.plan import ModelReference, Plan
 from autopar.ir.solution import Objective, Solution
 from autopar.planner.choose import Choice, Chooser
@@ -58,6 +58,8 @@ def trace_frontier(
         request = replace(request, time_limit_s=request.time_limit_s / SEARCHES)
     target = choose_target(request)
     captured = capture_graph(source, options, request.batch_size, progress)
+    if request.pins.meshes:
+        raise InputError("--pin meshes=...: for plans of one objective; the search of frontiers knows equal stages")
     chooser = Chooser(captured.graph, request, target, progress or say_nothing)
     tables = chooser.tables(request.pins)
     chooser.progress(f"tracing the frontier of {captured.graph.name} on up to {request.num_gpus} GPUs")

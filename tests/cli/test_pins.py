@@ -30,6 +30,7 @@ from autopar.planner.software import chosen_software
         ("pp=8,vpp=3", None, {"pp": 8, "interleave": 3}, None),
         ("tp=8,sp=on", None, {"dp": 1, "tp": 8, "sequence": True}, None),
         ("tp=8,sp=off", None, {"dp": 1, "tp": 8, "sequence": False}, None),
+        ("meshes=2x1/1x2,pp=2", None, {"pp": 2, "meshes": ((2, 1), (1, 2)), "roles": True}, None),
         ("cp=2", None, {"dp": 1, "tp": 1, "cp": 2}, None),
         ("dp=8,ep=4,cp=1", None, {"dp": 8, "tp": 1, "ep": 4}, None),
         ("zero=2", None, {"zero": 2}, None),
@@ -63,6 +64,12 @@ def test_pins_in_words(text: str, batch: int | None, pins: dict[str, Any], batch
         ("compile=on,fused=on", "by a compiler or by hand"),
         ("dtype=float32", "expected one of bf16, fp16, fp32"),
         ("op:x", "expected op:REGEX=LABEL"),
+        ("meshes=2x1", "expected dp x tp of at least two stages"),
+        ("meshes=2x1/1x2,dp=2", "what all stages have alike"),
+        ("meshes=2x1/1x2,vpp=2", "not both"),
+        ("meshes=2x1/1x2,offload_optimizer=host", "not both"),
+        ("meshes=2x1/1x2,pp=3", "meshes names 2 stages"),
+        ("mesh=2x1/1x2", "did you mean meshes?"),
     ],
 )
 def test_bad_pins(text: str, message: str) -> None:
