@@ -44,7 +44,9 @@ def pin_words(fields: Mapping[str, str]) -> str:
     for name, text in fields.items():
         if name == "ops":
             words += [f"op:{regex}={label}" for regex, label in json.loads(text)]
-        else:
+        elif name == "meshes":
+            words.append("meshes=" + "/".join(f"{dp}x{tp}" for dp, tp in json.loads(text)))
+        elif name != "roles" or "meshes" not in fields:
             value = TYPED.get(text, text.strip('"')) if name == "sequence" else text.strip('"')
             words.append(f"{TYPED.get(name, name)}={value}")
     return ", ".join(words)

@@ -11,6 +11,7 @@ import pytest
 from autopar.errors import InfeasibleError, InputError
 from autopar.ir.mesh import stage_mesh
 from autopar.ir.offload import Offload
+from autopar.ir.pin_fields import parse_pin_fields, pin_words
 from autopar.ir.plan import ModelReference, Plan
 from autopar.ir.serialize import dump_plan, parse_plan
 from autopar.ir.solution import Decisions, Pins
@@ -51,6 +52,9 @@ def test_a_pinned_plan_has_those_meshes_and_survives_its_file(meshes: tuple[tupl
     assert verify(plan, GRAPH) == []
     assert decision_words(plan)[0].endswith(words)
     assert NOTE in plan.notes
+    assert plan.pinned is not None
+    assert parse_pin_fields(plan.pinned).meshes == meshes
+    assert pin_words(plan.pinned) == f"m=2, meshes={'/'.join(f'{dp}x{tp}' for dp, tp in meshes)}"
     assert describe_blocks(decisions, GRAPH)
 
 
