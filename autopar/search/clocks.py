@@ -28,6 +28,7 @@ from autopar.ir.pipeline import splits_backward
 from autopar.ir.timeline import BACKWARD, FORWARD, STEP, WEIGHT, schedule_actions
 from autopar.search.clock_lp import Relaxation, Relaxed, relax
 from autopar.search.clock_schedule import Network, fill, improve, repair, round_down, round_to_finishes
+from autopar.units import format_seconds
 
 PLAN_TRIES = 300
 FRONTIER_TRIES = 60
@@ -216,8 +217,9 @@ class ClockPlanner:
     def _relax(self, deadline_s: float) -> Relaxed:
         need_s = max(self.fastest_s, self._network.least_step_s)
         if not need_s <= deadline_s:
-            remedy = Remedy(f"deadline of {need_s!r} s", "the fastest clocks meet it")
-            raise InfeasibleError("deadline", f"{need_s!r} s at the fastest clocks", f"{deadline_s!r} s", (remedy,))
+            remedy = Remedy(f"--deadline {_rounded_up(need_s)}", "the fastest clocks meet it")
+            need = f"{format_seconds(need_s)} at the fastest clocks"
+            raise InfeasibleError("deadline", need, format_seconds(deadline_s), (remedy,))
         return self._relaxation.solve(deadline_s)
 
     def _choose(
@@ -325,6 +327,12 @@ def pipeline_graph(
         if kind == final and microbatch == num_microbatches - 1 and exposed_s is not None:
             arcs.append(Arc(position, place[chunk % num_stages, STEP, -1], exposed_s[chunk]))
     return tuple(instructions), tuple(arcs)
+
+
+def _rounded_up(seconds: float) -> str:
+    """A time that one can type, not below `seconds`."""
+    unit, size = ("s", 1.0) if seconds >= 1 else ("ms", 1e-3)
+    return f"{math.ceil(seconds / size * 1e4) / 1e4:.10g}{unit}"
 
 
 def work_name(kind: str, chunk: int) -> str:

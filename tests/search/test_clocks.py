@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autopar.cli.quantities import parse_seconds
 from autopar.errors import InfeasibleError, InputError
 from autopar.search.clock_lp import lower_hull
 from autopar.search.clocks import (
@@ -166,7 +167,10 @@ def test_waiting_costs_too() -> None:
 def test_a_missed_deadline_names_what_it_needs() -> None:
     with pytest.raises(InfeasibleError, match="deadline") as caught:
         plan_clocks(chain((FAST, SLOW), (FAST,)), 0.19)
-    assert caught.value.need.startswith("0.2 s")
+    assert (caught.value.need, caught.value.have) == ("200 ms at the fastest clocks", "190 ms")
+    change = caught.value.remedies[0].change
+    assert change.startswith("--deadline ")
+    assert plan_clocks(chain((FAST, SLOW), (FAST,)), parse_seconds(change.split()[1])).energy_j > 0
     with pytest.raises(InfeasibleError):
         plan_clocks(chain((FAST,)), math.nan)
 
