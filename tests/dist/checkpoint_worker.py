@@ -16,7 +16,7 @@ from autopar.runtime.checkpoint import Saver, load, read_whole
 from autopar.runtime.checkpoint_store import CheckpointStore, Position, read_manifest
 from autopar.runtime.executor import Executor, OptimizerOptions, RunOptions
 from tests.dist.decisions import random_decisions
-from tests.dist.worker import Bench, mesh_of, named_plans, random_shape
+from tests.dist.worker import Bench, bench_of, mesh_of, named_plans, random_shape
 
 POSITION = Position(step=2, seed=0, data_seed=0, batch_size=8, optimizer="adamw", num_gpus=0, source="", graph_hash="")
 OPTIONS = RunOptions(optimizer=OptimizerOptions("adamw", learning_rate=1e-2))
@@ -53,7 +53,7 @@ def resume_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Two steps, a checkpoint, two more: the same plan resumed from it must repeat the last two, bit by bit."""
     results = []
     for model in arguments["models"]:
-        bench = Bench(model, 4)
+        bench = bench_of(model, 4)
         for label, decisions in _plans(bench, arguments["count"]).items():
             store = CheckpointStore(Path(arguments["directory"]) / f"{model}-{label}".replace("/", "-"))
             first = _executor(bench, decisions)
@@ -79,7 +79,7 @@ def reshard_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Load what another number of ranks wrote, save it again: every tensor must be what it was."""
     source = Path(arguments["source"])
     expected = contents(source)
-    bench = Bench(arguments["model"], 4)
+    bench = bench_of(arguments["model"], 4)
     results = []
     for label, decisions in _plans(bench, arguments["count"]).items():
         store = CheckpointStore(Path(arguments["directory"]) / label.replace("/", "-"))
@@ -112,7 +112,7 @@ def _alone(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
 
 def train_and_save(arguments: dict[str, Any]) -> list[float]:
     """A checkpoint of one process after two steps, and the losses of the two steps after it."""
-    bench = Bench(arguments["model"], 4)
+    bench = bench_of(arguments["model"], 4)
     executor = make_serial_executor(bench.graph, bench.state, OPTIONS, num_microbatches=4)
     for _ in range(2):
         executor.step(bench.batch)

@@ -18,14 +18,14 @@ from autopar.planner.materialise import capture_for_run, sized_batch
 from autopar.runtime.compare import relative_error
 from autopar.runtime.executor import Executor, OptimizerOptions, RunOptions
 from tests.dist.models import BATCH, as_double, captured, source
-from tests.dist.worker import Bench, mesh_of, named_plans, whole_of
+from tests.dist.worker import Bench, bench_of, mesh_of, named_plans, whole_of
 
 
 def clip_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Norm and clipped gradients of every known plan against `torch.nn.utils.clip_grad_norm_` on the eager module."""
     results = []
     for name in arguments["models"]:
-        bench, limit = Bench(name, 4), arguments["limit"]
+        bench, limit = bench_of(name, 4), arguments["limit"]
         expected, norm = _clipped_by_torch(name, bench, limit)
         options = RunOptions(optimizer=OptimizerOptions(max_norm=limit))
         for label, make in named_plans(dist.get_world_size()).items():
@@ -109,11 +109,11 @@ def dropout_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     with one microbatch.
     """
     results = []
-    whole = Bench("toy/dropout", 1)
+    whole = bench_of("toy/dropout", 1)
     loss = whole.serial_loss
     expected = {value.fqn: whole.serial.store.whole_gradient(value.name) for value in whole.graph.parameters}
     for count in (1, 2, 4, 8):
-        bench = Bench("toy/dropout", count)
+        bench = bench_of("toy/dropout", count)
         for label in ("zero2", "zero3", "tensor", "1f1b recompute"):
             decisions = replace(named_plans(dist.get_world_size())[label](bench.graph), num_microbatches=count)
             executor = make_executor(bench.graph, decisions, bench.state, mesh_of("", bench.graph, decisions))
@@ -129,7 +129,7 @@ def compile_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Known plans whose stages are compiled against the serial step, which is not."""
     results = []
     for name in arguments["models"]:
-        bench = Bench(name, 4)
+        bench = bench_of(name, 4)
         options = RunOptions(compile=arguments["backend"], overlap_gradients=True, prefetch_parameters=True)
         for label in arguments["plans"]:
             decisions = named_plans(dist.get_world_size())[label](bench.graph)

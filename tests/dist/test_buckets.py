@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopar.program.flat import in_groups, slices_of, stacked_slices, views
-from autopar.runtime.launch import Job, launch_local
+from tests.dist.ranks import run_on
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 50)), max_size=20), st.integers(1, 100))
@@ -45,7 +45,7 @@ def test_slices_are_those_of_chunk(shapes: list[tuple[int, int, int]]) -> None:
 
 @pytest.mark.dist
 def test_sums_start_during_backward_and_one_serves_many_parameters() -> None:
-    for facts in launch_local(Job("tests.dist.worker:bucket_facts", {}, 2), timeout_s=200):
+    for facts in run_on(2, "tests.dist.worker:bucket_facts", {}):
         by_setting = {(fact["overlap"], fact["size"]): fact for fact in facts}
         parameters = facts[0]["parameters"]
         assert (by_setting[False, 1.0]["early"], by_setting[False, 1.0]["late"]) == (0, parameters)
@@ -56,7 +56,7 @@ def test_sums_start_during_backward_and_one_serves_many_parameters() -> None:
 
 @pytest.mark.dist
 def test_one_gather_serves_a_block_and_starts_before_it_is_needed() -> None:
-    for facts in launch_local(Job("tests.dist.worker:prefetch_facts", {}, 2), timeout_s=200):
+    for facts in run_on(2, "tests.dist.worker:prefetch_facts", {}):
         by_setting = {tuple(fact["setting"]): fact for fact in facts}
         blocks = facts[0]["blocks"]
         assert 1 < blocks < facts[0]["parameters"] / 4

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from autopar.runtime.launch import Job, launch_local
 from tests.dist.checkpoint_worker import train_and_save
+from tests.dist.ranks import run_on
 
 pytestmark = pytest.mark.dist
 WORKER = "tests.dist.checkpoint_worker"
 
 
 def run(work: str, num_processes: int, **arguments: Any) -> list[Any]:
-    return launch_local(Job(f"{WORKER}:{work}", arguments, num_processes), timeout_s=300)
+    return run_on(num_processes, f"{WORKER}:{work}", arguments)
 
 
 def saved_alone(model: str, directory: Path) -> dict[str, Any]:

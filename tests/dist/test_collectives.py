@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autopar.runtime.launch import Job, launch_local
+from tests.dist.ranks import run_on
 
 pytestmark = pytest.mark.dist
 BFLOAT16_TERMS = 0.1
@@ -13,7 +13,7 @@ BFLOAT16_TERMS = 0.1
 
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_every_step_moves_value_and_gradient_as_its_placements_say(num_processes: int) -> None:
-    for results in launch_local(Job("tests.dist.collective_cases:run", {}, num_processes), timeout_s=120):
+    for results in run_on(num_processes, "tests.dist.collective_cases:run", {}):
         assert len(results) > 60
         wrong = {r["case"]: r["error"] for r in results if r["error"] > _tolerance(r["case"])}
         assert not wrong

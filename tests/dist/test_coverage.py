@@ -13,8 +13,8 @@ from autopar.cli.pins import parse_pins
 from autopar.planner.execute import verify_plan
 from autopar.planner.plan import plan_model
 from autopar.planner.request import PlanRequest
-from autopar.runtime.launch import Job, launch_local
 from tests.dist.models import ROOT, source
+from tests.dist.ranks import run_on
 from tests.dist.test_decisions import TOLERANCE, check, errors_on
 
 pytestmark = pytest.mark.dist
@@ -28,9 +28,7 @@ def test_clipping_over_shards_is_that_of_torch_on_one_device(limit: float) -> No
 def precision_rows(model: str, plans: list[str], rate: float, steps: int) -> list[dict[str, Any]]:
     """What the first of two ranks found for each plan, with and without a copy in float32."""
     arguments = {"models": [model], "rates": [rate], "steps": steps, "plans": plans}
-    rows: list[dict[str, Any]] = launch_local(
-        Job("tests.dist.coverage_worker:precision_cases", arguments, 2), timeout_s=500
-    )[0]
+    rows: list[dict[str, Any]] = run_on(2, "tests.dist.coverage_worker:precision_cases", arguments)[0]
     assert len(rows) == 2 * len(plans)
     return rows
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from autopar.runtime.launch import Job, launch_local
+from tests.dist.ranks import run_on
 
 pytestmark = pytest.mark.dist
 TOLERANCE = 1e-10
@@ -17,7 +17,7 @@ EXAMPLES = ("gpt2", "llama", "bert", "vit", "resnet", "alexnet", "t5", "mixtral"
 def errors_on(num_processes: int, work: str, **arguments: Any) -> dict[str, float]:
     """Largest error of each case over all ranks."""
     entry = work if ":" in work else f"worker:{work}"
-    found = launch_local(Job(f"tests.dist.{entry}", arguments, num_processes), timeout_s=500)
+    found = run_on(num_processes, f"tests.dist.{entry}", arguments)
     return {rows[0]["case"]: max(row["error"] for row in rows) for rows in zip(*found, strict=True)}
 
 

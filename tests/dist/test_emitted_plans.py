@@ -23,8 +23,8 @@ from autopar.ir.solution import RECOMPUTE, Objective, Pins
 from autopar.planner.execute import FLOAT64_TOLERANCE, verify_worker
 from autopar.planner.plan import plan_model
 from autopar.planner.request import PlanRequest
-from autopar.runtime.launch import Job, launch_local
 from tests.dist.generated import KINDS
+from tests.dist.ranks import run_on
 
 pytestmark = pytest.mark.dist
 SOURCE = Path(__file__).parent / "generated.py"
@@ -103,8 +103,8 @@ def check(made_up: list[Toy], num_processes: int) -> None:
     plans = [plan for toy in made_up if (plan := emitted(toy, num_processes)) is not None]
     assert len(plans) >= NETWORKS_PER_LAUNCH // 2
     arguments = {"plans": [dump_plan(p) for p in plans], "dtype": "float64", "tolerance": FLOAT64_TOLERANCE}
-    job = Job("tests.dist.test_emitted_plans:verify_all", arguments, num_processes)
-    for plan, report in zip(plans, launch_local(job, timeout_s=400)[0], strict=True):
+    found = run_on(num_processes, "tests.dist.test_emitted_plans:verify_all", arguments)
+    for plan, report in zip(plans, found[0], strict=True):
         shown = (plan.model.options, plan.decisions.mesh.sizes, len(plan.decisions.stages), report)
         assert plan.solver.bound <= plan.solver.objective * (1 + 1e-12), shown
         assert report["loss_error"] <= FLOAT64_TOLERANCE, shown

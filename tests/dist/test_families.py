@@ -12,7 +12,7 @@ from autopar.ir.solution import Objective, Pins
 from autopar.planner.execute import FLOAT64_TOLERANCE
 from autopar.planner.plan import Planned, make_plan
 from autopar.planner.request import PlanRequest
-from autopar.runtime.launch import Job, launch_local
+from tests.dist.ranks import run_on
 
 pytestmark = pytest.mark.dist
 TINY = {"layers": "3", "hidden": "32", "heads": "4", "vocab": "64", "seq": "16", "batch": "4", "dtype": "fp32"}
@@ -73,8 +73,8 @@ def test_pinned_layouts_compute_the_serial_step(num_gpus: int, cases: tuple[Case
         assert case.labels <= used, (case, used)
         assert plan.decisions.num_gpus == num_gpus
     arguments = {"plans": [dump_plan(p) for p in plans], "dtype": "float64", "tolerance": FLOAT64_TOLERANCE}
-    job = Job("benchmarks.verify_matrix:worker", arguments, num_gpus)
-    for case, report in zip(cases, launch_local(job, timeout_s=300)[0], strict=True):
+    found = run_on(num_gpus, "benchmarks.verify_matrix:worker", arguments)
+    for case, report in zip(cases, found[0], strict=True):
         assert max(report["loss_error"], report["worst_gradient_error"]) <= FLOAT64_TOLERANCE, case
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autopar.ir.sync import exchange, parse_policy
-from autopar.runtime.launch import Job, launch_local
+from tests.dist.ranks import run_on
 from tests.dist.sync_worker import INPUTS, make_task, shapes_of, train_all
 
 pytestmark = pytest.mark.dist
@@ -24,7 +24,7 @@ Results = list[dict[str, dict[str, Any]]]
 def run(num_processes: int, trainings: list[tuple[str, str, str, dict[str, Any]]]) -> Results:
     """Results by rank and name."""
     entry = f"{train_all.__module__}:{train_all.__name__}"
-    return launch_local(Job(entry, {"trainings": trainings}, num_processes), timeout_s=240)
+    return run_on(num_processes, entry, {"trainings": trainings})
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import time
@@ -60,6 +61,12 @@ class Bench:
         return max(compare(executor, loss, self.serial, self.serial_loss).largest_error, *buffers, *boundary, 0.0)
 
 
+@functools.lru_cache(maxsize=32)
+def bench_of(name: str, num_microbatches: int) -> Bench:
+    """The same for all cases of this process: they read it."""
+    return Bench(name, num_microbatches)
+
+
 def whole_of(parameter: Tensor) -> Tensor:
     """What the DTensor says that the whole parameter is: its placements must describe how it was sliced."""
     return parameter.full_tensor().detach() if isinstance(parameter, DTensor) else parameter.detach()
@@ -81,7 +88,7 @@ def random_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     results = []
     for name in arguments["models"]:
         for num_microbatches in arguments["microbatches"]:
-            bench = Bench(name, num_microbatches)
+            bench = bench_of(name, num_microbatches)
             for index in range(arguments["count"]):
                 rng = random.Random(f"{arguments['seed']}/{name}/{num_microbatches}/{index}")
                 mesh, num_stages = random_shape(rng, len(bench.graph.blocks))
@@ -108,7 +115,7 @@ def named_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The plans that everybody knows, for each model."""
     results = []
     for name in arguments["models"]:
-        bench = Bench(name, 4)
+        bench = bench_of(name, 4)
         for label, make in named_plans(dist.get_world_size()).items():
             results.append({"case": f"{name} {label}", "error": bench.error_of(make(bench.graph))})
     return results
@@ -120,7 +127,7 @@ def sequence_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     world = dist.get_world_size()
     meshes = [stage_mesh(1, world), *([stage_mesh(2, world // 2)] if world > 2 else [])]
     for name, mesh, label in itertools.product(arguments["models"], meshes, ("context", "dim1")):
-        bench = Bench(name, 2)
+        bench = bench_of(name, 2)
         decisions = sequence_parallel(bench.graph, mesh, label, 2)
         if mesh.sizes[0] > 1:
             decisions = replace(decisions, stages=cut_evenly(bench.graph, 1, "full"))
@@ -132,7 +139,7 @@ def expert_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Experts split over all ranks, and over each axis of two in each way."""
     results = []
     world = dist.get_world_size()
-    bench = Bench("mixtral", 2)
+    bench = bench_of("mixtral", 2)
     meshes = [stage_mesh(world), *([stage_mesh(2, world // 2)] if world > 2 else [])]
     for mesh in meshes:
         for labels in itertools.product(("tokens", "experts", "exchange"), repeat=len(mesh.axes)):
@@ -168,7 +175,7 @@ def recompute_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Every policy in a pipeline, with gathered parameters, and under tensor parallelism."""
     results = []
     for name in arguments["models"]:
-        bench = Bench(name, 4)
+        bench = bench_of(name, 4)
         plans = named_plans(dist.get_world_size())
         for label, policy in itertools.product(("1f1b", "zero3", "tensor"), RECOMPUTE[1:]):
             decisions = recomputing(plans[label](bench.graph), policy)
@@ -186,7 +193,7 @@ def interleaved_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
             (2 * num_ranks, "selective", "zero1"),
             (8, "full", "zero3"),
         ):
-            bench = Bench(name, count)
+            bench = bench_of(name, count)
             fitting = [v for v in (2, 3) if v * num_ranks <= len(bench.graph.blocks)]
             for chunks in fitting:
                 base = data_parallel(bench.graph, stage_mesh(world // num_ranks, 1), label, count)
@@ -202,7 +209,7 @@ def overlap_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     results = []
     world = dist.get_world_size()
     for name in arguments["models"]:
-        bench = Bench(name, 4)
+        bench = bench_of(name, 4)
         plans = named_plans(world)
         if world == 4:
             plans["zero1 2 x 2"] = lambda graph: data_parallel(graph, stage_mesh(2, 2), "zero1", 4)
@@ -219,7 +226,7 @@ def prefetch_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     world = dist.get_world_size()
     options = RunOptions(prefetch_parameters=True, overlap_gradients=True)
     for name in arguments["models"]:
-        bench = Bench(name, 4)
+        bench = bench_of(name, 4)
         for policy in RECOMPUTE:
             decisions = recomputing(data_parallel(bench.graph, stage_mesh(world, 1), "zero3", 4), policy)
             results.append({"case": f"{name} {policy}", "error": bench.error_of(decisions, options)})
@@ -237,7 +244,7 @@ def prefetch_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
 
 def prefetch_facts(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """For each setting: the gathers of a step, and how many were waited for right after they were started."""
-    bench = Bench("gpt2", 1)
+    bench = bench_of("gpt2", 1)
     decisions = data_parallel(bench.graph, stage_mesh(dist.get_world_size(), 1), "zero3", 1)
     results = []
     for prefetch, policy in itertools.product((False, True), ("none", "full")):
@@ -271,7 +278,7 @@ def prefetch_facts(arguments: dict[str, Any]) -> list[dict[str, Any]]:
 
 def bucket_facts(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """For each setting: sums over ranks in a step, how many of them start before backward is over, and the memory."""
-    bench = Bench("gpt2", 2)
+    bench = bench_of("gpt2", 2)
     decisions = data_parallel(bench.graph, stage_mesh(dist.get_world_size(), 1), "replicated", 2)
     results = []
     for overlap, size in itertools.product((False, True), (1.0, 1e9)):
@@ -338,7 +345,7 @@ def training_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     for name, kind in itertools.product(arguments["models"], ("sgd", "adamw")):
         optimizer = OptimizerOptions(kind, learning_rate=1e-2, max_norm=0.5)
         options = RunOptions(optimizer=optimizer, overlap_gradients=kind == "sgd", bucket_bytes=2000.0)
-        bench = Bench(name, 4)
+        bench = bench_of(name, 4)
         serial = make_serial_executor(bench.graph, bench.state, options, num_microbatches=4)
         expected = [serial.step(bench.batch) for _ in range(3)]
         for label, make in named_plans(dist.get_world_size()).items():
