@@ -109,7 +109,8 @@ QUICK_CASES = {
     "gpt-tensor-small": Case(GPT, TINY, "tensor", 0.5),
     "gpt-pipeline": Case(GPT, QUICK, "pipeline", 1.02, num_microbatches=4),
 }
-QUICK_S = 2.0
+PAIRS_S, QUICK_S = 30.0, 2.0
+"""Of paired steps per case."""
 
 
 @dataclass(frozen=True)
@@ -403,14 +404,15 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--quick", action="store_true", help="small models, few steps")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--seconds", type=float, help=f"of paired steps per case; default 60, with --quick {QUICK_S:g}")
+    parser.add_argument("--seconds", type=float, help=f"of paired steps; default {PAIRS_S:g}, with --quick {QUICK_S:g}")
     arguments = parser.parse_args()
     known = QUICK_CASES if arguments.quick else CASES
     unknown = sorted(set(arguments.cases) - set(known))
     if unknown:
         parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(known)}")
     chosen = {name: known[name] for name in arguments.cases or known}
-    seconds = arguments.seconds or (QUICK_S if arguments.quick else 60.0)
+    seconds = arguments.seconds or (QUICK_S if arguments.quick else PAIRS_S)
+    began = time.monotonic()
 
     def show(result: Result) -> None:
         if not arguments.json:
@@ -418,13 +420,13 @@ def main() -> int:
 
     found = [result for count in (1, PROCESSES) for result in _run(chosen, count, seconds, show)]
     late = [r.case for r in found if r.time_ratio > r.limit or r.memory_ratio > MEMORY_LIMIT]
+    took_s = time.monotonic() - began
     if arguments.json:
         rows = [asdict(r) | {"time_ratio": r.time_ratio, "memory_ratio": r.memory_ratio} for r in found]
-        print(json.dumps({"cases": rows, "over_limit": late}, indent=1))
+        print(json.dumps({"cases": rows, "over_limit": late, "took_s": took_s}, indent=1))
     else:
-        print(
-            f"{len(found) - len(late)} of {len(found)} cases within their limits" + (f"; over: {late}" if late else "")
-        )
+        within = f"{len(found) - len(late)} of {len(found)} cases within their limits"
+        print(f"{within}{f'; over: {late}' if late else ''}; took {took_s:.0f} s")
     return 0
 
 
