@@ -212,9 +212,9 @@ def _stage_table(plan: Plan) -> list[str]:
                 format_bytes(figures.peak_memory_bytes.value),
             )
         )
-    rows = [(*row[:3], row[4], row[7]) for row in rows] if is_inference(plan) else rows
+    shown = (0, 1, 2, 4, 7) if is_inference(plan) else range(len(rows[0]))
     worst = max(range(len(plan.predicted.stages)), key=lambda i: plan.predicted.stages[i].peak_memory_bytes.value)
-    return [*table(rows), *_memory_causes(plan, worst), ""]
+    return [*table([[row[column] for column in shown] for row in rows]), *_memory_causes(plan, worst), ""]
 
 
 def _memory_causes(plan: Plan, stage: int) -> list[str]:
