@@ -70,6 +70,7 @@ def _settings(first: Plan, second: Plan) -> dict[str, tuple[str, str]]:
             "Limits": limits_words(plan) or "none",
             "Decision": f"{decisions.num_gpus} GPUs, {point_words(plan)}, {decisions.schedule}",
             "Stages": " ".join(f"{s.start}-{s.stop - 1}" for s in decisions.stages),
+            "Offload": decisions.offload.words or "nothing",
             "Pace": format_seconds(decisions.pace_s) if decisions.pace_s else "none",
         }
 

@@ -11,7 +11,7 @@ from autopar.ir.plan import Plan
 from autopar.ir.savings import Savings
 from autopar.ir.solution import Alternative
 from autopar.report.explain_savings import savings_report
-from autopar.report.text import WIDTH, baseline_table, mesh_words, table, wrapped
+from autopar.report.text import WIDTH, baseline_table, mesh_words, offloaded_words, table, wrapped
 from autopar.rules.contractions import CONTEXT
 from autopar.rules.experts import EXCHANGE, EXPERTS
 from autopar.units import format_bytes, format_joules, format_seconds
@@ -135,6 +135,8 @@ def _memory(plan: Plan) -> list[str]:
     for i, stage in enumerate(plan.predicted.stages):
         causes = ", ".join(f"{n} {format_bytes(size)}" for n, size in sorted(stage.memory_by_cause.items()) if size > 0)
         text = f"stage {i}: {format_bytes(stage.peak_memory_bytes.value)}: {causes}"
+        outside = offloaded_words(plan, i)
+        text += f"; offloaded: {outside}" if outside else ""
         lines += wrapped("Memory" if i == 0 else "", text)
     return lines
 

@@ -12,7 +12,7 @@ from autopar.ir.solution import Alternative
 from autopar.report.page_detail import EXPOSED, ROUNDING, StepDetail, chosen_ranks, memory_curves
 from autopar.report.page_html import Markup, joined, section, table, tag
 from autopar.report.page_svg import COLOURS, key, rows, stacked, strip, ticks
-from autopar.report.text import rank_words, span_words
+from autopar.report.text import offloaded_words, rank_words, span_words
 from autopar.units import format_bytes, format_joules, format_seconds, format_watts
 
 MOST_ALTERNATIVES = 25
@@ -127,9 +127,11 @@ def memory_section(plan: Plan, detail: StepDetail | None) -> Markup:
          range_words(peaks[rank], format_bytes) or "-", peaks[rank].label)
         for rank, own in enumerate(memory)
     ]  # fmt: skip
+    outside = [f"rank {rank}: {words}" for rank in range(len(memory)) if (words := offloaded_words(plan, rank))]
     return section(
         "Memory per GPU",
-        "What fills the memory of each pipeline rank's GPUs at their worst moment; the upright line is what is usable.",
+        "What fills the memory of each pipeline rank's GPUs at their worst moment; the upright line is what is usable."
+        + (f" Outside of it lie, per GPU, {'; '.join(outside)}." if outside else ""),
         key([(colour, name) for name, colour in colours.items()]),
         rows(entries),
         table("Memory by cause, predicted", heading, body, words=(0, len(heading) - 1)),

@@ -129,6 +129,7 @@ def decision_words(plan: Plan) -> list[str]:
         f"{decisions.num_gpus} of {plan.cluster.num_gpus} GPUs: {mesh_words(plan)}",
         f"{decisions.num_microbatches} microbatch{many} of {size}, schedule {decisions.schedule}",
         *([] if is_inference(plan) else [f"recompute: {policies}"]),
+        *([f"offloaded: {decisions.offload.words}"] if decisions.offload else []),
         *_types(plan),
         *_clocks(plan),
         *(words for i in range(len(decisions.mesh.axes)) for words in _parameters_on_axis(plan, i)),
@@ -220,7 +221,19 @@ def _stage_table(plan: Plan) -> list[str]:
 def _memory_causes(plan: Plan, stage: int) -> list[str]:
     causes = plan.predicted.stages[stage].memory_by_cause
     words = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(causes.items()) if size > 0)
-    return wrapped("Memory", f"of stage {stage}: {words}") if words else []
+    lines = wrapped("Memory", f"of stage {stage}: {words}") if words else []
+    outside = offloaded_words(plan, stage)
+    return [*lines, *(wrapped("Offloaded", f"per GPU of stage {stage}: {outside}") if outside else [])]
+
+
+def offloaded_words(plan: Plan, stage: int) -> str:
+    """`activations 8 MiB to host, optimizer 48.05 MiB to disk (modelled)`; "" where nothing is offloaded."""
+    offload, figures = plan.decisions.offload, plan.predicted.stages[stage]
+    places = {"optimizer": offload.optimizer, "activations": offload.activations}
+    parts = [
+        f"{name} {format_bytes(size)} to {places[name]}" for name, size in sorted((figures.offloaded or {}).items())
+    ]
+    return f"{', '.join(parts)} ({figures.peak_memory_bytes.label})" if parts else ""
 
 
 def baseline_table(plan: Plan) -> list[str]:
