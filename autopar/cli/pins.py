@@ -16,27 +16,31 @@ from typing import Any
 from autopar.errors import InputError
 from autopar.ir.families import CHOICES, FAMILIES
 from autopar.ir.offload import PLACES
+from autopar.ir.passes import ORDERS, SHARES, TURNS, UPDATES
 from autopar.ir.pipeline import SCHEDULES, ZERO_BUBBLE
 from autopar.ir.solution import RECOMPUTE, Pins
 from autopar.report.explain import SPECIAL
 
-COUNTS = ("dp", "tp", "pp", "vpp", "cp", "ep", "mbs", "gbs", "ga", "m")
+COUNTS = ("dp", "tp", "pp", "vpp", "cp", "ep", "mbs", "gbs", "ga", "m", "passes")
 WORDS: Mapping[str, tuple[str, ...]] = {
     "recompute": RECOMPUTE,
     "schedule": SCHEDULES,
     "zero": ("0", "1", "2", "3"),
     "dtype": CHOICES["dtype"],
+    "switch": ORDERS,
+    "fc_update": UPDATES,
     "offload_optimizer": PLACES,
     "offload_activations": PLACES,
 }
 SWITCHES = ("compile", "fused", "overlap", "fp8", "tf32")
 """Of the software; see `planner.software`."""
-SCHEMES: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "a": (("conv[123]d.*", "dim0"), ("(linear|addmm|mm).*", "columns")),
-}
+ONE_WEIRD_TRICK = (("conv[123]d.*", "dim0"), ("(linear|addmm|mm).*", "columns"))
+SCHEMES: Mapping[str, str | None] = {"a": None, "b": TURNS, "c": SHARES}
 """Of "one weird trick" (Krizhevsky 2014), `owt=`: samples of convolutions and outputs of fully connected layers are
-split over the same ranks. (a): every rank gathers the samples of all, so that the fully connected batch is theirs."""
+split over the same ranks. (a): every rank gathers the samples of all, so that the fully connected batch is theirs. (b),
+(c): in passes, over one rank's samples or a share of each rank's (`ir.passes`)."""
 KEYS = (*COUNTS, "meshes", "sp", *WORDS, "software", *SWITCHES, *SPECIAL, "owt", "op:REGEX")
+PASS_KEYS = {"passes": "num_passes", "fc_update": "pass_update"}
 _TRUTH = {"on": True, "off": False}
 
 
@@ -81,6 +85,7 @@ def parse_pins(text: str, batch_size: int | None = None) -> Pinned:
             found[key] = _value(key, value)
     if found.get("compile") and found.get("fused"):
         raise InputError("--pin compile=on,fused=on: kernels are fused by a compiler or by hand, give one of them")
+    _passes(found, labels)
     batch_size = _batch_size(found, batch_size)
     return Pinned(
         Pins(**_degrees(found), **_rest(found), **labels, num_microbatches=_num_microbatches(found, batch_size)),
@@ -116,12 +121,26 @@ def _add_labels(labels: dict[str, Any], key: str, value: str) -> None:
     if key == "owt":
         if value not in SCHEMES:
             raise InputError(f"--pin owt={value}: expected one of {', '.join(SCHEMES)}")
-        labels["ops"] = (*labels.get("ops", ()), *SCHEMES[value])
+        labels["ops"] = (*labels.get("ops", ()), *ONE_WEIRD_TRICK)
+        if SCHEMES[value] is not None:
+            labels["pass_order"] = SCHEMES[value]
         return
     regex = key.removeprefix("op:")
     if not regex or not value:
         raise InputError(f"--pin {key}={value}: expected op:REGEX=LABEL, e.g. op:.*mlp.*=columns")
     labels["ops"] = (*labels.get("ops", ()), (regex, value))
+
+
+def _passes(found: Mapping[str, Any], labels: dict[str, Any]) -> None:
+    """Adds what `switch`, `passes` and `fc_update` say to what `owt` says."""
+    order = found.get("switch", labels.get("pass_order"))
+    if "switch" in found and labels.get("pass_order", order) != order:
+        raise InputError(f"--pin owt and switch={order} contradict one another: give one of them")
+    asked = {name: found[key] for key, name in PASS_KEYS.items() if key in found}
+    if asked and order is None:
+        key = next(key for key in PASS_KEYS if key in found)
+        raise InputError(f"--pin {key}={found[key]}: of passes behind a switch; add owt=b, owt=c or switch={SHARES}")
+    labels |= asked | ({} if order is None else {"pass_order": order})
 
 
 def _value(key: str, value: str) -> int | str | bool | tuple[tuple[int, int], ...]:

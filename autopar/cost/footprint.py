@@ -102,7 +102,7 @@ def _moments(
     flying = microbatches_in_flight(rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule)
     is_fresh = software.frees_gradients and decisions.num_microbatches <= flying
     crossing = slack * _crossing_bytes(costs, rank, decisions)
-    yield Moment(0.0 if is_fresh else gradients, flying * kept + extra, work, crossing)
+    yield Moment(cost.early_gradients if is_fresh else gradients, flying * kept + extra, work, crossing)
     if is_fresh and flying > 1:
         yield Moment(gradients, (flying - 1) * kept + extra, work, crossing)
     yield Moment(gradients, 0.0, 0.0, bucket)

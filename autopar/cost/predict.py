@@ -18,12 +18,12 @@ from autopar.cost.footprint import memory_by_cause, offloaded_bytes
 from autopar.cost.live import most_live
 from autopar.cost.memory import slack_share
 from autopar.cost.mixed import MixedTables
+from autopar.cost.passes import costs_at
 from autopar.cost.power import dynamic_limit_w
-from autopar.cost.stages import StageCost, stage_costs
+from autopar.cost.stages import StageCost
 from autopar.cost.table import CostTables
 from autopar.cost.uneven import uneven_stage_cost
 from autopar.errors import PlanMismatchError
-from autopar.ir.cost import CostTable
 from autopar.ir.pipeline import FORWARD_ONLY
 from autopar.ir.plan import Prediction, StageFigures
 from autopar.ir.quantity import modelled
@@ -47,16 +47,10 @@ def stage_tables(tables: CostTables | MixedTables, decisions: Decisions) -> tupl
     return tuple(found)
 
 
-def _at_clocks(tables: CostTables, table: CostTable, decisions: Decisions) -> tuple[StageCost, ...]:
+def _at_clocks(tables: CostTables, decisions: Decisions) -> tuple[StageCost, ...]:
     """Sums of every stage at the clock of its devices."""
     clocks = [_clock_index(tables, stage.clock_hz) for stage in decisions.stages]
-    if any(clocks):
-        figures = tables.clock_figures(table.mesh, table.num_microbatches)
-        if figures is None:
-            raise AssertionError("there is a table, so there are its figures at other clocks")
-        by_clock = {c: stage_costs(tables, figures.at(table, c), decisions) for c in sorted(set(clocks))}
-    else:
-        by_clock = {0: stage_costs(tables, table, decisions)}
+    by_clock = {clock: costs_at(tables, decisions, clock) for clock in sorted(set(clocks))}
     return tuple(by_clock[clock][k] for k, clock in enumerate(clocks))
 
 
@@ -129,7 +123,7 @@ def plan_costs(tables: CostTables | MixedTables, decisions: Decisions) -> tuple[
             table = own.table(decisions.mesh, decisions.num_microbatches)
             if table is None:
                 raise PlanMismatchError(f"the batch does not divide into {decisions.num_microbatches} microbatches")
-            by_type[id(own)] = _at_clocks(own, table, decisions)
+            by_type[id(own)] = _at_clocks(own, decisions)
             labels.update(table.labels)
     costs = tuple(by_type[id(own)][k] for k, own in enumerate(each))
     if decisions.schedule == FORWARD_ONLY:

@@ -19,7 +19,7 @@ from autopar.ir.cost import CostEdge, CostNode, CostTable
 from autopar.ir.offload import SHARD_BYTES
 from autopar.ir.solution import Decisions
 from autopar.ir.strategy import ParameterStrategy
-from autopar.ir.streams import BlockWork, Overlap, stage_times
+from autopar.ir.streams import BlockWork, Overlap, Streams, stage_times
 from autopar.ir.timeline import StageTimes
 
 SHARED = -1
@@ -72,6 +72,8 @@ class StageCost:
     receives `received_bytes` from one other. `offloaded` are bytes that lie elsewhere, of the optimizer and activations
     of one microbatch; `shard_bytes` of the former are on the device during the update, beside what stays there.
     `waiting` are the bytes, by cause, that one microbatch leaves between the halves of a backward that is split.
+    Of a stage that ends in passes (`cost.passes`), `passing` are the streams of those over one microbatch, which is in
+    `times` too, and `early_gradients` the bytes of the gradients that are there before its backward begins.
     """
 
     blocks: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -89,6 +91,8 @@ class StageCost:
     received_bytes: float = 0.0
     wire: Wire | None = None
     peak_w: float = 0.0
+    passing: Streams | None = None
+    early_gradients: float = 0.0
     state: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STATE_CAUSES, 0.0))
     offloaded: dict[str, float] = field(default_factory=dict)
     shard_bytes: float = 0.0
@@ -139,8 +143,8 @@ class StageCost:
             self.peak_w = max(self.peak_w, energy_j / total_s)
 
 
-def chosen(table: CostTable, decisions: Decisions) -> tuple[int, ...]:
-    """Index of the decided strategy of every node.
+def chosen(table: CostTable, decisions: Decisions, behind: int = 0) -> tuple[int, ...]:
+    """Index of the decided strategy of every node; with `behind` any of nodes that stand before that block alone.
 
     Raises:
         PlanMismatchError: if a decision is missing or is none of the node's choices.
@@ -155,6 +159,8 @@ def chosen(table: CostTable, decisions: Decisions) -> tuple[int, ...]:
             found.append(0)
         elif decided in node.choices:
             found.append(node.choices.index(decided))
+        elif all(block < behind for block in node.blocks):
+            found.append(0)
         else:
             raise PlanMismatchError(f"the plan's choice for {node.name!r} is not one this model and mesh allow")
     return tuple(found)
@@ -167,15 +173,17 @@ def stage_costs(
     *,
     choice: Sequence[int] | None = None,
     entering: Mapping[tuple[int, int], int] = NOTHING,
+    behind: int = 0,
 ) -> tuple[StageCost, ...]:
     """Sums of every stage, as defined by the search: shared entries count in every stage, a parameter counts in
     every stage that reads it, an edge in the stage of its consumer.
 
     Args:
         choice: of every node, by index; None: as decided.
+        behind: sums are good from this block on, and free of redistributions of what comes from before it.
         entering: (node, block) -> its choice as stages after that of the block see it, where it is another.
     """
-    choice = chosen(table, decisions) if choice is None else choice
+    choice = chosen(table, decisions, behind) if choice is None else choice
     stage_of = [k for k, stage in enumerate(decisions.stages) for _ in range(stage.start, stage.stop)]
     redo = [stage.recompute == "full" for stage in decisions.stages]
     stages = [StageCost() for _ in decisions.stages]
@@ -197,7 +205,8 @@ def stage_costs(
             stages[k].synced += synced_gradient(held[1], strategy, table.mesh.sizes, tables.software)
     for edge in table.edges:
         prices = _edge_prices(edge, choice[edge.source], choice[edge.target])
-        for block, (home, _) in zip(edge.blocks, edge.cut_pairs, strict=True):
+        is_parameter = table.nodes[edge.source].kind == "param"
+        for block, home in _ends(edge, 0 if is_parameter else behind):
             paid = prices
             if entering and (edge.source, home) in entering and stage_of[home] != stage_of[block]:
                 paid = _edge_prices(edge, entering[edge.source, home], choice[edge.target])
@@ -213,6 +222,13 @@ def stage_costs(
         stages[k].shard_bytes = min(stages[k].offloaded.get("optimizer", 0.0), max(stages[k].shard_bytes, SHARD_BYTES))
         stages[k].times = stage_times(stages[k].works(), overlap_of(tables))
     return tuple(stages)
+
+
+def _ends(edge: CostEdge, behind: int) -> Iterator[tuple[int, int]]:
+    """Blocks of consumer and producer, but for pairs with `behind` between them."""
+    for block, (home, _) in zip(edge.blocks, edge.cut_pairs, strict=True):
+        if not 0 <= home < behind <= block:
+            yield block, home
 
 
 def _edge_prices(edge: CostEdge, source: int, target: int) -> tuple[float, float, float]:

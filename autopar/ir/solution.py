@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from autopar.ir.codec import ADDED
 from autopar.ir.mesh import StageMesh
 from autopar.ir.offload import NOWHERE, Offload
+from autopar.ir.passes import Passes
 from autopar.ir.placement import Sharding
 from autopar.ir.strategy import ParameterStrategy, Strategy
 
@@ -112,6 +113,7 @@ class Pins:
         zero: storage of parameters over ranks that split samples: 0 none, 1 to 3 those stages of ZeRO; None: any but 2.
         ops: (regex, label): on axes longer than one, ops whose name or module path the regex matches whole take the
             label wherever they have it.
+        pass_order, num_passes, pass_update: of `ir.passes.Passes`; the others need the first, which asks for passes.
         offload_optimizer, offload_activations: one of `ir.offload.PLACES`; None: they stay on the device.
         meshes: (dp, tp) of every stage, where stages have meshes of their own; (): they are alike.
     """
@@ -131,6 +133,9 @@ class Pins:
     roles: bool = False
     without: tuple[str, ...] = ()
     ops: tuple[tuple[str, str], ...] = ()
+    pass_order: str | None = None
+    num_passes: int | None = None
+    pass_update: str | None = None
     meshes: tuple[tuple[int, int], ...] = ()
     offload_optimizer: str | None = None
     offload_activations: str | None = None
@@ -180,6 +185,7 @@ class Decisions:
             k + K, ...; 1: every stage is a rank.
         stage_meshes: one per stage, of the same axes in other sizes, `mesh` being the first; (): all have `mesh`. What
             several stages read has one placement, by axis, for all of them.
+        passes: over parts of each microbatch behind a switch from data to tensor parallelism; None: in one go.
         offload: what lies outside of the devices.
     """
 
@@ -193,6 +199,7 @@ class Decisions:
     pace_s: float = 0.0
     interleave: int = 1
     stage_meshes: tuple[StageMesh, ...] = field(default=(), metadata=ADDED)
+    passes: Passes | None = field(default=None, metadata=ADDED)
     offload: Offload = field(default=Offload(), metadata=ADDED)
 
     @property
@@ -218,6 +225,18 @@ class Decisions:
     def at(self, stage: int) -> Decisions:
         """The decisions as stage (or chunk) `stage` sees them: all on its mesh."""
         return replace(self, mesh=self.stage_meshes[stage], stage_meshes=()) if self.stage_meshes else self
+
+    def split_at_switch(self) -> Decisions:
+        """Of a plan with passes: the same without, in whose last two stages the last one is split.
+
+        Raises:
+            ValueError: the passes do not begin inside the last stage.
+        """
+        *others, last = self.stages
+        block = -1 if self.passes is None else self.passes.block
+        if not last.start < block < last.stop:
+            raise ValueError(f"passes begin at block {block}, which is not inside the last stage")
+        return replace(self, stages=(*others, replace(last, stop=block), replace(last, start=block)), passes=None)
 
     def first_gpu(self, rank: int) -> int:
         """The first of the GPUs of a pipeline rank; the others follow."""

@@ -203,6 +203,30 @@ def _backward(blocks: Sequence[BlockWork], overlap: Overlap, last: bool) -> Stre
     return device.streams(max(now, needed))
 
 
+def pass_intervals(compute_s: float, send_s: float, return_s: float, count: int, slowdown: float) -> Streams:
+    """Both streams while the blocks behind a switch run in passes (`ir.passes`); the `block` of a span is its pass.
+
+    A pass computes when its samples have come. Then the samples of the next are sent beside it, and its gradient goes
+    back when it has ended.
+
+    Args:
+        compute_s: forward and backward of one pass.
+        send_s, return_s: of its samples to all ranks, and of their gradient back.
+        count: passes, >= 1.
+        slowdown: see `Overlap`.
+    """
+    device, now = _Device(slowdown), 0.0
+    sent = device.issue("send", 0, send_s, now)
+    returned = 0.0
+    for index in range(count):
+        start = max(now, sent)
+        if index + 1 < count:
+            sent = device.issue("send", index + 1, send_s, start)
+        now = device.compute("pass", index, compute_s, start)
+        returned = device.issue("return", index, return_s, now)
+    return device.streams(max(now, returned))
+
+
 def _weight(blocks: Sequence[BlockWork]) -> Streams:
     device, now = _Device(0.0), 0.0
     for index in range(len(blocks) - 1, -1, -1):

@@ -18,6 +18,7 @@ from autopar.ir.inference import is_inference
 from autopar.ir.mesh import StageMesh
 from autopar.ir.offload import NOWHERE
 from autopar.ir.partition import partition
+from autopar.ir.passes import ORDERS, TURNS, UPDATES
 from autopar.ir.pipeline import FORWARD_ONLY, SCHEDULES, check_interleave, check_zero_bubble
 from autopar.ir.placement import Sharding, format_sharding, local_shape
 from autopar.ir.plan import SCHEMA_VERSION, Plan, Prediction
@@ -168,6 +169,7 @@ def _skeleton(plan: Plan) -> Iterator[Issue]:
         yield Issue("$.decisions.schedule", f"expected one of {', '.join(schedules)}, found {decisions.schedule!r}")
     yield from _zero_bubble(decisions)
     yield from _interleave(decisions)
+    yield from _passes(plan)
     yield from _stage_meshes(plan)
     yield from _stages(plan)
     yield from _types(plan)
@@ -216,6 +218,28 @@ def _interleave(decisions: Decisions) -> Iterator[Issue]:
             yield Issue(
                 f"$.decisions.stages[{i}]", f"another type or clock than chunk {i % num_ranks} of the same rank"
             )
+
+
+def _passes(plan: Plan) -> Iterator[Issue]:
+    """Whether what runs in passes is there, and divides."""
+    decisions, passes = plan.decisions, plan.decisions.passes
+    if passes is None or not decisions.stages:
+        return
+    sizes, last = {axis.name: axis.size for axis in decisions.mesh.axes}, decisions.stages[-1]
+    for name, known in (("order", ORDERS), ("update", UPDATES)):
+        if getattr(passes, name) not in known:
+            problem = f"expected one of {', '.join(known)}, found {getattr(passes, name)!r}"
+            yield Issue(f"$.decisions.passes.{name}", problem)
+    if not last.start < passes.block < last.stop:
+        yield Issue("$.decisions.passes.block", f"block {passes.block} is not inside the last stage")
+    if sizes.get(passes.axis, 1) < 2:
+        yield Issue("$.decisions.passes.axis", f"the mesh has no axis {passes.axis!r} of several ranks")
+    elif passes.order == TURNS and passes.count != sizes[passes.axis]:
+        yield Issue("$.decisions.passes.count", f"by turns there is one pass per rank of {passes.axis!r}")
+    if passes.count < 2 or plan.model.batch_size % (decisions.num_microbatches * max(1, passes.count)):
+        yield Issue("$.decisions.passes.count", f"a microbatch does not divide into {passes.count} passes")
+    if decisions.interleave > 1 or decisions.stage_meshes:
+        yield Issue("$.decisions.passes", "beside chunks of one rank, or stages of different meshes")
 
 
 def _types(plan: Plan) -> Iterator[Issue]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autopar.ir.graph import OpGraph
 from autopar.ir.partition import partition
@@ -25,6 +25,8 @@ def make_executor(
     state: Mapping[str, Tensor],
     mesh: RankMesh,
     options: RunOptions | None = None,
+    *,
+    behind: OpGraph | None = None,
 ) -> Executor:
     """Executor of one rank.
 
@@ -34,19 +36,26 @@ def make_executor(
         state: whole parameters, buffers and constants by value name, equal on all ranks.
         mesh: from `join_plan` or `serial_mesh`.
         options: of the run.
+        behind: captured at the size of a pass, for a plan with passes.
 
     Raises:
         RewriteError: if the decisions do not fit the graph.
     """
+    from autopar.errors import RewriteError
+    from autopar.rewrite.passes import build_in_passes
     from autopar.rewrite.program import build_stage
     from autopar.runtime.compiled import compiled_program
     from autopar.runtime.executor import Executor, RunOptions
 
     options = options or RunOptions()
-    programs = [
-        build_stage(graph, decisions, stage, mesh.coordinate, axes=mesh.axes, device=options.device, seed=options.seed)
-        for stage in range(mesh.stage, len(decisions.stages), mesh.num_stages)
-    ]
+    place: dict[str, Any] = {"axes": mesh.axes, "device": options.device, "seed": options.seed}
+    own = list(range(mesh.stage, len(decisions.stages), mesh.num_stages))
+    in_passes = own[-1:] if decisions.passes is not None and own[-1] == len(decisions.stages) - 1 else []
+    programs = [build_stage(graph, decisions, k, mesh.coordinate, **place) for k in own if k not in in_passes]
+    if in_passes:
+        if behind is None:
+            raise RewriteError("the plan has passes: their program needs the model captured at the size of a pass")
+        programs.append(build_in_passes(graph, behind, decisions, mesh.coordinate, **place))
     if options.compile:
         programs = [compiled_program(program, options.compile) for program in programs]
     return Executor(graph, decisions, programs, state, mesh=mesh, options=options)
@@ -118,13 +127,16 @@ def read_rows(
 ) -> tuple[int, ...]:
     """Samples of a microbatch that the ops of a rank read, in order; () for a stage that reads no input.
 
-    A rank that shares its samples with others in another way than in equal parts is given all of them.
+    A rank that shares its samples with others in another way than in equal parts is given all of them; so is one that
+    runs in passes, each of which has samples of all ranks.
     """
     from autopar.rewrite.layout import layout_of
 
     decisions = decisions.at(stage)
     layout, parts = layout_of(graph, decisions), partition(graph, decisions.stages)
     ops = [op for part in parts[stage::num_stages] for op in part.ops]
+    if decisions.passes is not None and stage == num_stages - 1:
+        return tuple(range(graph.batch_size))
     rows: set[int] = set()
     for value in graph.outside("input"):
         if value.batch_dim is None:

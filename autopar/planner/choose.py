@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from autopar.cost.mixed import MixedCluster, MixedTables, mixed_tables
 from autopar.cost.predict import predict
 from autopar.cost.table import CostTables
-from autopar.errors import InfeasibleError, Remedy
+from autopar.errors import InfeasibleError, InputError, Remedy
 from autopar.ir.graph import OpGraph
 from autopar.ir.pipeline import FORWARD_ONLY
 from autopar.ir.plan import Baseline, Prediction
@@ -23,6 +23,7 @@ from autopar.ir.quantity import Quantity
 from autopar.ir.solution import KEPT, Decisions, Limits, Objective, Pins, Solution
 from autopar.ir.verify import broken_limits, limited_figures
 from autopar.planner.cuts import with_even_cuts
+from autopar.planner.passes import with_passes
 from autopar.planner.pinned import check_constraints, check_inference, check_offload
 from autopar.planner.request import PlanRequest, Target
 from autopar.planner.variants import Variants
@@ -149,8 +150,8 @@ class Chooser:
             decisions = replace(decisions, stages=tuple(stages))
         decisions = replace(decisions, offload=pins.offload)
         if len(decisions.stages) > 1 and (pins.even_cuts or (pins.interleave or 1) > 1):
-            return with_even_cuts(decisions, self.graph, pins.interleave or 1)
-        return decisions
+            decisions = with_even_cuts(decisions, self.graph, pins.interleave or 1)
+        return with_passes(self.graph, decisions, pins)
 
     def _search(self, tables: CostTables | MixedTables, limits: Limits) -> Solution:
         request = self.request
@@ -181,12 +182,26 @@ class Chooser:
             self.progress(f"searching: {found}; Ctrl-C takes the best")
 
     def _candidates(self, tables: CostTables | MixedTables, solution: Solution) -> list[Candidate]:
+        if self.request.pins.pass_order is not None:
+            return self._in_passes(tables, solution)
         found = [self.candidate(tables, solution.decisions, formula=solution.objective_value)]
         found += [self.candidate(tables, decisions) for decisions in solution.contenders]
         if isinstance(tables, CostTables) and self.keep == "none" and not self.graph.is_inference:
             variants = Variants(self.graph, tables, self.request.pins)
             searched = (solution.decisions, *solution.contenders)
             found += [self.candidate(own, other) for decisions in searched for own, other in variants.of(decisions)]
+        return found
+
+    def _in_passes(self, tables: CostTables | MixedTables, solution: Solution) -> list[Candidate]:
+        """What of the search's answers can run in the passes that are pinned. Raises InputError where nothing can."""
+        found, faults = [], []
+        for decisions in (solution.decisions, *solution.contenders):
+            try:
+                found.append(self.candidate(tables, decisions))
+            except InputError as error:
+                faults.append(error)
+        if not found:
+            raise InputError(str(faults[0])) from faults[0]
         return found
 
     def baselines(self) -> tuple[tuple[Baseline, ...], tuple[Candidate, ...]]:
@@ -252,7 +267,8 @@ def describe(decisions: Decisions) -> str:
     """`dp=4 x tp=2, pp=2, microbatches=8`."""
     mesh = mesh_words(decisions)
     chunks = f" x {decisions.interleave} chunks" if decisions.interleave > 1 else ""
-    return f"{mesh}, pp={decisions.num_ranks}{chunks}, microbatches={decisions.num_microbatches}"
+    passes = "" if decisions.passes is None else f", passes={decisions.passes.count} by {decisions.passes.order}"
+    return f"{mesh}, pp={decisions.num_ranks}{chunks}, microbatches={decisions.num_microbatches}{passes}"
 
 
 def simulated(tables: CostTables | MixedTables, decisions: Decisions, limits: Limits) -> tuple[Decisions, Prediction]:

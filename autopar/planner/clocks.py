@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from autopar.cost.passes import costs_at
 from autopar.cost.predict import predict, transfers_s
-from autopar.cost.stages import StageCost, stage_costs
+from autopar.cost.stages import StageCost
 from autopar.cost.table import CostTables
 from autopar.errors import InputError
 from autopar.ir.clocks import ClockedStep, ClockPoint, StageClocks
@@ -275,14 +276,10 @@ def clock_problem(tables: CostTables, decisions: Decisions, *, free: bool = True
 
 def _choices(tables: CostTables, decisions: Decisions, *, free: bool) -> list[list[tuple[float, StageCost]]]:
     """Of every stage: clocks, the highest first, with its prices there; all of them, or its own alone."""
-    table = tables.table(decisions.mesh, decisions.num_microbatches)
-    figures = tables.clock_figures(decisions.mesh, decisions.num_microbatches)
-    if table is None or figures is None:
-        raise InputError(f"the batch does not divide into {decisions.num_microbatches} microbatches")
     every = tables.clocks_hz
     clocks = [every if free else (stage.clock_hz or every[0],) for stage in decisions.stages]
     used = sorted({hz for own in clocks for hz in own}, reverse=True)
-    prices = {hz: stage_costs(tables, figures.at(table, every.index(hz)), decisions) for hz in used}
+    prices = {hz: costs_at(tables, decisions, every.index(hz)) for hz in used}
     return [[(hz, prices[hz][stage]) for hz in own] for stage, own in enumerate(clocks)]
 
 

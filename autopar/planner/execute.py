@@ -12,19 +12,28 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autopar.clocks.hold import Held
-from autopar.errors import InputError, PlanMismatchError, VerifyError
+from autopar.errors import InputError, VerifyError
 from autopar.ir.graph import OpGraph
 from autopar.ir.hosts import Hosts
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
 from autopar.ir.run import RunSettings
 from autopar.ir.serialize import dump_plan, parse_plan
-from autopar.ir.serialize_graph import graph_hash
 from autopar.meters import node_reading
 from autopar.planner.again import plan_for_world
 from autopar.planner.assemble import input_form, make_executor, make_serial_executor
+from autopar.planner.behind import (
+    LEARNING_RATE,
+    SerialStep,
+    check_settings,
+    compare_updates,
+    graph_of_pass,
+    is_updated_in_passes,
+    updates_words,
+)
 from autopar.planner.clock_file import switched_clocks
 from autopar.planner.run_energy import RunEnergy, Window, run_energy
+from autopar.planner.same_model import check_names, check_same_model
 from autopar.planner.settings import BoardSettings, held_boards, node_ranks, switching_of
 
 if TYPE_CHECKING:
@@ -53,6 +62,7 @@ class VerifyReport:
         worst_parameter: whose gradient has the largest error.
         eager_error: the captured graph against the user's eager model in its own dtype; None where that cannot be
             compared because the model draws random numbers.
+        updates: what is updated within the step, of which the change is compared in place of the gradient; "": nothing.
     """
 
     num_processes: int
@@ -65,6 +75,7 @@ class VerifyReport:
     worst_gradient_error: float
     num_parameters: int
     eager_error: float | None
+    updates: str = ""
 
     def __str__(self) -> str:
         eager = "not compared (random numbers)" if self.eager_error is None else f"differs by {self.eager_error:.1e}"
@@ -75,6 +86,7 @@ class VerifyReport:
                 f"error {self.loss_error:.1e}",
                 f"  gradients  {self.num_parameters} parameters, largest error {self.worst_gradient_error:.1e}"
                 + (f" in {self.worst_parameter}" if self.worst_parameter else ""),
+                *([f"  updates    {self.updates}"] if self.updates else []),
                 f"  capture    against the eager model: {eager}",
             ]
         )
@@ -177,6 +189,7 @@ def run_plan(
         WorkerError: a process died.
     """
     settings = settings or RunSettings()
+    check_settings(plan, settings)
     settings.check_offload(plan.decisions.offload)
     arguments: dict[str, Any] = {"plan": dump_plan(plan), "settings": asdict(settings)}
     num_processes = plan.decisions.num_gpus
@@ -242,6 +255,7 @@ class Prepared:
         captured: at the microbatch size, in the model's own dtype.
         batch: whole global batch in graph order.
         state: parameters, buffers and constants by value name, equal on all ranks.
+        behind: the graph at the size of a pass, of a plan with passes; else None.
     """
 
     plan: Plan
@@ -249,6 +263,7 @@ class Prepared:
     captured: Captured
     batch: tuple[torch.Tensor, ...]
     state: Mapping[str, torch.Tensor]
+    behind: OpGraph | None = None
 
 
 def prepare(plan: Plan, device: str) -> Prepared:
@@ -269,31 +284,15 @@ def prepare(plan: Plan, device: str) -> Prepared:
     source = load_source(plan.model.source, plan.model.options)
     torch.manual_seed(SEED)
     captured = capture_for_run(source, batch_size=batch_size // count, device=device, num_microbatches=count)
-    _check_same_model(plan, captured, source)
+    check_same_model(plan, captured.graph, source)
     torch.manual_seed(SEED + 1)
     batch = sized_batch(source, batch_size, device)
     values = [v for origin in ("parameter", "buffer", "constant") for v in captured.graph.outside(origin)]
     state = {value.name: captured.tensor(value.name).detach().clone() for value in values}
-    return Prepared(plan, source, captured, batch, state)
-
-
-def _check_same_model(plan: Plan, captured: Captured, source: ModelSource) -> None:
-    """Rank 0 compares the whole graph at the global batch size; every rank compares the names of the ops."""
-    import torch.distributed as dist
-
-    from autopar.capture.export import capture
-
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        found = graph_hash(capture(source, batch_size=plan.model.batch_size).graph)
-        if found != plan.model.graph_hash:
-            raise PlanMismatchError(
-                f"the plan was made for another model or batch: {plan.model.source} had graph "
-                f"{plan.model.graph_hash[:12]}, now it is {found[:12]}; make the plan again"
-            )
-    names, planned = {op.name for op in captured.graph.ops}, set(plan.decisions.ops)
-    if names != planned:
-        shown = ", ".join(sorted(names ^ planned)[:5])
-        raise PlanMismatchError(f"the model has other ops at the microbatch size than in the plan: {shown}")
+    behind = graph_of_pass(plan, source)
+    if behind is not None:
+        check_names(plan, behind, "pass")
+    return Prepared(plan, source, captured, batch, state, behind)
 
 
 def run_options(plan: Plan, device: str) -> RunOptions:
@@ -320,6 +319,7 @@ class Reference:
         state, batch: as every executor takes them.
         serial: executor whose gradients are those of the step; `loss` is its loss.
         eager_error: see `VerifyReport`.
+        behind: see `Prepared`.
     """
 
     dtype: str
@@ -329,6 +329,7 @@ class Reference:
     serial: Executor
     loss: float
     eager_error: float | None
+    behind: OpGraph | None = None
 
 
 def make_reference(plan: Plan, dtype: str, device: str) -> Reference:
@@ -342,7 +343,8 @@ def make_reference(plan: Plan, dtype: str, device: str) -> Reference:
     batch = tuple(t.to(wanted) if t.is_floating_point() else t for t in ready.batch)
     serial = make_serial_executor(graph, state, run_options(plan, device), plan.decisions.num_microbatches)
     loss = serial.compute_gradients(batch)
-    return Reference(dtype, graph, state, batch, serial, loss, _eager_error(ready, device))
+    behind = None if ready.behind is None else promote(ready.behind, dtype)
+    return Reference(dtype, graph, state, batch, serial, loss, _eager_error(ready, device), behind)
 
 
 def compare_with(reference: Reference, executor: Executor, tolerance: float = FLOAT64_TOLERANCE) -> dict[str, Any]:
@@ -350,7 +352,12 @@ def compare_with(reference: Reference, executor: Executor, tolerance: float = FL
     from autopar.runtime.compare import compare
 
     loss = executor.compute_gradients(reference.batch)
-    found = compare(executor, loss, reference.serial, reference.loss)
+    if is_updated_in_passes(executor.decisions):
+        assert reference.behind is not None
+        serial = SerialStep(reference.graph, reference.behind, executor.decisions, reference.state, SEED)
+        found = compare_updates(executor, serial.run(reference.batch), reference.state, loss)
+    else:
+        found = compare(executor, loss, reference.serial, reference.loss)
     name, error = found.worst
     return {
         "num_processes": executor.decisions.num_gpus,
@@ -363,19 +370,23 @@ def compare_with(reference: Reference, executor: Executor, tolerance: float = FL
         "worst_gradient_error": error,
         "num_parameters": len(found.gradient_errors),
         "eager_error": reference.eager_error,
+        "updates": updates_words(executor.decisions),
     }
 
 
 def verify_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """One rank of `verify_plan`; the fields of the report."""
-    from autopar.runtime.executor import join_plan
+    from autopar.runtime.executor import OptimizerOptions, join_plan
     from autopar.runtime.processes import device_name, device_type
 
     plan = parse_plan(arguments["plan"])
     device = device_name()
     reference = make_reference(plan, arguments["dtype"], device)
     mesh = join_plan(reference.graph, plan.decisions, device_type())
-    executor = make_executor(reference.graph, plan.decisions, reference.state, mesh, run_options(plan, device))
+    options = run_options(plan, device)
+    if is_updated_in_passes(plan.decisions):
+        options = replace(options, optimizer=OptimizerOptions("sgd", LEARNING_RATE, 0.0))
+    executor = make_executor(reference.graph, plan.decisions, reference.state, mesh, options, behind=reference.behind)
     return compare_with(reference, executor, arguments["tolerance"])
 
 
@@ -434,7 +445,7 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     mesh = join_plan(graph, plan.decisions, device_type())
     options = replace(run_options(plan, device), optimizer=OptimizerOptions(max_norm=settings.clip_norm))
     options = replace(options, compile=settings.compile or options.compile)
-    executor = make_executor(graph, plan.decisions, ready.state, mesh, options)
+    executor = make_executor(graph, plan.decisions, ready.state, mesh, options, behind=ready.behind)
     del ready  # the whole model; the executor has its own parts
     start = start_of(plan, settings, options.optimizer.kind)
     course = Course(executor, settings, start, aliases=aliases, work=work_of_ranks(plan))

@@ -25,6 +25,7 @@ from autopar.capture.export import (
 from autopar.capture.model_source import ModelSource, as_arguments, leading_dim
 from autopar.capture.single import as_for_several
 from autopar.errors import CaptureError
+from autopar.ir.graph import OpGraph
 
 
 def capture_for_run(source: ModelSource, *, batch_size: int, device: str, num_microbatches: int = 1) -> Captured:
@@ -38,7 +39,7 @@ def capture_for_run(source: ModelSource, *, batch_size: int, device: str, num_mi
     """
     captured = capture(source, batch_size=batch_size)
     if batch_size == 1 and num_microbatches > 1:
-        captured = replace(captured, graph=as_for_several(captured.graph, capture(source, batch_size=2).graph))
+        captured = replace(captured, graph=_as_for_several(source, captured.graph))
     for name, constant in captured.constants.items():
         if constant.is_meta:
             raise CaptureError(f"{source.text}: the model makes a tensor on the meta device that it reads as {name}")
@@ -50,6 +51,16 @@ def capture_for_run(source: ModelSource, *, batch_size: int, device: str, num_mi
         constants={name: constant.to(device) for name, constant in captured.constants.items()},
         inputs=sized_batch(source, batch_size, device),
     )
+
+
+def graph_of_part(source: ModelSource, batch_size: int) -> OpGraph:
+    """The graph for one of several parts of a batch, of `batch_size` samples; ops and names are those of the whole."""
+    graph = capture(source, batch_size=batch_size).graph
+    return _as_for_several(source, graph) if batch_size == 1 else graph
+
+
+def _as_for_several(source: ModelSource, single: OpGraph) -> OpGraph:
+    return as_for_several(single, capture(source, batch_size=2).graph)
 
 
 def sized_batch(source: ModelSource, batch_size: int, device: str) -> tuple[torch.Tensor, ...]:

@@ -22,6 +22,7 @@ from autopar.ir.plan import ModelReference, Plan
 from autopar.ir.serialize import dump_plan, parse_plan
 from autopar.ir.serialize_graph import graph_hash
 from autopar.planner.assemble import make_executor, make_serial_executor
+from autopar.planner.behind import graph_of_pass, is_updated_in_passes
 from autopar.planner.cache import cached_plan
 from autopar.planner.execute import run_options
 from autopar.planner.request import PlanRequest, choose_target
@@ -250,7 +251,13 @@ def _start(
         executor = make_serial_executor(captured.graph, state, options, num_microbatches)
     else:
         mesh = join_plan(captured.graph, plan.decisions, device_type())
-        executor = make_executor(captured.graph, plan.decisions, state, mesh, options)
+        if is_updated_in_passes(plan.decisions):
+            raise InputError(
+                "the plan updates parameters after each pass (fc_update=pass), but a loop of your own does so once a "
+                "step: plan without, or train with 'autopar run'"
+            )
+        behind = graph_of_pass(plan, source)
+        executor = make_executor(captured.graph, plan.decisions, state, mesh, options, behind=behind)
     return Session(plan, captured, executor, _start_of(source, captured, training, batch_size))
 
 

@@ -1,8 +1,8 @@
-"""Variants of a plan that the search does not enumerate: other recompute policies, and interleaved pipelines.
+"""Variants of a plan that the search does not enumerate: other recompute policies, interleaved pipelines, and passes.
 
 The search decides between no and full recompute on every stage, and knows pipelines of one chunk per rank. Each of its
-plans is therefore tried again with the policies in between and with more chunks per rank; simulation decides. The
-strategies of ops and parameters stay.
+plans is therefore tried again with the policies in between and with more chunks per rank; simulation decides. So are
+the exact schemes of passes (`ir.passes`). The strategies of ops and parameters stay.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from dataclasses import replace
 
 from autopar.cost.table import CostTables
 from autopar.ir.graph import OpGraph
+from autopar.ir.offload import Offload
 from autopar.ir.solution import KEPT, Decisions, Pins
 from autopar.planner.cuts import with_even_cuts
+from autopar.planner.passes import TOKEN_LOSS, schemes
 from autopar.rules.recompute import layers
 
 MOST_CHUNKS = 6
@@ -39,7 +41,18 @@ class Variants:
         for tables, found in policies:
             if found is not decisions:
                 yield tables, found
+            yield from ((tables, scheme) for scheme in self._schemes(found))
             yield from ((tables, with_even_cuts(found, self.graph, chunks)) for chunks in self._chunks(found))
+
+    def _schemes(self, decisions: Decisions) -> Iterator[Decisions]:
+        """Passes behind a switch from data to tensor parallelism, where nothing that is pinned speaks against them.
+
+        Not for losses over tokens, of which parts of a batch may ignore more or less than others.
+        """
+        loss = self.graph.producers()[self.graph.loss]
+        is_free = not self.pins.ops and self.pins.offload == Offload()
+        if decisions.mesh.num_devices > 1 and is_free and loss.target != TOKEN_LOSS:
+            yield from schemes(self.graph, decisions)
 
     def _keeping(self, policy: str) -> CostTables:
         if policy not in self._tables:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from autopar.ir.passes import Passes, Runs
 from autopar.ir.placement import Sharding
 from autopar.program.collectives import AxisGroup
 from autopar.program.delayed import DelayedWeights
@@ -76,6 +77,25 @@ class BoundaryTensor:
 
 
 @dataclass(frozen=True)
+class Behind:
+    """The blocks behind a switch from data to tensor parallelism, of one pass.
+
+    Attributes:
+        program: receives what crosses the switch with the samples of all ranks of `axis`, and ends in the loss.
+        passes: of the plan.
+        axis: whose ranks gather each other's samples.
+        dims: of each received value, which counts samples.
+        runs: of each pass, its samples.
+    """
+
+    program: StageProgram
+    passes: Passes
+    axis: AxisGroup
+    dims: tuple[int, ...]
+    runs: tuple[Runs, ...]
+
+
+@dataclass(frozen=True)
 class StageProgram:
     """See the module docstring.
 
@@ -88,6 +108,7 @@ class StageProgram:
         parameters, buffers, constants, inputs: names of the outside values read, in graph order.
         updated_buffers: buffers that some op of the stage changes in place.
         stream, scope, keeper, delayed, axes: the objects that its nodes refer to.
+        behind: what of the stage runs in passes, with the names that it reads among those above; None: nothing does.
         entering, leaving: of inference, the placement in which each batch input comes in (the others: whole), and that
             in which each output made here leaves.
     """
@@ -109,6 +130,7 @@ class StageProgram:
     keeper: Keeper
     delayed: DelayedWeights
     axes: tuple[AxisGroup, ...]
+    behind: Behind | None = None
     entering: Mapping[str, Sharding] = field(default_factory=dict)
     leaving: Mapping[str, Sharding] = field(default_factory=dict)
 
@@ -116,7 +138,8 @@ class StageProgram:
     def draws_random(self) -> bool:
         """Some op draws from the random streams, or from torch's own."""
         segments = [s for s in (self.shared, *self.segments) if s is not None]
-        return any(_draws_random(node.target) for segment in segments for node in segment.nodes)
+        own = any(_draws_random(node.target) for segment in segments for node in segment.nodes)
+        return own or (self.behind is not None and self.behind.program.draws_random)
 
     @property
     def is_last(self) -> bool:

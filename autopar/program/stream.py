@@ -4,6 +4,8 @@ One object belongs to one stage program; the runtime advances it. Random masks d
 the global batch) alone, never on rank, mesh or microbatches, so every plan of a model drops the same elements; a rank
 draws the samples that it has. Of a tensor whose first dim does not hold the samples in equal parts, masks depend on the
 microbatch in place of the sample.
+
+A program that runs in passes has parts of a microbatch, in an order of their own: `runs` says which.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from autopar.ir.passes import Runs, cut_runs
 
 GROUP = 2**14
 """Numbers that are drawn with one seed at the least."""
@@ -30,6 +34,7 @@ class StreamState:
         step, microbatch: counted from 0.
         samples: in a microbatch.
         is_recomputing: a forward that only restores activations: buffers must not be updated again.
+        runs: which samples of the global batch the `samples` of this pass are; (): those of the microbatch in order.
     """
 
     seed: int = 0
@@ -37,6 +42,7 @@ class StreamState:
     microbatch: int = 0
     is_recomputing: bool = False
     samples: int = 1
+    runs: Runs = ()
 
     @contextmanager
     def at(self, microbatch: int, *, is_recomputing: bool) -> Iterator[None]:
@@ -55,7 +61,16 @@ class StreamState:
         """
         rows = shape[0] // self.samples if shape[0] % self.samples == 0 else shape[0]
         group = rows * max(1, GROUP // max(1, rows * math.prod(shape[1:])))
-        first = self.microbatch * shape[0] + start
+        if self.runs and shape[0] % self.samples == 0:
+            held = [(first * rows, count * rows) for first, count in self.runs]
+            pieces = [self._rows(op_name, shape, group, *run, device) for run in cut_runs(held, start, length)]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return self._rows(op_name, shape, group, self.microbatch * shape[0] + start, length, device)
+
+    def _rows(  # noqa: PLR0917 - a position and a length
+        self, op_name: str, shape: Sequence[int], group: int, first: int, length: int, device: torch.device
+    ) -> Tensor:
+        """Rows from `first` on, counted over the global batch, drawn by groups."""
         generator, parts = torch.Generator(device), []
         for index in range(first // group, -(-(first + length) // group)):
             generator.manual_seed(self._seed(f"{op_name}/{index}"))

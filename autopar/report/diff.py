@@ -12,7 +12,7 @@ from typing import Any
 
 from autopar.ir.plan import Plan
 from autopar.report.frontier import point_words
-from autopar.report.text import WIDTH, limits_words, table, wrapped
+from autopar.report.text import WIDTH, limits_words, passes_words, table, wrapped
 from autopar.units import format_bytes, format_joules, format_seconds, format_watts
 
 MOST_LINES = 20
@@ -70,6 +70,7 @@ def _settings(first: Plan, second: Plan) -> dict[str, tuple[str, str]]:
             "Limits": limits_words(plan) or "none",
             "Decision": f"{decisions.num_gpus} GPUs, {point_words(plan)}, {decisions.schedule}",
             "Stages": " ".join(f"{s.start}-{s.stop - 1}" for s in decisions.stages),
+            "Passes": "; ".join(passes_words(plan)) or "none",
             "Offload": decisions.offload.words or "nothing",
             "Pace": format_seconds(decisions.pace_s) if decisions.pace_s else "none",
         }

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from autopar.ir.graph import OpGraph
 from autopar.ir.inference import MODE_OPTION, is_inference
+from autopar.ir.passes import EACH_PASS, TURNS
 from autopar.ir.pin_fields import pin_words
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
@@ -129,11 +130,24 @@ def decision_words(plan: Plan) -> list[str]:
         f"{decisions.num_gpus} of {plan.cluster.num_gpus} GPUs: {mesh_words(plan)}",
         f"{decisions.num_microbatches} microbatch{many} of {size}, schedule {decisions.schedule}",
         *([] if is_inference(plan) else [f"recompute: {policies}"]),
+        *passes_words(plan),
         *([f"offloaded: {decisions.offload.words}"] if decisions.offload else []),
         *_types(plan),
         *_clocks(plan),
         *(words for i in range(len(decisions.mesh.axes)) for words in _parameters_on_axis(plan, i)),
     ]
+
+
+def passes_words(plan: Plan) -> list[str]:
+    """What runs in passes (`ir.passes`), in a sentence; [] without any."""
+    passes = plan.decisions.passes
+    if passes is None:
+        return []
+    samples = plan.model.batch_size // plan.decisions.num_microbatches // passes.count
+    whose = "those of one rank in turn" if passes.order == TURNS else "a share of every rank's"
+    how = "updated after each (approximate)" if passes.update == EACH_PASS else "gradients added up (exact)"
+    where = f"blocks from {passes.block} on, behind the switch on {passes.axis}"
+    return [f"{where}: {passes.count} passes of {samples} samples, {whose}; {how}"]
 
 
 def _decision(plan: Plan) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,14 +76,22 @@ def compare(distributed: Executor, loss: float, serial: Executor, serial_loss: f
         serial_loss: likewise.
     """
     expected = {name: serial.store.whole_gradient(name) for name in serial.store.items}
+    return agreement(distributed, distributed.store.whole_gradient, expected, loss, serial_loss)
+
+
+def agreement(
+    distributed: Executor,
+    found: Callable[[str], Tensor | None],
+    expected: Mapping[str, Tensor | None],
+    loss: float,
+    serial_loss: float,
+) -> Agreement:
+    """Compare what this rank finds of each of its parameters; every rank must call and gets the same answer."""
     floor = smallest_scale(expected.values())
-    errors = {
-        name: relative_error(distributed.store.whole_gradient(name), expected[name], floor)
-        for name in distributed.store.items
-    }
+    errors = {name: relative_error(found(name), expected[name], floor) for name in distributed.store.items}
     if dist.is_initialized():
         gathered: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, errors)
-        errors = {name: max(part.get(name, 0.0) for part in gathered) for name in serial.store.items}
+        errors = {name: max(part.get(name, 0.0) for part in gathered) for name in expected}
     loss_error = relative_error(torch.tensor(loss), torch.tensor(serial_loss))
     return Agreement(serial_loss, loss, loss_error, errors)

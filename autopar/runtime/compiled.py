@@ -36,7 +36,11 @@ def compiled_program(program: StageProgram, backend: str) -> StageProgram:
         raise InputError(f"unknown backend of torch.compile {backend!r}; known: {known}")
     made: dict[str, Callable[..., Any]] = {}
     shared = None if program.shared is None else _compiled(program.shared, backend, made)
-    return replace(program, shared=shared, segments=tuple(_compiled(s, backend, made) for s in program.segments))
+    behind = program.behind
+    if behind is not None:
+        behind = replace(behind, program=compiled_program(behind.program, backend))
+    segments = tuple(_compiled(s, backend, made) for s in program.segments)
+    return replace(program, shared=shared, segments=segments, behind=behind)
 
 
 def _compiled(segment: Segment, backend: str, made: dict[str, Callable[..., Any]]) -> Segment:

@@ -28,6 +28,7 @@ from autopar.errors import InputError
 from autopar.ir.graph import OpGraph
 from autopar.ir.offload import LEAST_BYTES, NOWHERE
 from autopar.ir.partition import partition
+from autopar.ir.passes import EACH_PASS
 from autopar.ir.pipeline import effective_schedule, splits_backward
 from autopar.ir.solution import Decisions
 from autopar.program.stage import BoundaryTensor, StageProgram
@@ -37,6 +38,7 @@ from autopar.runtime.lean_stage import LeanStage, ReshardingStage
 from autopar.runtime.mesh import RankMesh, join_mesh, join_meshes, serial_mesh
 from autopar.runtime.pace import Pacer
 from autopar.runtime.parameters import ParameterStore, StoredParameter, tied_stages
+from autopar.runtime.passes import PassRunner
 from autopar.runtime.places import make_place
 from autopar.runtime.resharding import make_cut
 from autopar.runtime.stage_runner import StageRunner
@@ -139,6 +141,8 @@ class Executor:
             master=dtype_of(options.master) if options.master else None,
         )
         readers = Counter(name for program in programs for name in program.parameters)
+        for behind in (program.behind for program in programs if program.behind is not None):
+            readers |= dict.fromkeys(behind.program.parameters, behind.passes.count)
         self.store.sum_early(readers)
         if options.overlap_gradients:
             self.store.overlap({name: decisions.num_microbatches * count for name, count in readers.items()})
@@ -149,12 +153,7 @@ class Executor:
         for program in self.programs:
             program.scope.deferred = self.store.complete_leaves()
         self.runners = [
-            StageRunner(
-                program,
-                buffers | self.store.leaves,
-                prefetch=options.prefetch_parameters,
-                activations=self._activations(),
-            )
+            self._make_runner(program, buffers | self.store.leaves)
             for program, buffers in zip(programs, self._buffers, strict=True)
         ]
         self.states = self._offloaded_states()
@@ -162,6 +161,27 @@ class Executor:
         self.optimizer = _make_optimizer(groups, self.options.optimizer)
         self._pacer = Pacer(decisions.pace_s)
         self._schedule = _make_schedule(self.runners, decisions, mesh, device) if mesh.pipeline else None
+
+    def _make_runner(self, program: StageProgram, state: Mapping[str, Tensor]) -> StageRunner:
+        behind = None
+        if program.behind is not None:
+            behind = PassRunner(
+                program.behind,
+                state,
+                self.graph.outside("input"),
+                num_microbatches=self.decisions.num_microbatches,
+                samples=self.graph.batch_size,
+                update=self._update_behind if program.behind.passes.update == EACH_PASS else None,
+            )
+        prefetch = self.options.prefetch_parameters
+        return StageRunner(program, state, prefetch=prefetch, activations=self._activations(), behind=behind)
+
+    def _update_behind(self) -> None:
+        """Update the parameters that have gradients between two passes: those behind the switch."""
+        behind = self.programs[-1].behind
+        assert behind is not None
+        with self.store.complete(behind.program.parameters):
+            self.optimizer.step()
 
     def _activations(self) -> OffloadedActivations | None:
         """Where a stage keeps what autograd saves; None: on the device."""
@@ -227,6 +247,8 @@ class Executor:
         for program in self.programs:
             program.scope.finish()
             program.stream.step += 1
+            if program.behind is not None:
+                program.behind.program.stream.step += 1
         self.store.sync_gradients()
         return self._begin_mean(losses)
 

@@ -9,7 +9,8 @@ their own in it, from which they are cast after the update; their gradients are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -221,6 +222,20 @@ class ParameterStore:
                 self._hand_over(item, self._tied_gradient(item))
             elif item.leaf.grad is not None:
                 self._hand_over(item, item.leaf.grad.contiguous())
+
+    @contextmanager
+    def complete(self, names: Iterable[str]) -> Iterator[None]:
+        """Run an update of some parameters before the step ends: of those whose gradients backward leaves complete."""
+        items = [self.items[name] for name in names]
+        for item in items:
+            if item.leaf.grad is not None:
+                self._hand_over(item, item.leaf.grad.contiguous())
+        yield
+        with torch.no_grad():
+            for item in items:
+                item.updated.grad = None
+                if item.updated.dtype != item.leaf.dtype:
+                    item.leaf.copy_(item.updated)
 
     def _hand_over(self, item: StoredParameter, gradient: Tensor) -> None:
         item.leaf.grad = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from autopar.program.gathered import Frame, wanted_of
 from autopar.program.recompute import checkpointed
 from autopar.program.stage import LOSS_OUTPUT, Segment, StageProgram, left_name
 from autopar.runtime.activations import OffloadedActivations
+
+if TYPE_CHECKING:
+    from autopar.runtime.passes import PassRunner
 
 
 class StageRunner(nn.Module):
@@ -27,6 +31,7 @@ class StageRunner(nn.Module):
         *,
         prefetch: bool = False,
         activations: OffloadedActivations | None = None,
+        behind: PassRunner | None = None,
     ) -> None:
         """Bind tensors.
 
@@ -35,6 +40,7 @@ class StageRunner(nn.Module):
             state: parameters (leaves), buffers and constants by value name.
             prefetch: gather the parameters of a segment while its neighbour computes.
             activations: takes what autograd saves elsewhere; None: it stays.
+            behind: runs what of the stage runs in passes.
         """
         super().__init__()
         self.program = program
@@ -45,6 +51,7 @@ class StageRunner(nn.Module):
         self._prefetch = prefetch
         self._activations = activations
         program.scope.pack_others = None if activations is None else activations.pack
+        self._behind = behind
         self._wanted = [
             [wanted_of(self._state[name], steps) for name, steps in segment.gathered] for segment in program.segments
         ]
@@ -53,10 +60,14 @@ class StageRunner(nn.Module):
         """Batch inputs of each microbatch of the next step, by value name."""
         self._microbatches = microbatches
         self._next = 0
+        if self._behind is not None:
+            self._behind.feed(microbatches)
 
     def forward(self, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The loss on the last stage, else what is sent on: contiguous, and never a received tensor itself."""
         values = self.run_blocks(received)
+        if self._behind is not None:
+            return self._behind.loss(self._next - 1, *(values[tensor.name] for tensor in self.program.sent))
         if self.program.is_last:
             return values[LOSS_OUTPUT]
         return tuple(_detached_alias(values[tensor.name]) for tensor in self.program.sent)

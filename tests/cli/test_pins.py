@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autopar.cli.pins import KEYS, SCHEMES, Pinned, parse_pins, pinned_options
+from autopar.cli.pins import KEYS, ONE_WEIRD_TRICK, Pinned, parse_pins, pinned_options
 from autopar.errors import InputError
 from autopar.ir.software import FUSIONS
 from autopar.ir.solution import Pins
@@ -34,7 +34,15 @@ from autopar.planner.software import chosen_software
         ("cp=2", None, {"dp": 1, "tp": 1, "cp": 2}, None),
         ("dp=8,ep=4,cp=1", None, {"dp": 8, "tp": 1, "ep": 4}, None),
         ("zero=2", None, {"zero": 2}, None),
-        ("pp=1,owt=a", None, {"pp": 1, "ops": SCHEMES["a"]}, None),
+        ("pp=1,owt=a", None, {"pp": 1, "ops": ONE_WEIRD_TRICK}, None),
+        ("owt=b", None, {"ops": ONE_WEIRD_TRICK, "pass_order": "turns"}, None),
+        (
+            "fc_update=pass,owt=c,passes=4",
+            None,
+            {"ops": ONE_WEIRD_TRICK, "pass_order": "shares", "num_passes": 4, "pass_update": "pass"},
+            None,
+        ),
+        ("switch=shares", None, {"pass_order": "shares"}, None),
         ("recompute=selective-op", None, {"recompute": "selective-op"}, None),
     ],
 )
@@ -55,7 +63,10 @@ def test_pins_in_words(text: str, batch: int | None, pins: dict[str, Any], batch
         ("dp=0", "at least 1"),
         ("dp=1.5", "a whole number"),
         ("zero=4", "expected one of 0, 1, 2, 3"),
-        ("owt=d", "--pin owt=d: expected one of a"),
+        ("owt=d", "--pin owt=d: expected one of a, b, c"),
+        ("owt=a,fc_update=pass", "--pin fc_update=pass: of passes behind a switch; add owt=b, owt=c or switch=shares"),
+        ("passes=4", "--pin passes=4: of passes behind a switch"),
+        ("owt=b,switch=shares", "--pin owt and switch=shares contradict one another"),
         ("schedule=x", "expected one of 1f1b, gpipe"),
         ("recompute=some", "expected one of none, full, selective, selective-op, alternate"),
         ("sp=yes,tp=2", "expected sp=on or sp=off"),

@@ -20,7 +20,9 @@ def peaks(arguments: Mapping[str, Any]) -> list[int]:
         ready = prepare(plan, "cpu")
         graph, mesh = ready.captured.graph, join_plan(ready.captured.graph, plan.decisions, "cpu")
         with LiveBytes() as live:
-            executor = make_executor(graph, plan.decisions, ready.state, mesh, run_options(plan, "cpu"))
+            executor = make_executor(
+                graph, plan.decisions, ready.state, mesh, run_options(plan, "cpu"), behind=ready.behind
+            )
             for _ in range(2):
                 executor.step(ready.batch)
         found.append(live.peak_bytes)
