@@ -23,9 +23,10 @@ from autopar.clocks.hold import Held, nearest_mhz
 from autopar.clocks.state import locked
 from autopar.errors import InputError
 from autopar.ir.clocks import ClockedStep
+from autopar.ir.pipeline import splits_backward
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import plan_json
-from autopar.ir.timeline import BACKWARD, FORWARD
+from autopar.ir.timeline import BACKWARD, FORWARD, WEIGHT
 from autopar.nvml import Board, NvmlError, open_nvml
 from autopar.report.clocks import clocks_json
 from autopar.search.clocks import work_name
@@ -54,9 +55,14 @@ class ClockSchedule:
             found[rank] = max(found.get(rank, 0.0), mhz)
         return found
 
+    @property
+    def has_halves(self) -> bool:
+        """Whether a backward is two instructions, between which a rank cannot tell when to change its clock."""
+        return any(work.startswith(WEIGHT) for _, work, _ in self.clocks_mhz)
+
     def is_switched(self, switch_s: float) -> bool:
-        """Whether instructions are long enough for clocks of their own."""
-        return self.shortest_s >= WORTH * switch_s
+        """Whether instructions get clocks of their own: they must be whole and long enough."""
+        return not self.has_halves and self.shortest_s >= WORTH * switch_s
 
     def of_rank(self, rank: int) -> list[tuple[str, int, float]]:
         """(work, microbatch, MHz) of a pipeline rank."""
@@ -94,10 +100,13 @@ def read_schedule(plan: Plan, name: str) -> ClockSchedule:
 
 def _check(plan: Plan, name: str, clocks: Mapping[tuple[int, str, int], float], made_for: str) -> None:
     decisions = plan.decisions
+    works = (
+        (FORWARD, BACKWARD, WEIGHT) if splits_backward(decisions.schedule, decisions.num_ranks) else (FORWARD, BACKWARD)
+    )
     expected = {
         (rank, work_name(work, chunk), microbatch)
         for rank in range(decisions.num_ranks)
-        for work in (FORWARD, BACKWARD)
+        for work in works
         for chunk in range(decisions.interleave)
         for microbatch in range(decisions.num_microbatches)
     }

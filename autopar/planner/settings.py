@@ -178,7 +178,13 @@ def _planned_gpu(plan: Plan, rank: int) -> str:
 
 
 def _schedule_words(schedule: ClockSchedule, switch_s: float) -> str:
-    count, takes = len(schedule.clocks_mhz), f"a change of clock takes {format_seconds(switch_s)} (assumed)"
+    count = len(schedule.clocks_mhz)
+    if schedule.has_halves:
+        return (
+            f"the schedule has clocks for {count} instructions, halves of backward among them: a GPU is locked to one "
+            "clock, the highest of its own; steps are no later than planned, but save less"
+        )
+    takes = f"a change of clock takes {format_seconds(switch_s)} (assumed)"
     shortest = f"the shortest of {count} instructions takes {format_seconds(schedule.shortest_s)}"
     if is_switched(schedule, switch_s):
         return f"{shortest} and {takes}: each GPU changes its clock between instructions"

@@ -114,6 +114,17 @@ def test_long_instructions_get_clocks_of_their_own(machine: Machine, tmp_path: P
     assert machine.is_clean()
 
 
+def test_halves_of_a_backward_share_the_highest_clock_of_their_board(machine: Machine, tmp_path: Path) -> None:
+    plan = tiny_plan()
+    plan = replace(plan, decisions=replace(plan.decisions, schedule="zero-bubble"))
+    halves = [(0, "W", (1305.0, 900.0)), (1, "W", (600.0, 600.0))]
+    settings = BoardSettings(schedule=schedule_file(tmp_path, [*ROWS, *halves]), switch_s=1e-6)
+    with held_boards(plan, settings, range(4), None, {}) as held:
+        assert switching_of(plan, settings, held, range(4), {}) is None
+        assert held.clocks_mhz == {0: 1305.0, 1: 1305.0, 2: 705.0, 3: 705.0}
+    assert "halves of backward" in held.notes[0]
+
+
 def test_clocks_are_not_changed_where_they_are_not_locked(machine: Machine, tmp_path: Path) -> None:
     machine.set(*(FakeBoard(name=H100, refused={"SetGpuLockedClocks": NO_PERMISSION}) for _ in range(4)))
     settings = BoardSettings(schedule=schedule_file(tmp_path, ROWS), switch_s=1e-4)
