@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from autopar.errors import InfeasibleError, InputError, Remedy
+from autopar.errors import InfeasibleError, InputError, PlanMismatchError, Remedy
 from autopar.ir.pin_fields import pin_fields, pin_words
 from autopar.ir.plan import Plan, SolverReport
 from autopar.ir.serialize import parse_plan
@@ -255,10 +255,13 @@ def _computed(plan: Plan, asked: _Asked, progress: Progress | None) -> Plan:
     command = Command(plan.model.source, plan.model.options, asked.request)
     try:
         found = parse_plan(finished_plan(command, progress).plan_text)
-    except InfeasibleError as error:
-        if plan.pinned is None or asked.request.pins != made_under(plan):
+    except (InfeasibleError, InputError) as error:
+        if plan.pinned is None or asked.request.pins != made_under(plan) or isinstance(error, PlanMismatchError):
             raise
-        free = Remedy("--unpin", f"searches without what the plan is pinned to ({pin_words(plan.pinned)})")
+        words = pin_words(plan.pinned)
+        if isinstance(error, InputError):
+            raise InputError(f"{error}; the plan is pinned to {words}: --unpin searches without") from error
+        free = Remedy("--unpin", f"searches without what the plan is pinned to ({words})")
         raise replace(error, remedies=(*error.remedies, free)) from error
     check_unchanged(plan, found.model.graph_hash)
     remember([found], asked.target)

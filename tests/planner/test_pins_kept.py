@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.cli.pins import parse_pins
-from autopar.errors import InfeasibleError, PlanMismatchError
+from autopar.errors import InfeasibleError, InputError, PlanMismatchError
 from autopar.ir.pin_fields import parse_pin_fields, pin_fields, pin_words
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import dump_plan, parse_plan, plan_json
@@ -102,6 +102,13 @@ def test_a_search_keeps_the_pins_and_says_how_to_drop_them(monkeypatch: pytest.M
         replan(plan, tmp_path / "p.json", Change(num_gpus=2), Means(compute=True, pins=Pins()))
     assert not caught.value.remedies
     assert asked == [Pins(dp=2, tp=1), Pins()]
+
+    def no_mesh(*_: object) -> None:
+        raise InputError("no mesh with dp=2")
+
+    monkeypatch.setattr(replanning, "finished_plan", no_mesh)
+    with pytest.raises(InputError, match="no mesh with dp=2; the plan is pinned to dp=2, tp=1: --unpin"):
+        replan(plan, tmp_path / "p.json", Change(num_gpus=1), Means(compute=True))
 
 
 def after_a_failure(monkeypatch: pytest.MonkeyPatch, plan: Plan, fits: Pins) -> tuple[list[Pins], list[str]]:
