@@ -19,7 +19,7 @@ from autopar.ir.mesh import StageMesh
 from autopar.ir.offload import NOWHERE
 from autopar.ir.partition import partition
 from autopar.ir.passes import ORDERS, TURNS, UPDATES
-from autopar.ir.pipeline import FORWARD_ONLY, SCHEDULES, check_interleave, check_zero_bubble
+from autopar.ir.pipeline import FORWARD_ONLY, SCHEDULES, check_interleave, check_zero_bubble, splits_backward
 from autopar.ir.placement import Sharding, format_sharding, local_shape
 from autopar.ir.plan import SCHEMA_VERSION, Plan, Prediction
 from autopar.ir.quantity import Quantity
@@ -238,8 +238,9 @@ def _passes(plan: Plan) -> Iterator[Issue]:
         yield Issue("$.decisions.passes.count", f"by turns there is one pass per rank of {passes.axis!r}")
     if passes.count < 2 or plan.model.batch_size % (decisions.num_microbatches * max(1, passes.count)):
         yield Issue("$.decisions.passes.count", f"a microbatch does not divide into {passes.count} passes")
-    if decisions.interleave > 1 or decisions.stage_meshes:
-        yield Issue("$.decisions.passes", "beside chunks of one rank, or stages of different meshes")
+    is_split = splits_backward(decisions.schedule, decisions.num_ranks)
+    if decisions.interleave > 1 or decisions.stage_meshes or is_split:
+        yield Issue("$.decisions.passes", "beside chunks of one rank, stages of different meshes, or zero-bubble")
 
 
 def _types(plan: Plan) -> Iterator[Issue]:

@@ -35,6 +35,7 @@ CASES = {
     "buckets, zero2, four microbatches": (WIDE, Pins(dp=2, tp=1, pp=1, num_microbatches=4, zero=2)),
     "bf16": ({**WIDE, PRECISION_OPTION: "bf16"}, Pins(dp=2, tp=1, pp=1, num_microbatches=2, zero=0)),
     "bf16, zero1": ({**WIDE, PRECISION_OPTION: "bf16"}, Pins(dp=2, tp=1, pp=1, num_microbatches=2, zero=1)),
+    "zero-bubble": (LONG, Pins(dp=1, tp=1, pp=2, num_microbatches=4, schedule="zero-bubble")),
     "first stage of eight microbatches": (WIDE, Pins(dp=1, tp=1, pp=2, num_microbatches=8)),
 }
 
