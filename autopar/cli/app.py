@@ -76,8 +76,9 @@ def invoke(arguments: Sequence[str]) -> int:
         hint = _usage_hint(error)
         return report_error(error.format_message() + hint, "usage", 2, as_json, {})
     except NetworkError as error:
-        told = error.is_told and not as_json
-        return error.exit_code if told else report_error(str(error), error.kind, error.exit_code, as_json, {})
+        if error.is_told:  # and the launcher may start this again, whose answer is the one for stdout
+            return error.exit_code
+        return report_error(str(error), error.kind, error.exit_code, as_json, {})
     except AutoparError as error:
         return report_error(str(error), error.kind, error.exit_code, as_json, error_details(error))
     except click.Abort as abort:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from autopar.errors import AutoparError, WorkerError
 from autopar.runtime.launch import Job, launch_local
 
-POLL_S = 0.01
+POLL_S = 0.02
 
 
 class Ranks:

@@ -46,6 +46,7 @@ def test_random_decisions_for_toy_models_on_two_processes() -> None:
     check(errors_on(2, "random_cases", models=TOYS, microbatches=[1, 2], count=6, seed=0), at_least=48)
 
 
+@pytest.mark.slow
 def test_random_decisions_for_toy_models_on_four_processes() -> None:
     check(errors_on(4, "random_cases", models=TOYS, microbatches=[2], count=6, seed=1), at_least=24)
 
@@ -59,7 +60,7 @@ def test_random_decisions_for_the_example_models_on_four_processes() -> None:
     check(errors_on(4, "random_cases", models=EXAMPLES, microbatches=[4], count=10, seed=3), at_least=100)
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_split_of_the_sequence_passes_through_whole_models(num_processes: int) -> None:
     check(errors_on(num_processes, "sequence_cases", models=("gpt2", "llama")), at_least=2 * num_processes)
 

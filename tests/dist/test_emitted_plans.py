@@ -1,7 +1,6 @@
 """Plans that the search emits for made-up networks compute the serial step, in float64, on real processes.
 
-Each example of hypothesis is a batch of (network, request) pairs that share one launch; starting processes is the
-expensive part.
+Each example of hypothesis is a batch of (network, request) pairs.
 """
 
 from __future__ import annotations
@@ -112,21 +111,37 @@ def check(made_up: list[Toy], num_processes: int) -> None:
 
 
 FEW_LAUNCHES = settings(
-    max_examples=3,
+    max_examples=1,
     derandomize=True,
     deadline=None,
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
 )
+MORE_LAUNCHES = settings(FEW_LAUNCHES, max_examples=4)
+
+
+def networks(num_processes: int) -> st.SearchStrategy[list[Toy]]:
+    return st.lists(toys(num_processes), min_size=NETWORKS_PER_LAUNCH, max_size=NETWORKS_PER_LAUNCH, unique=True)
 
 
 @FEW_LAUNCHES
-@given(st.lists(toys(2), min_size=NETWORKS_PER_LAUNCH, max_size=NETWORKS_PER_LAUNCH, unique=True))
+@given(networks(2))
 def test_on_two_processes(made_up: list[Toy]) -> None:
     check(made_up, 2)
 
 
 @FEW_LAUNCHES
-@given(st.lists(toys(4), min_size=NETWORKS_PER_LAUNCH, max_size=NETWORKS_PER_LAUNCH, unique=True))
+@given(networks(4))
 def test_on_four_processes(made_up: list[Toy]) -> None:
     check(made_up, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_more_of_them(num_processes: int) -> None:
+    @MORE_LAUNCHES
+    @given(networks(num_processes))
+    def compare(made_up: list[Toy]) -> None:
+        check(made_up, num_processes)
+
+    compare()

@@ -102,7 +102,7 @@ WAITED = r"rank 0 waited 5 s in {} \(wait_for_one in host_cases\.py\): rank 1 on
 @pytest.mark.parametrize(
     ("instead", "wait", "why"),
     [
-        ("sleep", "all_reduce", "lives but did not come to it"),
+        pytest.param("sleep", "all_reduce", "lives but did not come to it", marks=pytest.mark.slow),  # as in test_hung
         ("stop", "recv", r"silent for \d+ s; the process is stopped"),
     ],
 )
