@@ -82,9 +82,7 @@ def _moments(
     own = costs[rank :: decisions.num_ranks]
     gradients = sum(cost.state["gradients"] for cost in own)
     synced = sum((cost.synced for cost in own), Synced())
-    grown = 1.0 + float(synced.parts / max(synced.scattered, 1.0))
-    if synced.early:
-        grown = max(grown, float(2.0 * synced.early / synced.early_parts) + 1.0)
+    grown = 1.0 + (float(2.0 * synced.early / synced.early_parts) if synced.early else 0.0)
     bucket = min(slack * float(synced.room), max(cost.bucket_limit_bytes for cost in own))
     extra = _largest_block_bytes(costs, rank, decisions)
     work = max(cost.workspace_bytes for cost in own)

@@ -118,14 +118,12 @@ class Synced:
     def room(self) -> Any:
         """Bytes beyond all gradients at the worst moment.
 
-        That is when the largest bucket is filled and parts of others are there already; or, where only parts are left
-        of gradients, when updated parts lie side by side, gathered, and once more in gloo's copy. Of those scattered
-        early only parts count as gradients, so that their bucket is beyond them, and what it is copied from.
+        That is when the largest bucket is filled; buckets under way take the place of their gradients. Where only parts
+        are left of gradients, updated parts are gathered in less. Of those scattered early only parts count as
+        gradients, so that their bucket is beyond them, and what it is copied from, and the parts that are added.
         """
         bucket = np.maximum(self.largest, np.minimum(self.scattered, BUCKET_BYTES))
-        share = self.parts / np.maximum(self.scattered, 1.0)
-        gathering = self.parts - self.scattered + bucket * (2.0 + share)
-        late = np.maximum(np.minimum(self.summed, BUCKET_BYTES), np.maximum(bucket + self.parts, gathering))
+        late = np.maximum(np.minimum(self.summed, BUCKET_BYTES), bucket)
         early = np.maximum(self.early_largest, np.minimum(self.early, BUCKET_BYTES))
         return np.maximum(late, early * (2.0 + self.early_parts / np.maximum(self.early, 1.0)))
 

@@ -181,17 +181,17 @@ class ParameterPricer:
     def _room(self, sheet: ParameterSheet, own: Codes, exposed: Array, around: Around) -> Array:
         """Bytes at work while the block of a gathered parameter runs backward.
 
-        What is gathered stays until the block is over, so a gathered parameter takes room for its whole block, beside
-        what the ops need; software that gathers ahead also has the next block's, and all gradients of this one in the
-        precision of computation and in that of the reduction. Without it each gradient is reduced by itself.
+        A gathered parameter takes room for its whole block, beside what the ops need. It goes about when its gradient
+        comes, so that both together are little more than one block's; software that gathers ahead has the next block's
+        too. A block's gradients are scattered together, and late: the last block's are under way until this one's are
+        all there, then this one's, copied for it. They count as a block of gradients, in the precision of computation
+        and in that of the reduction.
         """
         whole = np.maximum(sheet.block_bytes[own] * sheet.whole_share[own], 1.0)
-        share, work = exposed / whole, around.work_bytes[own]
-        gathered, gradients = share * sheet.block_bytes[own], exposed
-        if self.software.prefetch_parameters:
-            reduce = self.software.reduce_bytes
-            copies = 1.0 if reduce is None else 1.0 + reduce / sheet.item_bytes[own]
-            gathered, gradients = share * (sheet.block_bytes + around.next_bytes)[own], gathered * copies
+        share, work, reduce = exposed / whole, around.work_bytes[own], self.software.reduce_bytes
+        copies = 1.0 if reduce is None else 1.0 + reduce / sheet.item_bytes[own]
+        ahead = around.next_bytes if self.software.prefetch_parameters else 0.0
+        gathered, gradients = share * (sheet.block_bytes + ahead)[own], share * sheet.block_bytes[own] * copies
         gradients = np.where(sheet.requires_grad[own] & self.training, gradients, 0.0)
         beside = np.where(around.makes_loss[own], np.maximum(work, gradients), work + gradients)
         room: Array = gathered + beside

@@ -110,8 +110,8 @@ def reduce_scatter_dim(x: Tensor, axis: AxisGroup, dim: int) -> Tensor:
 class SliceOfSum:
     """This rank's slice of a sum over ranks, under way.
 
-    Gloo has no reduce_scatter of its own: it sums a copy everywhere. The copy is what is spared here, and the slice has
-    memory of its own only once the sum is there.
+    The sum takes the place of this rank's terms; the slice has memory of its own only once it is there. Gloo has no
+    reduce_scatter of its own: it sums a copy everywhere. The copy is what is spared here.
     """
 
     def __init__(self, parts: Tensor, axis: AxisGroup) -> None:
@@ -119,19 +119,18 @@ class SliceOfSum:
         self._index = axis.index
         self._parts: Tensor | None = parts.view(axis.size, -1)
         self._mine: Tensor | None = None
+        group, row = axis.process_group, self._parts[axis.index]
         if parts.device.type == "cpu":
-            self._work: dist.Work = dist.all_reduce(self._parts, group=axis.process_group, async_op=True)
+            self._work: dist.Work = dist.all_reduce(self._parts, group=group, async_op=True)
         else:
-            self._mine = parts.new_empty(parts.numel() // axis.size)
-            self._work = _reduce_scatter_single(self._mine, parts.view(-1), group=axis.process_group, async_op=True)
+            self._work = _reduce_scatter_single(row, parts.view(-1), group=group, async_op=True)
 
     def wait(self) -> None:
         """Until the slice is there; the parts are let go."""
         if self._parts is None:
             return
         self._work.wait()
-        if self._mine is None:
-            self._mine = self._parts[self._index].clone()
+        self._mine = self._parts[self._index].clone()
         let_go(self._parts)
         self._parts = None
 

@@ -108,9 +108,9 @@ def test_a_gathered_parameter_takes_room_for_its_block_and_its_gradient() -> Non
     table = make(mlp_graph(8, (4, 8)), 2)
     node = node_of(table, "param:linear_0_weight")
     row = labels(node).index("zero3")
-    # weight 128 B and bias 32 B gathered, the weight's gradient, beside the ops of the block or before them
+    # weight 128 B and bias 32 B gathered, and their gradients, beside the ops of the block or before them
     work = max(min(other.workspace_bytes) for other in table.nodes if other.kind == "op")
-    assert node.workspace_bytes[row] == 128 + 32 + max(128, work)
+    assert node.workspace_bytes[row] == 128 + 32 + max(128 + 32, work)
     assert node.workspace_bytes[0] == 0
 
 

@@ -21,9 +21,8 @@ LONG = {"width": "256", "layers": "6", "batch": "4096"}
 WIDE = {"width": "1024", "layers": "6", "batch": "512"}
 """Activations outweigh parameters, and the other way round, where the buckets of gradients count."""
 MOST_ABOVE = 0.15
-BELOW = {"zero1": 0.06, "first stage of eight microbatches": 0.04}
-"""By how much a plan may be underrated: gloo lets buffers of the last step go late, by chance; what a stage sends lives
-until its backward, but counts in the next stage alone."""
+BELOW = {"first stage of eight microbatches": 0.04}
+"""By how much a plan may be underrated: what a stage sends lives until its backward, but counts in the next alone."""
 CASES = {
     "data": (LONG, Pins(dp=2, tp=1, pp=1, num_microbatches=1, zero=0)),
     "data, four microbatches": (LONG, Pins(dp=2, tp=1, pp=1, num_microbatches=4, zero=0)),
