@@ -39,13 +39,12 @@ def check_constraints(graph: OpGraph, pins: Pins) -> None:
 def check_inference(request: PlanRequest) -> None:
     """Raises InputError for what a plan that runs forward alone cannot have."""
     pins = request.pins
-    given = {"recompute": pins.recompute, "schedule": pins.schedule, "vpp": pins.interleave, "zero": pins.zero}
+    given: dict[str, object] = {"schedule": pins.schedule, "vpp": pins.interleave, "zero": pins.zero or None}
+    given |= {"recompute": None if pins.recompute == "none" else pins.recompute, "meshes": pins.meshes or None}
     given |= {"offload_optimizer": pins.offload_optimizer, "offload_activations": pins.offload_activations}
     wrong = [f"{name}={value}" for name, value in given.items() if value is not None]
     if wrong:
-        raise InputError(
-            f"--pin {','.join(wrong)}: of training alone; inference runs forward, and keeps nothing for it"
-        )
+        raise InputError(f"--pin {','.join(wrong)}: for training alone; inference runs forward and keeps nothing")
     if request.cluster is not None and len(request.cluster.groups) > 1:
         raise InputError("inference plans are for clusters of one type of GPU")
 
