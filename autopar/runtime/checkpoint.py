@@ -110,6 +110,14 @@ def _part(executor: Executor, item: StoredParameter, local: Tensor) -> Part:
     return Part(local, tuple(offsets), whole)
 
 
+def _own_parts(executor: Executor) -> dict[str, Part]:
+    """What this rank writes: stages on meshes of their own cut what they share otherwise; there the first writes it."""
+    parts, mesh = parts_of(executor), executor.mesh
+    others = [i.value.fqn for i in executor.store.items.values() if mesh.meshes and i.tied and i.tied[0] != mesh.stage]
+    left_out = {(kind, fqn) for kind in ("parameter", "optimizer") for fqn in others}
+    return {name: part for name, part in parts.items() if tuple(name.split("/")[:2]) not in left_out}
+
+
 class Saver:
     """Saves checkpoints of one executor, at once or while training goes on."""
 
@@ -131,7 +139,7 @@ class Saver:
     def save(self, executor: Executor, position: Position) -> None:
         """Write a checkpoint; every rank must call. What the last call left to do is finished first."""
         self.finish()
-        parts = parts_of(executor)
+        parts = _own_parts(executor)
         writer = _Writer(self._store, replace(position, num_gpus=_world()), self._aliases)
         tensors = {name: part.local for name, part in parts.items()}
         settings: dict[str, Any] = {"storage_writer": writer, "process_group": self._group}
