@@ -168,7 +168,7 @@ class CostTables:
         return times
 
     def table(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
-        """The table at the highest clock, or None where the batch does not divide.
+        """The table at the highest clock, or None where the batch does not divide or pins leave an op no choice.
 
         Raises:
             InputError: if a price is negative or not a number; names the op.
@@ -194,7 +194,7 @@ class CostTables:
                 found[name] = replace(found[name], meta=found[name].meta.with_shape(tuple(shape)))
         return found
 
-    def _make(self, mesh: StageMesh, num_microbatches: int) -> CostTable:
+    def _make(self, mesh: StageMesh, num_microbatches: int) -> CostTable | None:
         return _TableMaker(self, mesh, num_microbatches).make()
 
     def frame(self, active: tuple[bool, ...]) -> Frame:
@@ -272,11 +272,14 @@ class _TableMaker:
         self.frame = source.frame(tuple(size > 1 for size in mesh.sizes))
         self.sizes: Sizes = source.tensors.at(num_microbatches)
 
-    def make(self) -> CostTable:
+    def make(self) -> CostTable | None:
+        """The table; None where some op has no choice left."""
         source, frame, sizes, axis_sizes = self.source, self.frame, self.sizes, self.axis_sizes
         op_kept = frame.ops.keep(sizes, axis_sizes)
         parameter_kept = frame.parameters.keep(sizes, axis_sizes) if frame.parameters is not None else None
         forms = frame.forms(op_kept, parameter_kept.stored if parameter_kept else None, sizes, axis_sizes)
+        if not all(form.choices for form in forms):
+            return None
         wiring = frame.wiring(forms)
         results = self._result_pairs(forms)
         terms = frame.transfers.terms(source.cluster, self.mesh)

@@ -13,7 +13,16 @@ from autopar.ir.codec import DecodeError, decode, encode, parse_json
 from autopar.ir.solution import Pins
 
 TYPED: Mapping[str, str] = MappingProxyType(
-    {"num_microbatches": "m", "interleave": "vpp", "sequence": "sp", "true": "on", "false": "off"}
+    {
+        "num_microbatches": "m",
+        "interleave": "vpp",
+        "sequence": "sp",
+        "true": "on",
+        "false": "off",
+        "pass_order": "switch",
+        "num_passes": "passes",
+        "pass_update": "fc_update",
+    }
 )
 """Fields and values to what one types for them."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from autopar.cost.mixed import MixedCluster, MixedTables, mixed_tables
 from autopar.cost.predict import predict
 from autopar.cost.table import CostTables
-from autopar.errors import InfeasibleError, InputError, Remedy
+from autopar.errors import InfeasibleError, Remedy
 from autopar.ir.graph import OpGraph
 from autopar.ir.pipeline import FORWARD_ONLY
 from autopar.ir.plan import Baseline, Prediction
@@ -23,7 +23,7 @@ from autopar.ir.quantity import Quantity
 from autopar.ir.solution import KEPT, Decisions, Limits, Objective, Pins, Solution
 from autopar.ir.verify import broken_limits, limited_figures
 from autopar.planner.cuts import with_even_cuts
-from autopar.planner.passes import with_passes
+from autopar.planner.passes import schemes, with_passes
 from autopar.planner.pinned import check_constraints, check_inference, check_offload
 from autopar.planner.request import PlanRequest, Target
 from autopar.planner.variants import Variants
@@ -150,8 +150,8 @@ class Chooser:
             decisions = replace(decisions, stages=tuple(stages))
         decisions = replace(decisions, offload=pins.offload)
         if len(decisions.stages) > 1 and (pins.even_cuts or (pins.interleave or 1) > 1):
-            decisions = with_even_cuts(decisions, self.graph, pins.interleave or 1)
-        return with_passes(self.graph, decisions, pins)
+            return with_even_cuts(decisions, self.graph, pins.interleave or 1)
+        return decisions
 
     def _search(self, tables: CostTables | MixedTables, limits: Limits) -> Solution:
         request = self.request
@@ -194,15 +194,10 @@ class Chooser:
 
     def _in_passes(self, tables: CostTables | MixedTables, solution: Solution) -> list[Candidate]:
         """What of the search's answers can run in the passes that are pinned. Raises InputError where nothing can."""
-        found, faults = [], []
-        for decisions in (solution.decisions, *solution.contenders):
-            try:
-                found.append(self.candidate(tables, decisions))
-            except InputError as error:
-                faults.append(error)
-        if not found:
-            raise InputError(str(faults[0])) from faults[0]
-        return found
+        pins = self.request.pins
+        searched = [self._finished(decisions) for decisions in (solution.decisions, *solution.contenders)]
+        found = [self.candidate(tables, asked) for plain in searched for asked in schemes(self.graph, plain, pins)]
+        return found or [self.candidate(tables, with_passes(self.graph, searched[0], pins))]
 
     def baselines(self) -> tuple[tuple[Baseline, ...], tuple[Candidate, ...]]:
         """The plans of known families, and those of them that fit."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.errors import InputError
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.offload import Offload
 from autopar.ir.partition import StagePart, partition
-from autopar.ir.passes import EACH_PASS, EACH_STEP, ORDERS, TURNS, Passes
+from autopar.ir.passes import EACH_PASS, EACH_STEP, ORDERS, SHARES, TURNS, Passes
 from autopar.ir.placement import Sharding, format_sharding, local_shape
 from autopar.ir.solution import Decisions, Pins
 from autopar.ir.strategy import input_sharding, output_sharding
@@ -109,7 +109,7 @@ def _switches(
     graph: OpGraph, decisions: Decisions, part: StagePart, axis: int, dims: Mapping[str, int | None]
 ) -> int | None:
     """Ranks of outer axes that split samples too, if the axis splits those of all that the part receives, and of
-    nothing that the part makes of it; else None.
+    nothing that the part makes of it, while it is redistributed on no other axis; else None.
     """
     producers = graph.producers()
     forms = {n: _kept(decisions, producers[n], n) for n in part.received}
@@ -119,10 +119,20 @@ def _switches(
     readers = [op for _, ops in part.blocks for op in ops if set(op.inputs) & forms.keys() or _trains(graph, op)]
     if len(splitters) != 1 or any(_splits_samples(decisions, op, axis, dims) for op in readers):
         return None
-    if not any(_trains(graph, op) for op in readers):
+    if not any(_trains(graph, op) for op in readers) or _moves_elsewhere(decisions, readers, forms, axis):
         return None
     (all_axes,) = splitters
     return math.prod(decisions.mesh.sizes[i] for i in all_axes[:-1])
+
+
+def _moves_elsewhere(decisions: Decisions, readers: Sequence[Op], forms: Mapping[str, Sharding], axis: int) -> bool:
+    """Some reader needs a received value in another placement than it has, on another axis than the passes'."""
+    others = [i for i, size in enumerate(decisions.mesh.sizes) if size > 1 and i != axis]
+    for op in readers:
+        needed = [(forms[n], input_sharding(decisions.ops[op.name], i)) for i, n in enumerate(op.inputs) if n in forms]
+        if any(have[i] != need[i] for have, need in needed for i in others):
+            return True
+    return False
 
 
 def _kept(decisions: Decisions, producer: Op, name: str) -> Sharding:
@@ -222,10 +232,17 @@ def _name(graph: OpGraph, block: int) -> str:
     return graph.blocks[block].name
 
 
-def schemes(graph: OpGraph, decisions: Decisions) -> Iterator[Decisions]:
-    """The exact schemes that a plan can run in besides its own; none where it has no switch."""
-    for order in ORDERS:
-        try:
-            yield with_passes(graph, decisions, Pins(pass_order=order))
-        except InputError:
-            continue
+def schemes(graph: OpGraph, decisions: Decisions, pins: Pins | None = None) -> Iterator[Decisions]:
+    """The schemes in which a plan can run, as pinned or, without pins, exact; none where it has no switch.
+
+    Where the number of passes is free, they are two, four, and as many as ranks.
+    """
+    asked = [Pins(pass_order=order) for order in ORDERS] if pins is None else [pins]
+    ranks = {axis.size for axis in decisions.mesh.axes if axis.size > 1}
+    for own in asked:
+        is_free = own.pass_order == SHARES and own.num_passes is None
+        for count in sorted({2, 4} | ranks) if is_free else (own.num_passes,):
+            try:
+                yield with_passes(graph, decisions, replace(own, num_passes=count))
+            except InputError:
+                continue

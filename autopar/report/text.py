@@ -144,9 +144,9 @@ def passes_words(plan: Plan) -> list[str]:
     if passes is None:
         return []
     samples = plan.model.batch_size // plan.decisions.num_microbatches // passes.count
-    whose = "those of one rank in turn" if passes.order == TURNS else "a share of every rank's"
+    whose = f"those of one rank of {passes.axis} in turn" if passes.order == TURNS else "a share of each rank's"
     how = "updated after each (approximate)" if passes.update == EACH_PASS else "gradients added up (exact)"
-    where = f"blocks from {passes.block} on, behind the switch on {passes.axis}"
+    where = f"blocks from {passes.block} on, behind the switch from data to tensor parallelism"
     return [f"{where}: {passes.count} passes of {samples} samples, {whose}; {how}"]
 
 

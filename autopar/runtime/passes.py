@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autopar.ir.graph import Value
 from autopar.ir.passes import TURNS, Runs
-from autopar.program.collectives import SliceOfSum, all_gather_flat
+from autopar.program.collectives import Exchange, SliceOfSum, all_gather_flat
 from autopar.program.stage import Behind
 from autopar.runtime.stage_runner import StageRunner
 
@@ -132,7 +132,7 @@ class _Passes(torch.autograd.Function):
 class _Coming:
     """A tensor under way: `ready` when `work` is done."""
 
-    work: dist.Work
+    work: dist.Work | Exchange
     ready: Callable[[], Tensor]
 
     def wait(self) -> Tensor:
@@ -166,9 +166,10 @@ class _Sender:
         return _Coming(work, lambda: whole)
 
     def _share(self, x: Tensor, dim: int, index: int) -> _Coming:
-        axis, mine = self.behind.axis, self._slice(x, dim, index).contiguous()
+        axis, mine = self.behind.axis, self._slice(x, dim, index)
         every = x.new_empty((axis.size, *mine.shape))
-        work = all_gather_flat(every.view(-1), mine.view(-1), axis)
+        own = every[axis.index].copy_(mine)
+        work = all_gather_flat(every.view(-1), own.view(-1), axis)
         return _Coming(work, lambda: torch.cat(every.unbind(0), dim) if dim else every.flatten(0, 1))
 
     def _slice(self, x: Tensor, dim: int, index: int) -> Tensor:

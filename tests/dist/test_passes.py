@@ -45,7 +45,7 @@ def test_schemes_b_and_c_compute_the_gradients_of_the_whole_batch_or_those_of_an
     pins = (
         "pp=1,m=2,owt=b",
         "pp=1,m=1,owt=c,passes=4",
-        "pp=1,m=2,owt=c,fc_update=pass",
+        "pp=1,m=2,owt=c,passes=2,fc_update=pass",
         "pp=1,m=1,owt=b,fc_update=pass",
     )
     plans = [alexnet(text) for text in pins]
@@ -59,7 +59,7 @@ def test_schemes_b_and_c_compute_the_gradients_of_the_whole_batch_or_those_of_an
 
 def test_an_update_in_each_pass_is_that_of_loops_written_by_hand() -> None:
     """Rows of each pass are written out: by turns those of one rank of two, by shares a half of each rank's."""
-    plans = [alexnet(f"pp=1,m=2,{text},fc_update=pass", dropout="0") for text in ("owt=b", "owt=c")]
+    plans = [alexnet(f"pp=1,m=2,{text},fc_update=pass", dropout="0") for text in ("owt=b", "owt=c,passes=2")]
     turns, shares = [[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 1, 4, 5], [2, 3, 6, 7]]
     *right, wrong = on_ranks("by_hand", [*plans, plans[0]], rows=[turns, shares, turns[::-1]])
     for errors in right:
@@ -71,6 +71,7 @@ def test_an_update_in_each_pass_is_that_of_loops_written_by_hand() -> None:
 @pytest.mark.slow
 def test_passes_behind_two_stages_and_on_a_mesh_of_two_axes() -> None:
     plans = [
-        alexnet(text, 4) for text in ("pp=2,m=4,owt=c", "pp=2,m=4,owt=b,fc_update=pass", "pp=1,m=2,owt=c,passes=2")
+        alexnet(text, 4)
+        for text in ("pp=2,m=4,owt=c,passes=2", "pp=2,m=4,owt=b,fc_update=pass", "pp=1,m=2,owt=c,passes=2")
     ]
     check(on_ranks("verify_all", plans, 4))
