@@ -33,14 +33,15 @@ PLANNING |= {"--deadline", "--energy-budget", "--energy-price", "--gpu-hour-pric
 PLANNING |= {"--embodied-carbon", "--gpu-price", "--grid-carbon", "--lifetime", "--pue", "--steps", "--tariff"}
 PLANNING |= {"--utilisation", "--window"}
 PLANNING |= {"--clocks", "--cluster", "--network", "--pin", "--profile", "--time-limit", "--time-weight", "--use-all"}
-PLANNING |= {"--gpu-power-limit", "--precision"}
+PLANNING |= {"--gpu-power-limit", "--mode", "--precision"}
 OBJECTIVE = {"--energy-price", "--energy-weight", "--gap", "--gpu-hour-price", "--objective", "--time-weight"}
 OBJECTIVE |= {"--embodied-carbon", "--gpu-price", "--grid-carbon", "--lifetime", "--pue", "--steps", "--tariff"}
 OBJECTIVE |= {"--utilisation", "--window"}
 HOSTS = {"--master-addr", "--master-port", "--node-rank", "--nodes", "--timeout"}
 OPTIONS = {
     "plan": PLANNING | {"--json", "--no-cache", "--out", "--report", "--set"},
-    "run": {"--clip-norm", "--clock-schedule", "--compile", "--json", "--lock-clocks", "--set-power-limit", "--steps"}
+    "run": {"--clip-norm", "--clock-schedule", "--clock-switch-time"}
+    | {"--compile", "--json", "--lock-clocks", "--set-power-limit", "--steps"}
     | {
         "--adapt",
         "--async-checkpoints",
@@ -73,7 +74,7 @@ OPTIONS = {
     "clocks": {"--deadline", "--json", "--out", "--straggler"},
     "replan": {"--clocks", "--compute", "--deadline", "--energy-budget", "--gpu-hour-price", "--gpus", "--grid-carbon"}
     | {"--json", "--objective", "--out", "--peak-power", "--pin", "--power-cap", "--price", "--profile", "--pue"}
-    | {"--store"},
+    | {"--store", "--unpin"},
     "validate": {"--free", "--jobs", "--json", "--plot"},
 }
 
