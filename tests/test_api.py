@@ -98,6 +98,42 @@ def test_decorated_train_step_follows_the_eager_loop() -> None:
         train_step(Net(), example_batch())
 
 
+def test_a_loop_goes_on_from_what_it_saved(tmp_path: Path) -> None:
+    def decorated() -> autopar.api.TrainStep:
+        @autopar.autoparallel(learning_rate=1e-2)
+        def train_step(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+            return model(batch)
+
+        return train_step
+
+    def model() -> Net:
+        torch.manual_seed(0)
+        return Net()
+
+    first, second, kept = decorated(), decorated(), str(tmp_path / "kept")
+    with pytest.raises(InputError, match="nothing to save before its first step"):
+        first.save(kept)
+    net, again = model(), model()
+    assert first.resume(net, example_batch(), kept) == 0
+    losses = []
+    for step in range(4):
+        losses.append(first(net, example_batch()))
+        if step == 1:
+            first.save(kept)
+    assert second.resume(again, example_batch(), kept) == 2
+    assert [second(again, example_batch()) for _ in range(2)] == losses[2:]
+    assert second.session is not None
+    assert second.session.num_steps == 4
+
+
+def test_a_checkpoint_of_other_random_streams_is_refused(tmp_path: Path) -> None:
+    one, other = (autopar.parallelize(Net(), example_batch=example_batch(), seed=seed) for seed in (0, 3))
+    one.step(example_batch())
+    one.save(tmp_path)
+    with pytest.raises(InputError, match="was written with seed 0, and this run has 3"):
+        other.resume(tmp_path)
+
+
 def test_decorated_builders_stay_what_they_are() -> None:
     @autopar.autoparallel
     def build_model(*, width: int = 4) -> Net:

@@ -8,7 +8,14 @@ import pytest
 
 from autopar.errors import NetworkError, WorkerError
 from autopar.ir.hosts import Hosts
-from autopar.runtime.failures import is_cut, is_network_failure, waiting_message
+from autopar.runtime.failures import (
+    EndedError,
+    is_cut,
+    is_network_failure,
+    missing_ranks,
+    raise_ended,
+    waiting_message,
+)
 from autopar.runtime.hosts import Meeting
 from autopar.runtime.launch import Job, launch_local
 from autopar.runtime.liveness import Sight
@@ -49,6 +56,20 @@ def test_a_reason_is_told_before_its_effects() -> None:
 def test_who_lives_and_does_not_come_is_hung() -> None:
     message = told(TIMED_OUT, Sight({}, {1: "", 3: ""}, None))
     assert "rank 2 on node 1 (10.0.0.2) lives but did not come to it" in message
+
+
+def test_who_is_ended_by_a_launcher_tells_whom_it_missed() -> None:
+    try:
+        raise_ended(15, None)
+    except EndedError as error:
+        ended = error
+    gone = Sight({3: 2.0}, {1: "", 2: ""}, None)
+    message = waiting_message(ended, gone, rank=0, meeting=MEETING, peers=PEERS)
+    assert message.startswith("rank 0 was ended in its own work (test_who_is_ended")
+    assert "rank 3 on node 1 (10.0.0.2) silent for 2 s" in message
+    assert missing_ranks(ended, gone, 0, PEERS) == [3]
+    assert not missing_ranks(ended, Sight({}, {1: ""}, None), 0, PEERS)  # whoever is ended too has not failed
+    assert missing_ranks(RuntimeError(TIMED_OUT), Sight({}, {1: ""}, None), 0, PEERS) == [2, 3]
 
 
 def test_nobody_to_blame_is_said_too() -> None:
