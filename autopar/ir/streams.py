@@ -27,7 +27,7 @@ sum; no input that grows makes anything end earlier; hiding is never slower than
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.ir.timeline import StageTimes
 
@@ -232,6 +232,18 @@ def _weight(blocks: Sequence[BlockWork]) -> Streams:
     for index in range(len(blocks) - 1, -1, -1):
         now = device.compute("weight", index, blocks[index].weight_s, now)
     return device.streams(now)
+
+
+def one_after_other(first: Streams, then: Streams) -> Streams:
+    """Both, the second beginning where the first has stopped."""
+    begin = first.stop_s
+    later = [
+        tuple(replace(span, start_s=begin + span.start_s, stop_s=begin + span.stop_s) for span in spans)
+        for spans in (then.computation, then.communication)
+    ]
+    return Streams(
+        (*first.computation, *later[0]), (*first.communication, *later[1]), begin + then.needed_s, begin + then.stop_s
+    )
 
 
 def stream_intervals(blocks: Sequence[BlockWork], overlap: Overlap, phase: str) -> Streams:

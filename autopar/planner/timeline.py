@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from autopar.cost.footprint import memory_timeline
 from autopar.cost.predict import plan_costs, stage_tables, timeline_of
-from autopar.cost.stages import overlap_of
+from autopar.cost.stages import StageCost, overlap_of
 from autopar.ir.graph import OpGraph
 from autopar.ir.plan import Plan
 from autopar.ir.serialize_graph import graph_hash
-from autopar.ir.streams import PASSES, stream_intervals
+from autopar.ir.streams import PASSES, Overlap, Streams, one_after_other, stream_intervals
 from autopar.planner.choose import Chooser
 from autopar.planner.plan import capture_graph
 from autopar.planner.request import PlanRequest, Progress, choose_target, say_nothing
@@ -46,7 +46,7 @@ def make_detail(
     tables = chooser.tables(request.pins)
     costs, _ = plan_costs(tables, decisions)
     passes = tuple(
-        {name: stream_intervals(cost.works(), overlap_of(own), name) for name in PASSES}
+        {name: _streams(cost, overlap_of(own), name) for name in PASSES}
         for cost, own in zip(costs, stage_tables(tables, decisions), strict=True)
     )
     timeline = timeline_of(tables, costs, decisions)
@@ -60,3 +60,9 @@ def make_detail(
         ),
         splits=block_splits(decisions, graph),
     )
+
+
+def _streams(cost: StageCost, overlap: Overlap, name: str) -> Streams:
+    """Of one of PASSES; a forward ends in the passes behind a switch, if there are any."""
+    own = stream_intervals(cost.works(), overlap, name)
+    return own if cost.passing is None or name != "forward" else one_after_other(own, cost.passing)

@@ -31,8 +31,11 @@ COLLECTIVE = "beside"
 WORDS = MappingProxyType({
     "forward": "forward", "backward": "backward", "gather": "gather parameters", "regather": "gather parameters again",
     "scatter": "scatter gradients", "sync": "synchronise gradients", "weight": "gradients of weights",
+    "pass": "forward and backward of a pass", "send": "send samples to a pass", "return": "return a pass's gradient",
 })  # fmt: skip
-COLOURS_OF = MappingProxyType({"gather": "k8", "regather": "k2", "scatter": "k4", "sync": "k3"})
+COLOURS_OF = MappingProxyType(
+    {"gather": "k8", "regather": "k2", "scatter": "k4", "sync": "k3", "send": "k8", "return": "k4"}
+)
 """Of collectives on a stream of their own."""
 LANE = 0.55
 """Share of a rank's lane that its actions take; its collectives take the rest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from autopar.ir.streams import pass_intervals
 from autopar.ir.verify import verify
 from autopar.planner.plan import plan_model
 from autopar.planner.request import PlanRequest
+from autopar.planner.timeline import make_detail
 from autopar.report.diff import diff_report
+from autopar.report.page_detail import streams_section
 from autopar.report.text import plan_report
 
 ALEXNET = str(Path(__file__).resolve().parents[2] / "examples" / "alexnet.py")
@@ -69,6 +72,12 @@ def test_a_plan_with_passes_is_written_read_checked_and_told() -> None:
     assert "passes of" in text
     assert "in turn" in text
     assert max(map(len, text.splitlines())) <= 80
+    (streams,) = (own["forward"] for own in make_detail(plan).passes)
+    assert streams.stop_s == pytest.approx(plan.predicted.stages[0].forward_s.value)
+    assert Counter(span.kind for span in (*streams.computation, *streams.communication)) == {
+        "forward": 5, "pass": 8, "send": 8, "return": 8,
+    }  # fmt: skip
+    assert "send samples to a pass" in str(streams_section(make_detail(plan)))
     assert "Passes" in diff_report(alexnet("pp=1,m=1,owt=a", width="64"), plan, ("a", "b"))
     passes = plan.decisions.passes
     assert passes is not None
