@@ -34,6 +34,8 @@ from autopar.ir.strategy import (
 )
 
 SHOWN_ISSUES = 5
+UNEVEN_SCHEDULES = ("1f1b", "gpipe")
+"""Those that stages with meshes of their own run."""
 LIMIT_SLACK = 1e-6
 """Relative excess over a limit that counts as rounding."""
 
@@ -186,7 +188,7 @@ def _stage_meshes(plan: Plan) -> Iterator[Issue]:
         yield Issue(path, "expected equal names of axes on every stage")
     others = {
         "several chunks per rank": decisions.interleave > 1,
-        f"the schedule {decisions.schedule}": decisions.schedule not in ("1f1b", "gpipe"),
+        f"the schedule {decisions.schedule}": decisions.schedule not in UNEVEN_SCHEDULES,
         "offload": bool(decisions.offload),
         "several types of GPU": plan.cluster.description is not None,
     }

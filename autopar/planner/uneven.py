@@ -14,7 +14,9 @@ from autopar.cost.hardware import Cluster
 from autopar.cost.mixed import MixedTables
 from autopar.cost.table import CostTables
 from autopar.errors import InfeasibleError, InputError, PlanMismatchError
+from autopar.ir.graph import OpGraph
 from autopar.ir.solution import Decisions, Limits, Pins, StageChoice
+from autopar.ir.verify import UNEVEN_SCHEDULES
 from autopar.planner.choose import Candidate, Choice, Chooser, overdrawn_error
 from autopar.planner.cuts import even_starts
 from autopar.rules.stage_meshes import joined
@@ -47,7 +49,7 @@ class UnevenChooser:
         """
         if isinstance(tables, MixedTables):
             raise InputError("--pin meshes=...: for clusters of one type of GPU")
-        self._check(len(tables.graph.blocks))
+        self._check(tables.graph)
         baselines = self.chooser.baselines()[0] if self.chooser.request.with_baselines else ()
         first = self._on_each_mesh(None)
         counts = {choice.candidate.decisions.num_microbatches for choice in first.values()}
@@ -72,9 +74,18 @@ class UnevenChooser:
         )
         return Choice(replace(best, formula=best.value), solution, baselines)
 
-    def _check(self, num_blocks: int) -> None:
-        meshes, num_gpus = self._pins.meshes, self.chooser.request.num_gpus
+    def _check(self, graph: OpGraph) -> None:
+        meshes, num_gpus, num_blocks = self._pins.meshes, self.chooser.request.num_gpus, len(graph.blocks)
         needed = sum(dp * tp for dp, tp in meshes)
+        if graph.is_inference:
+            raise InputError(
+                f"--pin meshes={words(self._pins)}: for training; stages of an inference plan have one mesh"
+            )
+        if self._pins.schedule not in (None, *UNEVEN_SCHEDULES):
+            known = " and ".join(UNEVEN_SCHEDULES)
+            raise InputError(
+                f"--pin meshes=...,schedule={self._pins.schedule}: stages with meshes of their own run {known}"
+            )
         if needed > num_gpus:
             raise InputError(f"--pin meshes={words(self._pins)}: needs {needed} GPUs, there are {num_gpus}")
         if len(meshes) > num_blocks:
