@@ -396,20 +396,27 @@ class _TableMaker:
 
     def _offload(self, nodes: Sequence[_Node], price: OffloadPrice) -> None:
         """Activations go elsewhere; some are on their way, or back, when the ops run."""
-        total = largest = 0.0
-        for index in self.frame.op_nodes:
+        total = floor = 0.0
+        for index, op in zip(self.frame.op_nodes, self.frame.op_list, strict=True):
             own = nodes[index].price
-            own.outside = found = outside(own.activation_bytes, own.forward_s, own.backward_s, price)
+            leaving = np.maximum(0.0, own.activation_bytes - self._input_bytes(op))
+            own.outside = found = outside(leaving, own.forward_s, own.backward_s, price)
             own.forward_s += found.forward_s
             own.backward_s += found.backward_s
             own.microbatch_j += 2.0 * found.num_bytes * price.j_per_byte
             own.activation_bytes -= found.num_bytes if price.leaves else 0.0
-            most = float(found.num_bytes.max(initial=0.0))
-            total += most * len(self.source.skeleton.nodes[index].blocks)
-            largest = max(largest, most)
-        room = min(total, max(price.window_bytes, AT_WORK * largest))
+            total += float(found.num_bytes.max()) * len(self.source.skeleton.nodes[index].blocks)
+            floor = max(floor, float(found.num_bytes.min()))
         for index in self.frame.op_nodes:
-            nodes[index].price.workspace_bytes += room
+            own = nodes[index].price
+            assert own.outside is not None
+            at_work = AT_WORK * np.maximum(floor, own.outside.num_bytes)
+            own.workspace_bytes += np.minimum(total, np.maximum(price.window_bytes, at_work))
+
+    def _input_bytes(self, op: Op) -> float:
+        """Of what an op saves, as much is part of the batch, which stays where it is."""
+        saved = [name for name in op.saved if self.source.graph.values[name].origin == "input"]
+        return float(sum(self.sizes.num_bytes[self.source.tensors.index[name]] for name in saved))
 
     def _add_slack(self, nodes: Sequence[_Node]) -> None:
         """What moves takes more from the device where that is metered."""
