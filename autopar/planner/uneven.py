@@ -78,14 +78,10 @@ class UnevenChooser:
         meshes, num_gpus, num_blocks = self._pins.meshes, self.chooser.request.num_gpus, len(graph.blocks)
         needed = sum(dp * tp for dp, tp in meshes)
         if graph.is_inference:
-            raise InputError(
-                f"--pin meshes={words(self._pins)}: for training; stages of an inference plan have one mesh"
-            )
+            raise InputError("--pin meshes=...: for training; the stages of an inference plan have one mesh")
         if self._pins.schedule not in (None, *UNEVEN_SCHEDULES):
             known = " and ".join(UNEVEN_SCHEDULES)
-            raise InputError(
-                f"--pin meshes=...,schedule={self._pins.schedule}: stages with meshes of their own run {known}"
-            )
+            raise InputError(f"--pin meshes=...,schedule={self._pins.schedule}: such stages run {known} alone")
         if needed > num_gpus:
             raise InputError(f"--pin meshes={words(self._pins)}: needs {needed} GPUs, there are {num_gpus}")
         if len(meshes) > num_blocks:
@@ -148,7 +144,9 @@ class UnevenChooser:
             for k, (plan, start, stop) in enumerate(zip(plans, cuts, stops, strict=True))
         ]
         try:
-            return self.chooser.candidate(tables, joined(tables.graph, plans, stages))
+            own = joined(tables.graph, plans, stages)
+            schedule = own.schedule if own.schedule in UNEVEN_SCHEDULES else UNEVEN_SCHEDULES[0]
+            return self.chooser.candidate(tables, replace(own, schedule=schedule))
         except PlanMismatchError:
             return None
 

@@ -94,6 +94,13 @@ def test_meshes_that_cannot_be_are_refused_in_one_line(meshes: tuple[tuple[int, 
     assert "\n" not in str(caught.value)
 
 
+def test_schedules_that_such_stages_do_not_run_are_refused() -> None:
+    pins = Pins(meshes=((2, 1), (1, 2)), roles=True, schedule="zero-bubble")
+    request = PlanRequest(4, gpu="a100-sxm-80gb", pins=pins, with_baselines=False)
+    with pytest.raises(InputError, match="such stages run 1f1b and gpipe alone"):
+        plan_graph(GRAPH, ModelReference("toy", {}, "", 0), request, choose_target(request))
+
+
 def test_memory_that_does_not_suffice_is_said() -> None:
     with pytest.raises(InfeasibleError, match="memory binds"):
         plan_on(((2, 1), (1, 1)), memory_bytes=1000)
