@@ -65,7 +65,7 @@ def trace_frontier(
     chooser.progress(f"tracing the frontier of {captured.graph.name} on up to {request.num_gpus} GPUs")
     found = frontier(
         tables,
-        pins=request.pins,
+        pins=chooser.searched(request.pins),
         limits=request.limits,
         use_all=request.use_all,
         num_points=num_points,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from autopar.cost.hardware import Cluster
 from autopar.errors import InfeasibleError, InputError, PlanMismatchError
 from autopar.ir.graph import OpGraph
+from autopar.ir.inference import require_training
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
 from autopar.ir.savings import CLOCKS, NUM_GPUS, PARALLELISATION, STAGE_CLOCKS, Savings, SavingStep
@@ -72,10 +73,11 @@ def split_savings(
         use_cache: take plans that were made before from the cache.
 
     Raises:
-        InputError: the plan is one of least time, or its GPUs are of several types.
+        InputError: the plan is for inference or one of least time, or its GPUs are of several types.
         PlanMismatchError: the model or the prices are no longer those that the plan was made with.
         InfeasibleError: no plan fits under these pins.
     """
+    require_training(plan, "autopar explain --savings")
     request = _request(plan, made_under(plan) if pins is None else pins)
     find = _Finder(plan, use_cache, progress or say_nothing)
     fastest, graph = find.with_graph(replace(request, objective=Objective("time")))
