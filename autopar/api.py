@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 from autopar.errors import InputError
 from autopar.ir.cluster import ClusterDescription
 from autopar.ir.hosts import DEFAULT_TIMEOUT_S
-from autopar.ir.inference import require_training
+from autopar.ir.inference import MODE_OPTION, TRAINING, require_training, source_options
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import load_plan
 from autopar.ir.software import PRECISION_OPTION
@@ -59,6 +59,7 @@ def plan(
     precision: str | None = None,
     cluster: ClusterDescription | None = None,
     time_limit_s: float | None = None,
+    mode: str = TRAINING,
 ) -> Plan:
     """Plan a model for up to `gpus` GPUs.
 
@@ -73,6 +74,7 @@ def plan(
         limits: deadline, energy budget and power caps of a step.
         clocks: `auto`: the plan may lock GPU clocks; `max`: it leaves them alone.
         precision: `bf16`: of a source file's model, beside a float32 copy; None: the model's own.
+        mode: `training`, or `inference`: the model of a source file is run forward alone.
         gpu_hour_price, energy_price: for the objective `cost`: per GPU and hour, and per kWh.
 
     Raises:
@@ -95,16 +97,15 @@ def plan(
         time_limit_s=time_limit_s,
         software=chosen_software(OWN_SOFTWARE, {}, precision),
     )
-    return _planned(model, options or {}, example_batch, precision, request)
+    return _planned(model, {**(options or {}), **source_options(mode, precision)}, example_batch, request)
 
 
-def _planned(
-    model: Model, options: Mapping[str, str], example_batch: Any, precision: str | None, request: PlanRequest
-) -> Plan:
+def _planned(model: Model, options: Mapping[str, str], example_batch: Any, request: PlanRequest) -> Plan:
     if isinstance(model, str):
-        return plan_model(model, options if precision is None else {**options, PRECISION_OPTION: precision}, request)
-    if precision is not None:
-        raise InputError("a precision is for a model of a source file, which other processes can build again")
+        return plan_model(model, options, request)
+    for option, name in ((PRECISION_OPTION, "a precision"), (MODE_OPTION, "inference")):
+        if option in options:
+            raise InputError(f"{name} is for a model of a source file, which other processes can build again")
     source = source_of(model, example_batch)
     return plan_source(source, request, name=source.text).plan
 

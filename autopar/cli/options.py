@@ -12,8 +12,8 @@ from autopar.cli.pins import parse_pins, pinned_options
 from autopar.cli.quantities import parse_bytes, parse_joules, parse_rate, parse_seconds, parse_watts
 from autopar.errors import InputError
 from autopar.ir.cluster import ClusterDescription
-from autopar.ir.inference import INFERENCE, MODE_OPTION, MODES, TRAINING
-from autopar.ir.software import PRECISION_OPTION, PRECISIONS
+from autopar.ir.inference import MODES, TRAINING, source_options
+from autopar.ir.software import PRECISIONS
 from autopar.ir.solution import OBJECTIVES, Limits, Objective
 from autopar.planner.cluster_file import read_cluster
 from autopar.planner.detect import detect_gpus
@@ -204,18 +204,10 @@ def _objective(options: Mapping[str, Any], economy: Economy | None) -> Objective
 def model_settings(model: str, settings: tuple[str, ...], options: Mapping[str, Any]) -> dict[str, str]:
     """Options of the model: those of `--set`, what `--pin` says of it, and `--precision`. Raises InputError."""
     found = pinned_options(model, parse_settings(settings), parse_pins(options["pin_text"] or "", options["batch"]))
-    mode, precision = options["mode"], options["precision"]
-    if mode not in MODES:
-        raise InputError(f"--mode {mode}: expected one of {', '.join(MODES)}")
-    if mode == INFERENCE and precision is not None:
-        raise InputError("--precision is for training: build the model in the dtype to infer in, e.g. --set dtype=...")
-    if mode == INFERENCE:
-        return {**found, MODE_OPTION: mode}
-    if precision is None:
-        return found
-    if precision not in PRECISIONS:
+    precision = options["precision"]
+    if precision not in (None, *PRECISIONS):
         raise InputError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}")
-    return {**found, PRECISION_OPTION: precision}
+    return {**found, **source_options(options["mode"], precision)}
 
 
 def parse_settings(settings: tuple[str, ...]) -> dict[str, str]:

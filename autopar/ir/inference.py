@@ -12,11 +12,25 @@ from autopar.errors import InputError
 from autopar.ir.graph import OpGraph, Value
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
+from autopar.ir.software import PRECISION_OPTION
 
 MODE_OPTION = "autopar:mode"
 """Option that a model is captured with for inference; absent for training."""
 TRAINING, INFERENCE = "training", "inference"
 MODES = (TRAINING, INFERENCE)
+
+
+def source_options(mode: str, precision: str | None) -> dict[str, str]:
+    """Options that say how a model is run, beside its own. Raises InputError for a mode that is none, or a precision
+    beside inference.
+    """
+    if mode not in MODES:
+        raise InputError(f"unknown mode {mode!r}: expected one of {', '.join(MODES)}")
+    if mode == INFERENCE and precision is not None:
+        raise InputError("a precision is for training: build the model in the dtype to infer in, e.g. --set dtype=...")
+    if mode == INFERENCE:
+        return {MODE_OPTION: mode}
+    return {} if precision is None else {PRECISION_OPTION: precision}
 
 
 def is_inference(plan: Plan) -> bool:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from autopar.ir.inference import is_inference, rates_of
 from autopar.ir.plan import Plan
 from autopar.ir.quantity import Quantity
 from autopar.ir.solution import Alternative
@@ -40,14 +41,23 @@ def figure_cards(plan: Plan) -> Markup:
     peak = max(predicted.peak_memory_bytes, key=lambda quantity: quantity.value)
     share = peak.value / plan.cluster.memory_bytes
     energy = f"TDP x time would say {format_joules(predicted.tdp_energy_j)}"
+    alone = is_inference(plan)
     cards = [
-        _card("Step time", predicted.step_time_s, format_seconds),
-        _card("Energy per step", predicted.energy_j, format_joules, energy),
+        _card("Latency of a batch" if alone else "Step time", predicted.step_time_s, format_seconds),
+        *([_rate_card(plan)] if alone else []),
+        _card(f"Energy per {'batch' if alone else 'step'}", predicted.energy_j, format_joules, energy),
         _card("Average power", predicted.average_power_w, format_watts, "GPUs and hosts"),
         _card("Peak power", predicted.peak_power_w, format_watts, "GPUs and hosts"),
         _card("Memory of the fullest GPU", peak, format_bytes, f"{share:.0%} of what is usable"),
     ]
     return tag("div", *cards, class_="cards")
+
+
+def _rate_card(plan: Plan) -> Markup:
+    """Throughput of a plan for inference."""
+    rates = rates_of(plan)
+    rate = rates.samples_per_s if rates.tokens_per_s is None else rates.tokens_per_s
+    return _card(f"Throughput, {rate.unit}", rate, lambda value: f"{value:,.4g}", "one batch after another")
 
 
 def _card(name: str, quantity: Quantity, show: Show, remark: str = "") -> Markup:
