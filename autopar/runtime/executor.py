@@ -160,7 +160,7 @@ class Executor:
         groups = [self.store.updated_parameters()] if self.states is None else self.states.groups
         self.optimizer = _make_optimizer(groups, self.options.optimizer)
         self._pacer = Pacer(decisions.pace_s)
-        self._schedule = _make_schedule(self.runners, decisions, mesh, device) if mesh.pipeline else None
+        self._schedule = _make_schedule(self.runners, decisions, mesh, device, _loss(graph)) if mesh.pipeline else None
 
     def _make_runner(self, program: StageProgram, state: Mapping[str, Tensor]) -> StageRunner:
         behind = None
@@ -407,12 +407,17 @@ def _make_optimizer(groups: Sequence[list[nn.Parameter]], options: OptimizerOpti
     raise InputError(f"unknown optimizer {options.kind!r}: adamw or sgd")
 
 
+def _loss(graph: OpGraph) -> BoundaryTensor:
+    dtype = graph.values[graph.loss].meta.dtype if graph.loss else "float32"
+    return BoundaryTensor("loss", (), dtype, requires_grad=True)
+
+
 def _make_schedule(
-    runners: Sequence[StageRunner], decisions: Decisions, mesh: RankMesh, device: str
+    runners: Sequence[StageRunner], decisions: Decisions, mesh: RankMesh, device: str, loss: BoundaryTensor
 ) -> PipelineScheduleSingle | PipelineScheduleMulti:
     """The engine's schedule over static shapes."""
     count = decisions.num_microbatches
-    stages = [_make_stage(runner, mesh, device) for runner in runners]
+    stages = [_make_stage(runner, mesh, device, loss) for runner in runners]
 
     def mean_loss(loss: Tensor, _: Tensor) -> Tensor:
         return loss / count
@@ -428,9 +433,8 @@ def _make_schedule(
     return kind(stages[0], count, loss_fn=mean_loss, scale_grads=False)
 
 
-def _make_stage(runner: StageRunner, mesh: RankMesh, device: str) -> PipelineStage:
+def _make_stage(runner: StageRunner, mesh: RankMesh, device: str, loss: BoundaryTensor) -> PipelineStage:
     program = runner.program
-    loss = BoundaryTensor("loss", (), "float32", requires_grad=True)
     place = (runner, program.stage, program.num_stages, torch.device(device))
     settings: dict[str, Any] = {
         "input_args": _examples(program.received),
