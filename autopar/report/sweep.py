@@ -119,11 +119,15 @@ def sweep_report(plans: Sequence[Plan], missing: Sequence[tuple[int, str]], runs
         base, most = plans[0].decisions.num_gpus, cheaper_up_to(plans)
         less = "no number takes" if most is None else f"up to {most} take"
         lines += wrapped("Break-even", f"{less} less energy than {base}")
-        lines += wrapped("Base", f"{base} GPUs for speed-up, efficiency and E/E1; {', '.join(labels)}")
+        lines += wrapped("Base", f"{_gpus(base)} for speed-up, efficiency and E/E1; {', '.join(labels)}")
     for count, reason in missing:
-        lines += wrapped(f"{count} GPUs", f"no plan: {reason}")
+        lines += wrapped(_gpus(count), f"no plan: {reason}")
     lines += _measured_lines(plans, runs)
     return "\n".join(lines)
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"
 
 
 def _measured_lines(plans: Sequence[Plan], runs: Runs) -> list[str]:
@@ -137,7 +141,7 @@ def _measured_lines(plans: Sequence[Plan], runs: Runs) -> list[str]:
     for note in runs.notes:
         lines += wrapped("Note", note)
     for count, reason in runs.left_out:
-        lines += wrapped(f"{count} GPUs", f"not run: {reason}")
+        lines += wrapped(_gpus(count), f"not run: {reason}")
     return lines
 
 
