@@ -142,6 +142,11 @@ class StageProgram:
         return own or (self.behind is not None and self.behind.program.draws_random)
 
     @property
+    def streams(self) -> tuple[StreamState, ...]:
+        """Its position in the random streams, and that of what runs in passes."""
+        return (self.stream,) if self.behind is None else (self.stream, *self.behind.program.streams)
+
+    @property
     def is_last(self) -> bool:
         return self.stage == self.num_stages - 1
 

@@ -194,7 +194,8 @@ def load(executor: Executor, directory: Path) -> Position:
     if executor.mesh.pipeline is not None and any(op.mutates for op in executor.graph.ops):
         executor.sync_buffers()
     for program in executor.programs:
-        program.stream.step = checkpoint.position.step
+        for stream in program.streams:
+            stream.step = checkpoint.position.step
     return checkpoint.position
 
 

@@ -246,9 +246,8 @@ class Executor:
         losses = self._run_pipelined() if self._schedule is not None else self._run_loop()
         for program in self.programs:
             program.scope.finish()
-            program.stream.step += 1
-            if program.behind is not None:
-                program.behind.program.stream.step += 1
+            for stream in program.streams:
+                stream.step += 1
         self.store.sync_gradients()
         return self._begin_mean(losses)
 

@@ -16,12 +16,15 @@ from autopar.ir.plan import Plan
 from autopar.ir.serialize import dump_plan, parse_plan
 from autopar.ir.streams import pass_intervals
 from autopar.ir.verify import verify
+from autopar.planner.execute import prepare
 from autopar.planner.plan import plan_model
 from autopar.planner.request import PlanRequest
 from autopar.planner.timeline import make_detail
+from autopar.program.collectives import AxisGroup
 from autopar.report.diff import diff_report
 from autopar.report.page_detail import streams_section
 from autopar.report.text import plan_report
+from autopar.rewrite.passes import build_in_passes
 
 ALEXNET = str(Path(__file__).resolve().parents[2] / "examples" / "alexnet.py")
 
@@ -99,3 +102,21 @@ def test_a_plan_with_passes_is_written_read_checked_and_told() -> None:
 def test_what_cannot_run_in_passes_is_refused_when_it_is_planned(pins: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         alexnet(pins, 2, "cpu", width="8", hidden="32", classes="8", image="64", batch="16")
+
+
+def test_the_program_of_a_rank_sends_its_samples_into_a_program_of_one_pass() -> None:
+    plan = alexnet(
+        "pp=1,m=2,owt=c,passes=4", 2, "cpu", width="8", hidden="32", classes="8", image="64", batch="32", dropout="0.5"
+    )
+    ready = prepare(plan, "cpu")
+    assert ready.behind is not None
+    axes = (AxisGroup("dp", 2, 1),)
+    program = build_in_passes(ready.captured.graph, ready.behind, plan.decisions, (1,), axes=axes)
+    assert program.behind is not None
+    (sent,), (received,) = program.sent, program.behind.program.received
+    assert (sent.shape[0], received.shape[0]) == (16 // 2, 16 // 4), "this rank's samples, and a pass with all ranks'"
+    assert program.behind.runs[3] == ((6, 2), (14, 2))
+    assert [stream.samples for stream in program.streams] == [16, 4], "what a checkpoint sets back is both streams"
+    assert {name for name in program.parameters if "features" in name} == set(program.parameters) - set(
+        program.behind.program.parameters
+    )
