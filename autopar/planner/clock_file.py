@@ -26,6 +26,7 @@ from autopar.ir.clocks import ClockedStep
 from autopar.ir.pipeline import splits_backward
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import plan_json
+from autopar.ir.solution import Decisions
 from autopar.ir.timeline import BACKWARD, FORWARD, WEIGHT
 from autopar.nvml import Board, NvmlError, open_nvml
 from autopar.report.clocks import clocks_json
@@ -123,7 +124,7 @@ def _check(plan: Plan, name: str, clocks: Mapping[tuple[int, str, int], float], 
 
 
 def switching(
-    schedule: ClockSchedule | None, held: Held, boards: Mapping[int, str], ranks_per_place: int
+    schedule: ClockSchedule | None, held: Held, boards: Mapping[int, str], decisions: Decisions
 ) -> dict[str, Any] | None:
     """What this node's ranks need to change their own clocks, as JSON; None: they do not.
 
@@ -131,11 +132,13 @@ def switching(
         schedule: to follow; None: clocks stay.
         held: boards, whose clocks must be locked.
         boards: identifiers, by rank.
-        ranks_per_place: GPUs of a pipeline rank.
     """
     if schedule is None or not held.state_file:
         return None
-    ranks = {str(r): {"board": uuid, "clocks": schedule.of_rank(r // ranks_per_place)} for r, uuid in boards.items()}
+    ranks = {
+        str(rank): {"board": uuid, "clocks": schedule.of_rank(decisions.place_of(rank)[0])}
+        for rank, uuid in boards.items()
+    }
     return {"state": held.state_file, "ranks": ranks}
 
 

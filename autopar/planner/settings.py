@@ -206,7 +206,7 @@ def switching_of(
     with open_nvml() as nvml:
         boards = find_boards(nvml, visible_gpus(environment, len(ranks)))
     uuids = {rank: board.uuid for rank, board in zip(ranks, boards, strict=True)}
-    return switching(schedule, held, uuids, plan.decisions.mesh.num_devices)
+    return switching(schedule, held, uuids, plan.decisions)
 
 
 def is_switched(schedule: ClockSchedule, switch_s: float, environment: Mapping[str, str] = os.environ) -> bool:
