@@ -41,6 +41,7 @@ from autopar.cost.device import DeviceSpec
 from autopar.cost.hardware import Cluster, list_gpus, with_power_limit
 from autopar.cost.power import program_under_limit, stage_w
 from autopar.errors import AutoparError
+from autopar.planner.clocks import highest_energy_j
 from autopar.search.clocks import ClockOption, ClockPlanner, ClockProblem, pipeline_graph
 
 COMPUTE_SHARE = 0.87
@@ -162,7 +163,7 @@ def given_lines(tables: Tables, found: Sequence[Run]) -> Iterator[Line]:
     for run in found:
         if run.limits_w and (options := limit_options(tables, run)):
             planner = pipeline(run, options, 0.0)
-            yield run.line("given", planner.plan(planner.fastest_s * ROUNDING).energy_j)
+            yield run.line("given", highest_energy_j(planner.problem, planner.fastest_s))
 
 
 def clocked(found: Sequence[Run], slower: Mapping[str, float]) -> dict[tuple[str, str], list[Run]]:
@@ -242,7 +243,7 @@ def built_in_lines(tables: Tables, found: Sequence[Run], quick: bool) -> Iterato
             yield run.line("built-in", built.uniform_j(run.limits_w[0]))
         elif run.limits_w:
             planner = pipeline(run, built.limited(run.limits_w), built.transfer_s)
-            energy_j = planner.plan(planner.fastest_s * ROUNDING).energy_j
+            energy_j = highest_energy_j(planner.problem, planner.fastest_s)
             yield run.line("built-in", energy_j + built.step_j)
     for members in clocked(found, slower).values():
         built = priced.get((members[0].model, members[0].cluster.gpu))
