@@ -444,7 +444,7 @@ def run_worker(arguments: Mapping[str, Any]) -> dict[str, Any]:
     graph, batch, source, aliases = ready.captured.graph, ready.batch, ready.source, ready.captured.aliases
     mesh = join_plan(graph, plan.decisions, device_type())
     options = replace(run_options(plan, device), optimizer=OptimizerOptions(max_norm=settings.clip_norm))
-    options = replace(options, compile=settings.compile or options.compile)
+    options = replace(options, compile=settings.compile or options.compile, offload_directory=settings.offload_dir)
     executor = make_executor(graph, plan.decisions, ready.state, mesh, options, behind=ready.behind)
     del ready  # the whole model; the executor has its own parts
     start = start_of(plan, settings, options.optimizer.kind)

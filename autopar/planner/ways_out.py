@@ -28,7 +28,7 @@ def with_offloads(chooser: Chooser, error: InfeasibleError) -> InfeasibleError:
     if error.limit != "memory" or isinstance(cluster, MixedCluster) or chooser.graph.is_inference:
         return error
     place = "disk" if cluster.spec.kind == "cpu" else "host"
-    found = []
+    found: list[Remedy] = []
     for pins in _offloads(chooser.request.pins, place):
         if len(found) == 1 and pins.offload_optimizer and pins.offload_activations:
             break
