@@ -131,7 +131,16 @@ class Session:
         return contextlib.nullcontext() if self.membership is None else self.membership.telling()
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """This rank's parameters: DTensors under a plan, plain tensors serially."""
+        """This rank's parameters: DTensors under a plan, plain tensors serially.
+
+        Raises:
+            InputError: the plan offloads what the optimizer updates, so that it has no memory here between two steps.
+        """
+        if self.executor.states is not None and self.executor.states.has_masters:
+            place = self.executor.decisions.offload.optimizer
+            raise InputError(
+                f"the parameters that are updated lie on the {place} (offload_optimizer): save and read them"
+            )
         yield from self.executor.store.boundary_parameters()
 
     @property
