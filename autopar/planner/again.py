@@ -93,18 +93,19 @@ def plan_for_world(plan: Plan, say: Say | None = None) -> Plan:
     """
     import torch.distributed as dist
 
+    from autopar.runtime.agree import decided_by_first
+
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == plan.decisions.num_gpus:
         return plan
-    told: list[tuple[str, str]] = [("", "")]
-    if world == 1 or dist.get_rank() == 0:
+
+    def decide() -> tuple[str, str]:
         try:
-            told = [(dump_plan(plan_again(plan, world, say)), "")]
+            return dump_plan(plan_again(plan, world, say)), ""
         except (InputError, InfeasibleError) as error:
-            told = [("", str(error))]
-    if world > 1:
-        dist.broadcast_object_list(told, src=0)
-    (text, fault), *_ = told
+            return "", str(error)
+
+    text, fault = decided_by_first(decide)
     if fault:
         raise InputError(f"the plan is for {counted(plan.decisions.num_gpus)}, and for {world}: {fault}")
     return parse_plan(text)

@@ -197,21 +197,23 @@ def _agreed_plan(source: ModelSource, request: PlanRequest, plan: Plan | None, r
     """
     import torch.distributed as dist
 
+    from autopar.runtime.agree import decided_by_first
     from autopar.runtime.processes import device_type
 
     world = dist.get_world_size()
-    told: list[str | InputError | None] = [None]
-    if dist.get_rank() == 0:
+
+    def decide() -> str | InputError:
         try:
             gpu = request.gpu or ("cpu" if device_type() == "cpu" else None)
             here = replace(request, num_gpus=world, use_all=True, gpu=gpu)
-            told = [dump_plan(_plan_for(source, here, plan, reference))]
+            return dump_plan(_plan_for(source, here, plan, reference))
         except InputError as error:
-            told = [error]
-    dist.broadcast_object_list(told, src=0)
-    if isinstance(told[0], InputError):
-        raise told[0]
-    chosen = parse_plan(str(told[0]))
+            return error
+
+    told = decided_by_first(decide)
+    if isinstance(told, InputError):
+        raise told
+    chosen = parse_plan(told)
     if chosen.decisions.num_gpus != world:
         raise InputError(f"the plan uses {chosen.decisions.num_gpus} processes, torchrun started {world}")
     return chosen

@@ -46,7 +46,7 @@ if "HANG_RANK" in os.environ:
     register_optimizer_step_pre_hook(_leave)
 
 
-@autopar.autoparallel(gpus=2, learning_rate=1e-2, timeout_s=8.0)
+@autopar.autoparallel(gpus=2, learning_rate=1e-2, timeout_s=25.0)
 def train_step(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return functional.cross_entropy(model(batch[0]), batch[1])
 
