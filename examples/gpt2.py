@@ -57,15 +57,9 @@ def build_model(
 
 
 def example_batch(
-    *,
-    layers: int = 12,
-    hidden: int = 768,
-    heads: int = 12,
-    batch: int = 64,
-    seq: int = 1024,
-    vocab: int = 50257,
+    *, layers: int = 12, hidden: int = 768, heads: int = 12, batch: int = 64, seq: int = 1024, vocab: int = 50257,
     cache: int = 0,
-) -> dict[str, object]:
+) -> dict[str, object]:  # fmt: skip
     if cache:
         shape = (batch, heads, cache, hidden // heads)
         pairs = [tuple(torch.randn(shape) for _ in range(2)) for _ in range(layers)]

@@ -30,17 +30,9 @@ class DecodeStep(torch.nn.Module):
 
 
 def build_model(
-    *,
-    layers: int = 32,
-    hidden: int = 4096,
-    heads: int = 32,
-    kv_heads: int = 8,
-    ffn: int = 14336,
-    seq: int = 4096,
-    vocab: int = 128256,
-    dtype: str = "bfloat16",
-    cache: int = 0,
-) -> torch.nn.Module:
+    *, layers: int = 32, hidden: int = 4096, heads: int = 32, kv_heads: int = 8, ffn: int = 14336, seq: int = 4096,
+    vocab: int = 128256, dtype: str = "bfloat16", cache: int = 0,
+) -> torch.nn.Module:  # fmt: skip
     config = LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -61,17 +53,9 @@ def build_model(
 
 
 def example_batch(
-    *,
-    layers: int = 32,
-    hidden: int = 4096,
-    heads: int = 32,
-    kv_heads: int = 8,
-    batch: int = 64,
-    seq: int = 4096,
-    vocab: int = 128256,
-    dtype: str = "bfloat16",
-    cache: int = 0,
-) -> dict[str, object]:
+    *, layers: int = 32, hidden: int = 4096, heads: int = 32, kv_heads: int = 8, batch: int = 64, seq: int = 4096,
+    vocab: int = 128256, dtype: str = "bfloat16", cache: int = 0,
+) -> dict[str, object]:  # fmt: skip
     if cache:
         shape = (batch, kv_heads, cache, hidden // heads)
         pairs = [tuple(torch.randn(shape, dtype=getattr(torch, dtype)) for _ in range(2)) for _ in range(layers)]

@@ -26,6 +26,8 @@ from autopar.rules.batch import batch_dims
 
 LABELS = "labels"
 """Part of a batch that is left out where the model can do without: it would compute a loss."""
+DECODED = "decoder_input_ids"
+"""What a decoder with an encoder reads; without it Hugging Face's models make it from the labels."""
 
 
 class _Keys:
@@ -46,7 +48,7 @@ class InferenceForward(torch.nn.Module):
         self.model = model
         self._text = source.text
         self._accepted = accepted_parts(model, batch) if source.loss is not None else None
-        self._leaves_labels = isinstance(batch, Mapping) and LABELS in accepted_parts(model, batch, optional=True)
+        self._leaves_labels = isinstance(batch, Mapping) and _does_without(LABELS, model, batch)
         self._keys = _Keys()
 
     @property
@@ -68,6 +70,11 @@ class InferenceForward(torch.nn.Module):
             raise InputError(f"{self._text}: the model returns no tensor but a {type(output).__name__}")
         self._keys.found = tuple(key for key, _ in tensors)
         return tuple(tensor for _, tensor in tensors)
+
+
+def _does_without(part: str, model: torch.nn.Module, batch: Mapping[str, Any]) -> bool:
+    optional = accepted_parts(model, {**batch, DECODED: None}, optional=True)
+    return part in optional and (DECODED not in optional or DECODED in batch)
 
 
 def kept_results(

@@ -25,7 +25,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {"layers": "4", "hidden": "32", "heads": "4", "vocab": "64", "seq": "16", "batch": "8", "dtype": "fp32"}
 LLAMA = {**TINY, "kv_heads": "2", "ffn": "64"}
 SMALL = {"layers": "2", "hidden": "32", "heads": "4", "vocab": "64", "seq": "32", "batch": "8"}
-RESNET = {"batch": "8", "image": "32"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ FURTHER = {
         "llama.py", {**SMALL, **DECODE, "kv_heads": "2", "ffn": "64", "dtype": "float32"}, grid(1, 2, 2, 2), 5
     ),
     "decode of the example gpt2": Case("gpt2.py", {**SMALL, **DECODE}, grid(2, 2, 1), 5),
+    "the example t5": Case("t5.py", {**SMALL, "seq": "16"}, grid(2, 2, 1), 3),
     "the example bert": Case("bert.py", SMALL, grid(2, 2, 1), 1),
     "the example mlp, on GPUs": Case("mlp.py", {}, grid(2, 2, 1), 1, gpu="a100-sxm-80gb"),
     "searched freely": Case("llama", {**LLAMA, **DECODE, "hidden": "256"}, Pins(num_microbatches=2, pp=4)),
