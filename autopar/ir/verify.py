@@ -241,8 +241,9 @@ def _passes(plan: Plan) -> Iterator[Issue]:
     if passes.count < 2 or plan.model.batch_size % (decisions.num_microbatches * max(1, passes.count)):
         yield Issue("$.decisions.passes.count", f"a microbatch does not divide into {passes.count} passes")
     is_split = splits_backward(decisions.schedule, decisions.num_ranks)
-    if decisions.interleave > 1 or decisions.stage_meshes or is_split:
-        yield Issue("$.decisions.passes", "beside chunks of one rank, stages of different meshes, or zero-bubble")
+    if decisions.interleave > 1 or decisions.stage_meshes or is_split or decisions.offload:
+        others = "chunks of one rank, stages of different meshes, zero-bubble, or offloading"
+        yield Issue("$.decisions.passes", f"beside {others}")
 
 
 def _types(plan: Plan) -> Iterator[Issue]:

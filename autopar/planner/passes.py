@@ -28,7 +28,8 @@ PLAIN_SCHEDULES = ("gpipe", "1f1b")
 """In which a backward runs as one."""
 NO_SWITCH = (
     "passes need a switch from data to tensor parallelism: blocks that split samples over some ranks and, on the same "
-    "stage, blocks behind that split features over the same ranks; the plan has none"
+    "stage, blocks behind that split features over the same ranks; the plan has none, or inside a block (then pin what "
+    "comes before it, e.g. op:flatten.*=dim0)"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from autopar.cli.pins import parse_pins
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import dump_plan
-from autopar.planner.plan import plan_model
+from autopar.ir.solution import Pins
+from autopar.planner.passes import with_passes
+from autopar.planner.plan import capture_graph, plan_model
 from autopar.planner.request import PlanRequest
 from autopar.runtime.launch import Job, launch_local
 from tests.dist.models import ROOT
@@ -69,9 +72,11 @@ def test_an_update_in_each_pass_is_that_of_loops_written_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_passes_behind_two_stages_and_on_a_mesh_of_two_axes() -> None:
-    plans = [
-        alexnet(text, 4)
-        for text in ("pp=2,m=4,owt=c,passes=2", "pp=2,m=4,owt=b,fc_update=pass", "pp=1,m=2,owt=c,passes=2")
-    ]
-    check(on_ranks("verify_all", plans, 4))
+def test_passes_on_the_last_of_two_stages() -> None:
+    plan = alexnet("pp=2,m=2,owt=a,schedule=1f1b,op:flatten.*=dim0", 4, dropout="0")
+    first, last = plan.decisions.stages
+    stages = (replace(first, stop=3), replace(last, start=3))
+    graph = capture_graph(plan.model.source, plan.model.options, plan.model.batch_size).graph
+    asked = (Pins(pass_order="shares", num_passes=2), Pins(pass_order="turns", pass_update="pass"))
+    decisions = [with_passes(graph, replace(plan.decisions, stages=stages), pins) for pins in asked]
+    check(on_ranks("verify_all", [replace(plan, decisions=own) for own in decisions], 4))
