@@ -68,8 +68,7 @@ def plan(
         gpus: ceiling on the number of GPUs; not read with `cluster`.
         cluster: groups of several types of GPU, in place of `gpu`, `gpus_per_node` and `memory_bytes`.
         gpu, network_bytes_per_s: a device (`autopar gpus`; None: this machine's) and a node's ports (None: as usual).
-        options: of a source file, as text, like `--set`.
-        example_batch: for an `nn.Module`: a tensor, tuple or dict.
+        options, example_batch: of a source file, as text, like `--set`; of an `nn.Module`: a tensor, tuple or dict.
         constraints: regex -> label: ops whose name or module path it matches whole take the label, as `op:` of --pin.
         limits: deadline, energy budget and power caps of a step.
         clocks: `auto`: the plan may lock GPU clocks; `max`: it leaves them alone.
