@@ -8,6 +8,7 @@ from autopar.cost.choices import matches
 from autopar.cost.memory import optimizer_bytes, optimizer_states
 from autopar.errors import InputError
 from autopar.ir.graph import OpGraph
+from autopar.ir.offload import PLACES
 from autopar.ir.solution import Pins
 from autopar.planner.request import PlanRequest
 from autopar.rules.strategies import axis_strategies
@@ -52,6 +53,9 @@ def check_inference(request: PlanRequest) -> None:
 def check_offload(graph: OpGraph, request: PlanRequest) -> None:
     """Raises InputError for what cannot be offloaded, alone or beside other choices."""
     pins, software = request.pins, request.software
+    for name in ("offload_optimizer", "offload_activations"):
+        if getattr(pins, name) not in (None, *PLACES):
+            raise InputError(f"{name}={getattr(pins, name)}: expected one of {', '.join(PLACES)}")
     if pins.offload_activations and pins.recompute not in (None, "none"):
         raise InputError(
             f"--pin offload_activations={pins.offload_activations},recompute={pins.recompute}: either of the two saves "

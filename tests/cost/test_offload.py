@@ -18,6 +18,7 @@ from autopar.ir.graph import OpGraph
 from autopar.ir.offload import Offload
 from autopar.ir.plan import Plan
 from autopar.ir.serialize import dump_plan, parse_plan
+from autopar.ir.solution import Pins
 from autopar.ir.streams import BlockWork, Overlap, stage_times
 from autopar.planner.plan import ModelReference, plan_graph
 from autopar.planner.request import PlanRequest, choose_target
@@ -157,6 +158,9 @@ def test_an_optimizer_without_state_has_nothing_to_offload() -> None:
 
 
 def test_a_pin_with_a_slip_is_named() -> None:
+    request = PlanRequest(1, gpu="cpu", pins=Pins(offload_optimizer="tape"), profile="none")
+    with pytest.raises(InputError, match="expected one of host, disk"):
+        plan_graph(chain_graph(), ModelReference("toy", {}, "", 0), request, choose_target(request))
     with pytest.raises(InputError, match="did you mean offload_optimizer"):
         parse_pins("offload_optimiser=host")
     with pytest.raises(InputError, match="expected one of host, disk"):
