@@ -120,3 +120,9 @@ def test_the_program_of_a_rank_sends_its_samples_into_a_program_of_one_pass() ->
     assert {name for name in program.parameters if "features" in name} == set(program.parameters) - set(
         program.behind.program.parameters
     )
+
+
+def test_a_number_of_devices_that_leaves_a_pinned_op_no_choice_is_passed_over() -> None:
+    options = {"width": "8", "hidden": "32", "classes": "8", "image": "64", "batch": "16"}
+    request = PlanRequest(3, gpu="cpu", pins=parse_pins("pp=1,m=1,owt=a").pins, with_baselines=False)
+    assert plan_model(ALEXNET, options, request).decisions.num_gpus in (1, 2)
