@@ -77,8 +77,7 @@ def plan(
         gpu_hour_price, energy_price: for the objective `cost`: per GPU and hour, and per kWh.
 
     Raises:
-        InputError, CaptureError: the model or an argument is wrong.
-        InfeasibleError: no plan fits.
+        InputError, CaptureError, InfeasibleError: the model or an argument is wrong; no plan fits.
     """
     request = PlanRequest(
         num_gpus=gpus if cluster is None else cluster.num_gpus,
