@@ -35,7 +35,7 @@ def captured() -> OpGraph:
 
 
 def make_plan(gpu: str = "a100-sxm-80gb", **pins: int) -> Plan:
-    found = Pins(dp=1, tp=1, pp=2, num_microbatches=4, recompute="none", **pins)
+    found = Pins(dp=1, tp=1, pp=2, num_microbatches=4, recompute="none", schedule="1f1b", **pins)
     return plan_model("gpt", OPTIONS, PlanRequest(2, gpu=gpu, pins=found, profile="none", clocks="max"))
 
 
