@@ -141,6 +141,10 @@ class SliceOfSum:
         return self._mine
 
 
+EXCHANGE_BYTES = 1 << 16
+"""Of a result, from which on a copy of it costs more than messages do."""
+
+
 class Exchange:
     """An all_gather under way as one message from each rank to each other.
 
@@ -168,7 +172,7 @@ class Exchange:
 
 def all_gather_flat(parts: Tensor, mine: Tensor, axis: AxisGroup) -> dist.Work | Exchange:
     """Start: into parts[axis.size * N], mine[N] of all ranks; mine may lie where it belongs in parts."""
-    if parts.device.type == "cpu":
+    if parts.device.type == "cpu" and parts.numel() * parts.element_size() >= EXCHANGE_BYTES:
         return Exchange(parts, mine, axis)
     work: dist.Work = _all_gather_single(parts, mine, group=axis.process_group, async_op=True)
     return work
