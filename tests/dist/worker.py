@@ -19,6 +19,7 @@ from autopar.ir.mesh import StageMesh, stage_mesh
 from autopar.ir.solution import RECOMPUTE, Decisions
 from autopar.planner.assemble import make_executor, make_serial_executor
 from autopar.program.flat import Gather
+from autopar.program.gathered import Frame
 from autopar.runtime.compare import compare, relative_error
 from autopar.runtime.executor import OptimizerOptions, RunOptions, join_plan
 from autopar.runtime.mesh import RankMesh
@@ -252,7 +253,12 @@ def prefetch_facts(arguments: dict[str, Any]) -> list[dict[str, Any]]:
         chosen = recomputing(decisions, policy)
         executor = make_executor(bench.graph, chosen, bench.state, mesh, RunOptions(prefetch_parameters=prefetch))
         order: list[int] = []
-        begin, wait = Gather.__init__, Gather.finish
+        begin, wait, enter = Gather.__init__, Gather.finish, Frame.enter_backward
+
+        def entered(self: Frame) -> None:
+            enter(self)  # noqa: B023
+            if self.previous is not None:
+                order.append(0)  # noqa: B023 - the block's backward runs between what stands before and after
 
         def begun(self: Gather, *args: Any) -> None:
             order.append(id(self))  # noqa: B023 - called in this turn only
@@ -265,10 +271,12 @@ def prefetch_facts(arguments: dict[str, Any]) -> list[dict[str, Any]]:
 
         kept: list[Gather] = []
         Gather.__init__, Gather.finish = begun, waited  # type: ignore[method-assign]
+        Frame.enter_backward = entered  # type: ignore[method-assign]
         try:
             executor.compute_gradients(bench.batch)
         finally:
             Gather.__init__, Gather.finish = begin, wait  # type: ignore[method-assign]
+            Frame.enter_backward = enter  # type: ignore[method-assign]
         at_once = sum(b == -a for a, b in itertools.pairwise(order) if a > 0)
         counts = [len(segment.gathered) for program in executor.programs for segment in program.segments]
         results.append({"setting": [prefetch, policy], "gathers": len(kept), "at_once": at_once})
