@@ -101,6 +101,7 @@ class UnevenChooser:
                 tp=tp,
                 pp=stages,
                 interleave=1,
+                schedule=self._pins.schedule or "1f1b",
                 num_microbatches=count or self._pins.num_microbatches,
             )
             asked = replace(
