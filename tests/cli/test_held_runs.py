@@ -46,7 +46,7 @@ def machine(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def clocked_plan(model: str) -> Plan:
-    pins = Pins(dp=1, tp=1, pp=2, num_microbatches=2)
+    pins = Pins(dp=1, tp=1, pp=2, num_microbatches=2, schedule="1f1b")
     request = PlanRequest(2, gpu="a100-sxm-80gb", use_all=True, pins=pins, profile="none", gpu_power_limit_w=300.0)
     plan = plan_model(model, {}, request)
     pairs = zip(plan.decisions.stages, (1080e6, 900e6), strict=True)
