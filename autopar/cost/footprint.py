@@ -97,6 +97,7 @@ def _moments(
         yield Moment(gradients, 0.0, 0.0, max(cost.shard_bytes for cost in own) + sent)
         return
     (cost,), (kept,) = own, _kept_bytes(costs, rank, decisions)
+    kept += cost.sent_bytes if software.keeps_sent else 0.0
     flying = microbatches_in_flight(rank, decisions.num_ranks, decisions.num_microbatches, decisions.schedule)
     is_fresh = software.frees_gradients and decisions.num_microbatches <= flying
     crossing = slack * _crossing_bytes(costs, rank, decisions)
@@ -170,8 +171,13 @@ def _bucket_ends(total: float) -> list[float]:
 
 
 def _crossing_bytes(costs: Sequence[StageCost], rank: int, decisions: Decisions) -> float:
-    """Buffers at the start of a stage: the value of the next microbatch, and the gradient that is on its way back."""
-    return 2 * costs[rank].received_bytes if rank and decisions.num_microbatches > 1 else 0.0
+    """Buffers of a stage behind the first: the value of the next microbatch, the gradient that is on its way back to
+    the stage before, and where a stage follows the gradient that comes from there.
+    """
+    if not rank or decisions.num_microbatches == 1:
+        return 0.0
+    after = costs[rank + 1].received_bytes if rank + 1 < len(costs) else 0.0
+    return 2 * costs[rank].received_bytes + after
 
 
 def _sent_bytes(costs: Sequence[StageCost], rank: int, decisions: Decisions) -> float:
@@ -216,7 +222,10 @@ def _kept_bytes(costs: Sequence[StageCost], rank: int, decisions: Decisions) -> 
     """What one microbatch leaves in each chunk of a rank until its backward."""
     ranks = decisions.num_ranks
     pairs = zip(costs[rank::ranks], decisions.stages[rank::ranks], strict=True)
-    return [cost.boundary_bytes if stage.recompute == "full" else cost.activation_bytes for cost, stage in pairs]
+    return [
+        (cost.boundary_bytes if stage.recompute == "full" else cost.activation_bytes) + cost.held_bytes
+        for cost, stage in pairs
+    ]
 
 
 def _largest_block_bytes(costs: Sequence[StageCost], rank: int, decisions: Decisions) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from autopar.cost.carried import carried
 from autopar.cost.memory import Synced, parameter_bytes, synced_gradient
 from autopar.cost.table import CostTables
 from autopar.cost.weights import WeightHalves
@@ -69,8 +70,9 @@ class StageCost:
     gradients that buckets copy, `bucket_limit_bytes` what the search reckons those take. `state` is by cause, `blocks`
     and `memory` by index (SHARED first).
     `times` are those of the streams that `blocks` run on. `wire` is None where stages have one mesh: then every device
-    receives `received_bytes` from one other. `offloaded` are bytes that lie elsewhere, of the optimizer and activations
-    of one microbatch; `shard_bytes` of the former are on the device during the update, beside what stays there.
+    receives `received_bytes` from one other; of values that cross cuts `held_bytes` and `sent_bytes` are what
+    `cost.carried` says. `offloaded` are bytes that lie elsewhere, of the optimizer and activations of one microbatch;
+    `shard_bytes` of the former are on the device during the update, beside what stays there.
     `waiting` are the bytes, by cause, that one microbatch leaves between the halves of a backward that is split.
     Of a stage that ends in passes (`cost.passes`), `passing` are the streams of those over one microbatch, which is in
     `times` too, and `early_gradients` the bytes of the gradients that are there before its backward begins.
@@ -89,6 +91,8 @@ class StageCost:
     bucket_limit_bytes: float = 0.0
     synced: Synced = field(default_factory=Synced)
     received_bytes: float = 0.0
+    held_bytes: float = 0.0
+    sent_bytes: float = 0.0
     wire: Wire | None = None
     peak_w: float = 0.0
     passing: Streams | None = None
@@ -212,12 +216,8 @@ def stage_costs(
                 paid = _edge_prices(edge, entering[edge.source, home], choice[edge.target])
             for k in everywhere if block == SHARED else (stage_of[block],):
                 stages[k].pay(block, *paid, redo[k] and block != SHARED)
-    for crossing in table.crossings:
-        size = float(crossing.bytes_by_choice[choice[crossing.node]])
-        for k, stage in enumerate(decisions.stages):
-            if crossing.producer_block < stage.start <= crossing.last_block:
-                stages[k].received_bytes += size
-    for k, stage in enumerate(decisions.stages):
+    for k, (stage, own) in enumerate(zip(decisions.stages, carried(tables, table, decisions, choice), strict=True)):
+        stages[k].received_bytes, stages[k].held_bytes, stages[k].sent_bytes = own
         stages[k].largest_block_bytes = max(per_block[stage.start : stage.stop])
         stages[k].shard_bytes = min(stages[k].offloaded.get("optimizer", 0.0), max(stages[k].shard_bytes, SHARD_BYTES))
         stages[k].times = stage_times(stages[k].works(), overlap_of(tables))

@@ -35,7 +35,7 @@ class Software:
         frees_gradients: gradients are freed after the update, and are made anew by the first backward of a step.
         reduce_bytes: of a gradient while it is synchronised.
         copies_gradients: gradients are copied into buckets of up to 25 MiB to be synchronised.
-        keeps_sent: an interleaved pipeline keeps what it sends until the end of the step.
+        keeps_sent: a pipeline stage keeps what it sends until its backward, or, interleaved, until the end of the step.
         regathers_operands: under sequence parallelism a column-parallel product keeps its operand as it was before it
             was gathered, and gathers it again for backward, beside a product.
         overlap_gradients: gradients are synchronised in buckets while backward runs.

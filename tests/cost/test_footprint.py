@@ -125,12 +125,24 @@ def test_stages_behind_a_cut_hold_what_comes_and_what_goes_back() -> None:
     for microbatches, buffers in ((1, 0.0), (2, 6.0)):
         found = [memory_by_cause(costs, k, pipeline(2, microbatches), Software()) for k in range(2)]
         assert [causes.get("buffers", 0.0) for causes in found] == [0.0, buffers]
+    costs.append(stage(10.0))
+    costs[2].received_bytes = 5.0  # whose gradient comes to the stage before
+    found = [memory_by_cause(costs, k, pipeline(3, 4), Software()) for k in range(3)]
+    assert [causes.get("buffers", 0.0) for causes in found] == [0.0, 2 * 3.0 + 5.0, 2 * 5.0]
+
+
+def test_copies_on_both_sides_of_a_cut_live_with_their_microbatch() -> None:
+    costs = [stage(10.0) for _ in range(3)]
+    costs[1].held_bytes, costs[0].sent_bytes, costs[1].sent_bytes = 4.0, 2.0, 1.0
+    for keeps, kept in ((True, [12.0, 15.0, 10.0]), (False, [10.0, 14.0, 10.0])):
+        found = [memory_by_cause(costs, k, pipeline(3, 4), Software(keeps_sent=keeps)) for k in range(3)]
+        assert [causes["activations"] for causes in found] == [(3 - k) * size for k, size in enumerate(kept)]
 
 
 @pytest.mark.parametrize("stack", sorted(software_stacks()))
 @pytest.mark.parametrize("keep", ["none", "selective", "selective-op", "alternate"])
 @pytest.mark.parametrize(("recompute", "cuts"), [("none", ()), ("none", (3,)), ("full", (2,))])
-def test_predictions_never_exceed_what_the_search_reckons_with(
+def test_predictions_never_exceed_what_the_search_reckons_with_but_for_copies_at_cuts(
     stack: str, keep: str, recompute: str, cuts: tuple[int, ...]
 ) -> None:
     software = load_software(stack)
@@ -143,10 +155,11 @@ def test_predictions_never_exceed_what_the_search_reckons_with(
         layout = Layout(table.num_blocks, (0, *cuts), (recompute == "full",) * (len(cuts) + 1))
         figures = evaluate(table, tables.device, layout, choice)
         costs = stage_costs(tables, table, decisions)
-        for k, formula in enumerate(figures.memory_bytes):
+        for k, reckoned in enumerate(figures.memory_bytes):
             causes = memory_by_cause(costs, k, decisions, software)
             assert set(causes) <= set(MEMORY_CAUSES)
             assert all(size >= 0 for size in causes.values())
+            formula = reckoned + costs[k].held_bytes + (costs[k].sent_bytes if software.keeps_sent else 0.0)
             if not software.frees_gradients and not software.copies_gradients:
                 assert sum(causes.values()) == pytest.approx(formula)
             beyond = max(0.0, costs[k].bucket_limit_bytes - costs[k].workspace_bytes)
