@@ -24,7 +24,8 @@ from tests.nvml_double import NO_PERMISSION, FakeBoard
 
 PATIENCE_S = 60.0
 HOLDER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background has children ignore
 from autopar.clocks.hold import Wanted, hold
 with hold([Wanted(0, 1080.0, 300.0), Wanted(1, 900.0)]) as held:
     print(held.clocks_mhz, flush=True)
