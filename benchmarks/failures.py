@@ -60,6 +60,7 @@ class Killer:
     how: signal.Signals = signal.SIGKILL
     kills: list[Kill] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
+    _others: frozenset[int] = frozenset()
     _step: int = 0
     _is_over: bool = False
     _left_over: set[int] = field(default_factory=set)
@@ -82,7 +83,8 @@ class Killer:
         return self.sizes[place]
 
     def start(self) -> threading.Thread:
-        """Begin to kill, once in the life of each start of the run."""
+        """Begin to kill, once in the life of each start of the run; workers of other runs that are there stay alone."""
+        self._others = frozenset(workers_of(os.getpid()))
         thread = threading.Thread(target=self._work, daemon=True)
         thread.start()
         return thread
@@ -98,7 +100,7 @@ class Killer:
             self._starts.acquire()
             moment = self.moments[len(self.kills) % len(self.moments)]
             self._wait_for(moment, draw)
-            workers = workers_of(os.getpid())
+            workers = self._workers()
             self.seen |= set(workers)
             if self._is_over or not workers:
                 continue
@@ -108,6 +110,9 @@ class Killer:
             saved = newest_step(self.directory)
             self.kills.append(Kill(moment, workers[victim], len(workers), self._step, saved, is_writing))
 
+    def _workers(self) -> dict[int, int]:
+        return {worker: rank for worker, rank in workers_of(os.getpid()).items() if worker not in self._others}
+
     def _wait_for(self, moment: str, draw: random.Random) -> None:
         if moment == "starting":
             time.sleep(draw.uniform(0.5, 4.0))
@@ -115,7 +120,7 @@ class Killer:
         while not self._steps.wait(0.2):
             if self._is_over:
                 return
-        self.seen |= set(workers_of(os.getpid()))
+        self.seen |= set(self._workers())
         if moment == "step":
             time.sleep(draw.uniform(0, LONGEST_WAIT_S))
             return

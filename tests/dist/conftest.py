@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _ranks_end() -> Iterator[None]:
     yield
     if (ranks := sys.modules.get("tests.dist.ranks")) is not None:

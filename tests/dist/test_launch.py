@@ -39,6 +39,8 @@ def test_a_job_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_parent(how: signal.Signals, tmp_path: Path) -> None:
     code = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background\n"
         "from autopar.runtime.launch import Job, launch_local\n"
         f"launch_local(Job('{CASES}:report_processes', {{'directory': {str(tmp_path)!r}}}, 2))"
     )
