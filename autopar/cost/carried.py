@@ -21,7 +21,8 @@ class Carried(NamedTuple):
 
     Attributes:
         received: from the stage before.
-        held: of these, what no activation of the stage counts.
+        held: of these, what no activation of the stage counts; with full recompute less what is sent and let go, which
+            counts as handed on by its block.
         sent: what the stage hands on and no activation counts.
     """
 
@@ -46,6 +47,8 @@ def carried(tables: CostTables, table: CostTable, decisions: Decisions, choice: 
                 held += 0.0 if is_counted else size
             elif _is_sent(crossing, stage) and stage.recompute != "full":
                 sent += 0.0 if is_counted else size
+            elif _is_sent(crossing, stage) and not tables.software.keeps_sent:
+                held -= size
         found.append(Carried(received, held, sent))
     return tuple(found)
 

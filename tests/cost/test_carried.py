@@ -10,6 +10,7 @@ from autopar.cost.stages import StageCost, stage_costs
 from autopar.cost.table import CostTables
 from autopar.ir.graph import OpGraph
 from autopar.ir.mesh import stage_mesh
+from autopar.ir.software import Software
 from tests.cost.decide import decide, first_finite
 from tests.cost.devices import plain_cluster
 from tests.toy_graphs import residual_graph
@@ -18,8 +19,8 @@ GRAPH = residual_graph(layers=6)
 CUTS = (2, 4)
 
 
-def costs_of(graph: OpGraph, recompute: str = "none") -> tuple[StageCost, ...]:
-    tables = CostTables(graph, plain_cluster())
+def costs_of(graph: OpGraph, recompute: str = "none", *, keeps_sent: bool = True) -> tuple[StageCost, ...]:
+    tables = CostTables(graph, plain_cluster(), software=Software(keeps_sent=keeps_sent))
     table = tables.table(stage_mesh(1), 2)
     assert table is not None
     return stage_costs(tables, table, decide(table, first_finite(table), CUTS, recompute=recompute))
@@ -55,10 +56,13 @@ def test_what_nothing_saves_is_held_on_both_sides() -> None:
     assert [(cost.held_bytes, cost.sent_bytes) for cost in costs] == [(0.0, size), (size, size), (size, 0.0)]
 
 
-def test_recompute_keeps_what_blocks_hand_on_and_what_came() -> None:
-    costs = costs_of(saved_by(GRAPH, "reader"), recompute="full")
-    size = costs[1].received_bytes
-    assert [(cost.held_bytes, cost.sent_bytes) for cost in costs] == [(0.0, 0.0), (size, 0.0), (size, 0.0)]
+def test_recompute_keeps_what_came_and_what_blocks_hand_on_unless_that_is_sent_and_let_go() -> None:
+    for keeps in (True, False):
+        costs = costs_of(saved_by(GRAPH, "reader"), recompute="full", keeps_sent=keeps)
+        size = costs[1].received_bytes
+        gone = 0.0 if keeps else size
+        assert [cost.held_bytes for cost in costs] == [0.0 - gone, size - gone, size]
+        assert [cost.sent_bytes for cost in costs] == [0.0, 0.0, 0.0]
 
 
 def test_one_stage_carries_nothing() -> None:

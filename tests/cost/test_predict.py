@@ -68,8 +68,8 @@ def test_stage_sums_are_those_that_the_search_minimises(name: str, seed: int) ->
     formula = step_time_s(whole, [c.step_s for c in costs], 2)
     assert formula == pytest.approx(figures.time_s)
     predicted = predict(tables, decisions)
-    # beside the formula: what comes over a cut for the next microbatch, what goes back, and the copy that came
-    crossing = [2 * cost.received_bytes * (k > 0) + cost.held_bytes for k, cost in enumerate(costs)]
+    # beside the formula: what comes over a cut for the next microbatch, what goes back, and the copies that came
+    crossing = [2 * cost.received_bytes * (k > 0) + (len(costs) - k) * cost.held_bytes for k, cost in enumerate(costs)]
     found = [q.value - beside for q, beside in zip(predicted.peak_memory_bytes, crossing, strict=True)]
     assert found == pytest.approx(figures.memory_bytes)
     dynamic = figures.energy_j - figures.time_s * (50.0 * decisions.num_gpus + 200.0)
