@@ -74,9 +74,7 @@ def test_memory_is_never_underrated_and_little_overrated(
     for rank, peak in enumerate(measured[name]):
         figure = predicted[rank if len(predicted) > 1 else 0].value
         assert peak > 4 * 2**20
-        assert (1 - 1e-6) * peak <= figure <= (1 + ABOVE.get(name, MOST_ABOVE)) * peak, (
-            f"{figure / peak - 1:+.1%}"
-        )
+        assert (1 - 1e-6) * peak <= figure <= (1 + ABOVE.get(name, MOST_ABOVE)) * peak, f"{figure / peak - 1:+.1%}"
 
 
 def test_what_lies_on_disk_is_gone_from_memory(plans: dict[str, Plan], measured: dict[str, list[int]]) -> None:
