@@ -40,7 +40,7 @@ def carried(tables: CostTables, table: CostTable, decisions: Decisions, choice: 
         received = held = sent = 0.0
         for crossing in table.crossings:
             size = float(crossing.bytes_by_choice[choice[crossing.node]])
-            keeper = keepers.get(values[crossing.value].root, -1) if crossing.value in values else -1
+            keeper = keepers.get(values[crossing.value].root, -1)
             is_counted = stage.recompute != "full" and stage.start <= keeper < stage.stop
             if crossing.producer_block < stage.start <= crossing.last_block:
                 received += size

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from autopar.cost.stages import SHARED, StageCost, Wire, stage_costs
 from autopar.cost.table import CostTables
@@ -148,7 +149,8 @@ class _Chosen:
         """The choice holds, or makes, what is wanted of each output."""
         if kind == "hub":
             return self._agrees(choice, wanted[0])
-        return all(self._agrees(output_sharding(choice, i), form) for i, form in wanted.items())  # type: ignore[arg-type]
+        strategy = cast(Strategy, choice)
+        return all(self._agrees(output_sharding(strategy, i), form) for i, form in wanted.items())
 
 
 def _decided(decisions: Decisions, kind: str) -> Mapping[str, Sequence[object]]:

@@ -36,6 +36,7 @@ from autopar.runtime.activations import OffloadedActivations
 from autopar.runtime.buckets import BUCKET_BYTES
 from autopar.runtime.lean_stage import LeanStage, ReshardingStage
 from autopar.runtime.mesh import RankMesh, join_mesh, join_meshes, serial_mesh
+from autopar.runtime.microbatches import split_batch
 from autopar.runtime.pace import Pacer
 from autopar.runtime.parameters import ParameterStore, StoredParameter, tied_stages
 from autopar.runtime.passes import PassRunner
@@ -240,7 +241,11 @@ class Executor:
     def _compute(self, batch: Sequence[Tensor]) -> _StepLoss:
         self._pacer.wait()
         self.store.zero_gradients()
-        microbatches = self._microbatches(batch)
+        microbatches = split_batch(
+            self.graph.outside("input"),
+            self.decisions.num_microbatches,
+            [tensor.to(self.options.device) for tensor in batch],
+        )
         for runner in self.runners:
             runner.feed(microbatches)
         losses = self._run_pipelined() if self._schedule is not None else self._run_loop()
@@ -279,28 +284,6 @@ class Executor:
             self.states.refresh_leaves()
         else:
             self.store.after_update()
-
-    def _microbatches(self, batch: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Equal parts along each input's batch dim; inputs without one are whole in each.
-
-        Raises:
-            InputError: if the batch does not fit the graph.
-        """
-        inputs = self.graph.outside("input")
-        count = self.decisions.num_microbatches
-        if len(batch) != len(inputs):
-            raise InputError(f"the batch has {len(batch)} tensors, the model reads {len(inputs)}")
-        parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
-        for value, tensor in zip(inputs, batch, strict=True):
-            dim = value.batch_dim
-            expected = tuple(size * (count if i == dim else 1) for i, size in enumerate(value.meta.shape))
-            if tuple(tensor.shape) != expected:
-                raise InputError(f"batch input {value.fqn}: shape {tuple(tensor.shape)}, the plan needs {expected}")
-            moved = tensor.to(self.options.device)
-            pieces = moved.chunk(count, dim) if dim is not None else (moved,) * count
-            for part, piece in zip(parts, pieces, strict=True):
-                part[value.name] = piece
-        return parts
 
     def _run_loop(self) -> list[Tensor]:
         losses = []

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autopar.errors import InputError
 from autopar.ir.graph import OpGraph
 from autopar.ir.placement import Sharding
 from autopar.ir.solution import Decisions
@@ -25,6 +24,7 @@ from autopar.program.stage import StageProgram, left_name
 from autopar.runtime.executor import RunOptions
 from autopar.runtime.measure import Measured, finish, measure_rounds
 from autopar.runtime.mesh import RankMesh
+from autopar.runtime.microbatches import split_batch
 from autopar.runtime.pace import Pacer
 from autopar.runtime.parameters import ParameterStore
 from autopar.runtime.stage_runner import StageRunner
@@ -83,21 +83,14 @@ class InferenceExecutor:
         Raises:
             InputError: if the batch does not fit the graph.
         """
-        inputs, count = self.graph.outside("input"), self.decisions.num_microbatches
-        if len(batch) != len(inputs):
-            raise InputError(f"the batch has {len(batch)} tensors, the model reads {len(inputs)}")
-        parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
-        for value, tensor in zip(inputs, batch, strict=True):
-            dim = value.batch_dim
-            expected = tuple(size * (count if i == dim else 1) for i, size in enumerate(value.meta.shape))
-            if tuple(tensor.shape) != expected:
-                raise InputError(f"batch input {value.fqn}: shape {tuple(tensor.shape)}, the plan needs {expected}")
-            if value.name not in self.program.entering:
-                continue
-            pieces = tensor.chunk(count, dim) if dim is not None else (tensor,) * count
-            for part, piece in zip(parts, pieces, strict=True):
-                part[value.name] = self.part_of(piece, self.program.entering[value.name]).to(self.device)
-        return Placed(tuple(parts))
+        entering = self.program.entering
+        parts = split_batch(self.graph.outside("input"), self.decisions.num_microbatches, batch)
+        return Placed(
+            tuple(
+                {name: self.part_of(x, entering[name]).to(self.device) for name, x in part.items() if name in entering}
+                for part in parts
+            )
+        )
 
     def part_of(self, whole: Tensor, sharding: Sharding) -> Tensor:
         """This rank's part of a value, in memory of its own."""
