@@ -23,6 +23,7 @@ from autopar.rewrite.program import build_stage, serial_decisions
 from autopar.rules.recompute import attention_cores, block_ops, core_ops, recompute_by_block, with_cores_together
 from autopar.runtime.executor import Executor
 from autopar.runtime.mesh import serial_mesh
+from autopar.runtime.microbatches import split_batch
 from autopar.torch_adapter import intercept, op_name
 from tests.dist.models import as_double, captured, global_batch
 
@@ -59,7 +60,7 @@ class Counting:
         run = executor(name, policy, 1)
         parameters = {t.untyped_storage().data_ptr() for t in run.store.leaves.values()}
         (runner,) = run.runners
-        runner.feed(run._microbatches(global_batch(name)))
+        runner.feed(split_batch(run.graph.outside("input"), 1, global_batch(name)))
         with intercept(self._count), torch.autograd.graph.saved_tensors_hooks(self._keep, lambda x: x):
             loss = runner()
             forward = Counter(self.calls)
