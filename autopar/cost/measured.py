@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from autopar.cost.pricing import NodePrice
+from autopar.ir.cost import Array
 from autopar.ir.graph import Op, Value
 from autopar.ir.profile import OpProfile, ProfileKey
 from autopar.ir.strategy import Strategy
@@ -48,8 +49,11 @@ def apply_profile(
     sizes: Sequence[int],
     values: Mapping[str, Value],
     price: NodePrice,
+    adding_s: Array,
 ) -> int:
-    """Overwrites times (and energy, where a counter was read) of measured choices. Returns how many there were."""
+    """Overwrites times (and energy, where a counter was read) of measured choices; to backward come `adding_s`, in which
+    it adds to other gradients. Returns how many there were.
+    """
     if not profile.has_target(op.target):
         return 0
     count = 0
@@ -60,7 +64,7 @@ def apply_profile(
             continue
         count += 1
         price.forward_s[index] = row.forward_s
-        price.backward_s[index] = row.backward_s if price.backward_s[index] > 0 else 0.0
+        price.backward_s[index] = row.backward_s + adding_s[index] if price.backward_s[index] > 0 else 0.0
         if row.energy_j is not None:
             price.microbatch_j[index] = row.energy_j
     return count

@@ -49,6 +49,7 @@ class Moves:
         saved: values kept for backward because of this op.
         extra_bytes: kept beside graph values; written by forward and read by backward.
         apart: as forward and backward, but moved by kernels of their own, which no arithmetic hides.
+        joined: what of `apart` in backward adds an operand's gradient to that of an earlier reader.
         accumulated: as backward, and apart, for adding a parameter's gradient to that of earlier microbatches.
         dtype: in which it computes, or "" for that of its operands.
     """
@@ -64,6 +65,7 @@ class Moves:
     saved: tuple[str, ...]
     extra_bytes: int
     apart: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+    joined: tuple[float, ...] = ()
     accumulated: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
     dtype: str = ""
 
@@ -128,7 +130,7 @@ def eager_moves(op: Op, readers: Readers) -> Moves:
     backward, kernels = _backward(name, op, values, wanted) if runs else ([0.0] * len(first), 0.0)
     backward = [count if seen else 0.0 for count, seen in zip(backward, first, strict=True)]
     further = [float(runs and slot < num_inputs and readers.is_further(op, slot)) for slot in range(len(first))]
-    apart = [readers.adding * is_one for is_one in further]
+    apart = joined = [readers.adding * is_one for is_one in further]
     if name in GEMMS:
         by_bias = _bias_reads(name, op, wanted) * float(runs)
         backward = [own - by_bias * (slot >= num_inputs) for slot, own in enumerate(backward)]
@@ -139,14 +141,14 @@ def eager_moves(op: Op, readers: Readers) -> Moves:
         gradients=(*((1.0 + (name in LOSSES)) * need for need in wanted), *(0.0,) * len(op.outputs)),
         forward_kernels=0.0 if view else 1.0,
         backward_kernels=kernels + readers.adding_kernels * sum(further), inner_passes=(2.0, 4.0), works=True,
-        saved=op.saved, extra_bytes=op.saved_extra_bytes, apart=((), tuple(apart)),
+        saved=op.saved, extra_bytes=op.saved_extra_bytes, apart=((), tuple(apart)), joined=tuple(joined),
     )  # fmt: skip
 
 
 def run_by(software: Software, op: Op, values: Mapping[str, Value], moves: Moves) -> Moves:
     """The same op where the software's gradients are added up over microbatches, and where it computes in 8 bits.
 
-    Parameters that are gathered block by block hand their gradients back each time. A GEMM written to add to the
+    Parameters that are gathered block by block hand their gradients back each time (`upkeep` adds those). A GEMM written to add to the
     gradient reads and writes that alone; otherwise the new gradient is read again, by a kernel of its own. Casts to 8
     bits read operands and the result's gradient, and write them twice (as they are and transposed); GEMMs then read
     half as much.

@@ -10,11 +10,13 @@ The memory of a CPU device is that of its host: what is offloaded to the host mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from autopar.cost.hardware import Cluster
+from autopar.cost.pricing import NodePrice
 from autopar.errors import InputError
 from autopar.ir.cost import Array, Outside
 from autopar.ir.offload import LEAST_BYTES, NOWHERE, SHARD_BYTES, WINDOW_BYTES, Offload
@@ -93,3 +95,37 @@ def outside(sizes: Array, forward_s: Array, backward_s: Array, price: OffloadPri
     seconds = moved * price.s_per_byte
     shown = [np.maximum(0.0, seconds - own) if price.hides else seconds for own in (forward_s, backward_s)]
     return Outside(moved, seconds, *shown)
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """An op whose activations go elsewhere.
+
+    Attributes:
+        price: its own, to be changed.
+        staying_bytes: of batch inputs that it keeps, which stay where they are.
+        times: in how many blocks it stands.
+    """
+
+    price: NodePrice
+    staying_bytes: float
+    times: int
+
+
+def offload_activations(ops: Sequence[Leaving], price: OffloadPrice) -> None:
+    """Takes what ops keep from the device; some is on its way, or back, when they run."""
+    total = floor = 0.0
+    for op in ops:
+        own = op.price
+        leaving = np.maximum(0.0, own.activation_bytes - op.staying_bytes)
+        own.outside = found = outside(leaving, own.forward_s, own.backward_s, price)
+        own.forward_s += found.forward_s
+        own.backward_s += found.backward_s
+        own.microbatch_j += 2.0 * found.num_bytes * price.j_per_byte
+        own.activation_bytes -= found.num_bytes if price.leaves else 0.0
+        total += float(found.num_bytes.max()) * op.times
+        floor = max(floor, float(found.num_bytes.min()))
+    for op in ops:
+        assert op.price.outside is not None
+        at_work = AT_WORK * np.maximum(floor, op.price.outside.num_bytes)
+        op.price.workspace_bytes += np.minimum(total, np.maximum(price.window_bytes, at_work))

@@ -127,6 +127,7 @@ class OpSheet:
         forward, backward, accumulated: how often forward, backward and the addition to earlier microbatches'
             gradients move it (see `moves`).
         apart: the same three, by kernels of their own.
+        joined: what of `apart` in backward adds to an earlier reader's gradient.
         written: results that take memory.
         gradients: operands that need a gradient.
         saved_root: tensor whose storage is kept because of this row, or -1.
@@ -151,6 +152,7 @@ class OpSheet:
     backward: Array
     accumulated: Array
     apart: Array
+    joined: Array
     written: Array
     gradients: Array
     saved_root: Codes
@@ -220,7 +222,7 @@ def make_op_sheet(
         rows=shard_rows(np.concatenate([block.tensor for block in blocks]), codes, tensors.width),
         ids=sharding_ids(codes),
         forward=weights[FORWARD], backward=weights[BACKWARD], accumulated=weights[ACCUMULATED],
-        apart=weights[APART : APART + 3],
+        apart=weights[APART : APART + 3], joined=weights[JOINED],
         written=weights[WRITTEN], gradients=weights[GRADIENTS],
         saved_root=saved_root,
         kept_share=np.concatenate([block.kept_share for block in blocks]),
@@ -291,7 +293,7 @@ def _traded(op: Op, choices: OpChoices, is_rerun: bool) -> Array:
     return np.outer(splits, per_slot).ravel()
 
 
-FORWARD, BACKWARD, ACCUMULATED, WRITTEN, GRADIENTS, APART = range(6)
+FORWARD, BACKWARD, ACCUMULATED, WRITTEN, GRADIENTS, JOINED, APART = range(7)
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,9 @@ def _rows_of(
     values = tensors.values
     names = (*op.inputs, *op.outputs)
     added, added_apart = moves.accumulated
-    rows = moves.forward, moves.backward, added, moves.written, moves.gradients, *moves.apart, added_apart
+    rows = (
+        moves.forward, moves.backward, added, moves.written, moves.gradients, moves.joined, *moves.apart, added_apart,
+    )  # fmt: skip
     weights = np.array([row or (0.0,) * len(names) for row in rows], dtype=np.float64)
     saved, share = np.full(len(names), -1, dtype=np.int64), np.ones(len(names))
     slot_of = {name: slot for slot, name in enumerate(names)}

@@ -272,8 +272,9 @@ def _add_node(stage: StageCost, block: int, node: CostNode, p: int, redo: bool) 
         stage.add(block, update_s=float(node.step_s[p]))
     else:
         seconds = {name: float(values[p]) for name, values in vars(traffic).items()}
-        stage.add(block, **seconds)
-        stage.spend(seconds["gather_s"] + seconds["regather_s"] + seconds["scatter_s"], 0.0, energy_j)
+        adding_s = seconds.pop("adding_s")
+        stage.add(block, backward_s=adding_s, **seconds)
+        stage.spend(seconds["gather_s"] + seconds["regather_s"] + seconds["scatter_s"] + adding_s, 0.0, energy_j)
     stage.step_j += float(node.step_j[p])
     stage.activation_bytes += float(node.activation_bytes[p])
     stage.boundary_bytes += float(node.boundary_bytes[p])

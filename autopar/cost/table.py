@@ -23,7 +23,7 @@ from autopar.cost.kernels import as_run_by
 from autopar.cost.layouts import Codes, code_of, sharding_ids, sharding_of
 from autopar.cost.measured import OpLookup, apply_profile
 from autopar.cost.memory import gradient_bytes, optimizer_bytes, optimizer_states, slack_share
-from autopar.cost.offload import AT_WORK, OffloadPrice, offload_prices, outside
+from autopar.cost.offload import Leaving, OffloadPrice, offload_activations, offload_prices
 from autopar.cost.pricing import NodePrice, Pricer, free_node, rerun
 from autopar.cost.recompute import recomputed
 from autopar.cost.roofline import flop_rate
@@ -33,6 +33,7 @@ from autopar.cost.skeleton import SHARED, EdgeTemplate, NodeTemplate, make_skele
 from autopar.cost.transfers import Transfers, price, visible_terms
 from autopar.cost.upkeep import Around, ParameterPricer, parameter_places
 from autopar.cost.wiring import Form, Frame, Wiring
+from autopar.cost.work import adding_s
 from autopar.errors import InputError
 from autopar.ir.cost import Array, ClockFigures, CostEdge, CostNode, CostTable, Crossing
 from autopar.ir.graph import Op, OpGraph, Output, Value
@@ -302,7 +303,7 @@ class _TableMaker:
             prices |= _parts(flat[1], parameter_kept.stored, frame.parameter_nodes)
         prices |= {index: self._hub(index, forms[index]) for index in source.skeleton.hubs}
         nodes = [_Node(form, prices[index]) for index, form in enumerate(forms)]
-        measured = self._apply_profile(nodes) if source.profile is not None else 0
+        measured = self._apply_profile(nodes, op_kept) if source.profile is not None else 0
         ops = flat[0]
         times = source.times_again(frame, op_kept)
         ops.backward_s[:], ops.microbatch_j[:] = rerun(ops.forward_s, ops.backward_s, ops.microbatch_j, times)
@@ -338,6 +339,7 @@ class _TableMaker:
             np.array([max(work[block] for block in place.readers) for place in places]),
             np.array([source.loss_block in place.readers for place in places], dtype=np.bool_),
             np.array([place.next_bytes for place in places]),
+            self.num_microbatches,
         )
 
     def _hub(self, index: int, form: Form) -> NodePrice:
@@ -350,15 +352,17 @@ class _TableMaker:
     def _local_bytes(self, value: str, form: Form, slot: int) -> Array:
         return self.frame.local_bytes(value, form, slot, self.sizes, self.axis_sizes)
 
-    def _apply_profile(self, nodes: Sequence[_Node]) -> int:
+    def _apply_profile(self, nodes: Sequence[_Node], kept: Kept) -> int:
         """Puts measured figures into the prices; returns how many choices were measured."""
         source, count = self.source, 0
         assert source.profile is not None
         values = source.microbatch_values(self.num_microbatches)
-        for index, op in zip(self.frame.op_nodes, self.frame.op_list, strict=True):
+        adding = adding_s(source.cluster.spec, self.frame.ops, kept, self.sizes, self.num_microbatches)
+        each = np.split(adding, kept.starts[1:-1])
+        for index, op, own_s in zip(self.frame.op_nodes, self.frame.op_list, each, strict=True):
             count += apply_profile(
                 source.profile, op, strategies=nodes[index].form.choices, sizes=self.axis_sizes, values=values,
-                price=nodes[index].price,
+                price=nodes[index].price, adding_s=own_s,
             )  # fmt: skip
         return count
 
@@ -395,23 +399,12 @@ class _TableMaker:
                 nodes[index].price.boundary_bytes[:] = self._local_bytes(c.value, nodes[index].form, c.slot)
 
     def _offload(self, nodes: Sequence[_Node], price: OffloadPrice) -> None:
-        """Activations go elsewhere; some are on their way, or back, when the ops run."""
-        total = floor = 0.0
-        for index, op in zip(self.frame.op_nodes, self.frame.op_list, strict=True):
-            own = nodes[index].price
-            leaving = np.maximum(0.0, own.activation_bytes - self._input_bytes(op))
-            own.outside = found = outside(leaving, own.forward_s, own.backward_s, price)
-            own.forward_s += found.forward_s
-            own.backward_s += found.backward_s
-            own.microbatch_j += 2.0 * found.num_bytes * price.j_per_byte
-            own.activation_bytes -= found.num_bytes if price.leaves else 0.0
-            total += float(found.num_bytes.max()) * len(self.source.skeleton.nodes[index].blocks)
-            floor = max(floor, float(found.num_bytes.min()))
-        for index in self.frame.op_nodes:
-            own = nodes[index].price
-            assert own.outside is not None
-            at_work = AT_WORK * np.maximum(floor, own.outside.num_bytes)
-            own.workspace_bytes += np.minimum(total, np.maximum(price.window_bytes, at_work))
+        skeleton = self.source.skeleton
+        leaving = [
+            Leaving(nodes[index].price, self._input_bytes(op), len(skeleton.nodes[index].blocks))
+            for index, op in zip(self.frame.op_nodes, self.frame.op_list, strict=True)
+        ]
+        offload_activations(leaving, price)
 
     def _input_bytes(self, op: Op) -> float:
         """Of what an op saves, as much is part of the batch, which stays where it is."""

@@ -81,12 +81,14 @@ class Around:
         work_bytes: what the hungriest op of the block needs at the least.
         makes_loss: the loss is among its ops: its hungriest op comes before any gradient.
         next_bytes: parameters of the block whose gather overlaps this block's backward.
+        num_microbatches: in a step.
     """
 
     compute_s: Array
     work_bytes: Array
     makes_loss: Mask
     next_bytes: Array
+    num_microbatches: int
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,21 @@ class ParameterPricer:
         price.step_s = sync + update
         moved_j = 0.0 if self.offload is None else 2.0 * held.optimizer * self.offload.j_per_byte
         price.step_j = np.where(trained, price.step_j + held.update * byte_energy_j(self.spec) + moved_j, 0.0)
-        self._hide(price, Traffic(price.forward_s, again, scatter, sync, update), sheet, own, around.compute_s)
+        added = np.where(trained, self._added_bytes(held, around.num_microbatches), 0.0)
+        adding_s = added / memory_rate(self.spec)
+        traffic = Traffic(price.forward_s, again, scatter, sync, update, adding_s)
+        self._hide(price, traffic, sheet, own, around.compute_s)
+        price.backward_s = price.backward_s + adding_s
+        price.microbatch_j = price.microbatch_j + added * byte_energy_j(self.spec)
         return price
+
+    def _added_bytes(self, held: Upkeep, num_microbatches: int) -> Array:
+        """Moved to add a microbatch's gradient to those of earlier ones, as far as it stays here: both are read, one is
+        written. Software that never scatters gradients within a step adds them where it makes them (`moves.run_by`).
+        """
+        earlier = 1.0 - 1.0 / num_microbatches if self.software.prefetch_parameters else 0.0
+        moved: Array = 3.0 * earlier * held.gradients
+        return moved
 
     def _room(self, sheet: ParameterSheet, own: Codes, exposed: Array, around: Around) -> Array:
         """Bytes at work while the block of a gathered parameter runs backward.

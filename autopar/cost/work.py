@@ -90,6 +90,17 @@ def works(
     return forward, backward
 
 
+def adding_s(spec: DeviceSpec, sheet: OpSheet, kept: Kept, sizes: Sizes, count: int) -> Array:
+    """Seconds in which backward of one of `count` microbatches adds gradients to those that are there, in passes of
+    their own, which no measurement of an op on its own contains.
+    """
+    row_bytes = sizes.num_bytes[sheet.rows.tensor] / kept.parts
+    weights = sheet.joined + (1.0 - 1.0 / count) * (sheet.accumulated + sheet.apart[2])
+    added = np.add.reduceat(row_bytes * weights, sheet.row_starts)[kept.choices]
+    seconds: Array = np.where(sheet.facts.has_backward[kept.owner], added, 0.0) / memory_rate(spec)
+    return seconds
+
+
 def _compute_s(
     spec: DeviceSpec, sheet: OpSheet, kept: Kept, flops: tuple[Array, Array], row_bytes: Array
 ) -> tuple[Array, Array]:

@@ -98,6 +98,7 @@ class Traffic:
         scatter_s: of its gradient, after each backward.
         sync_s: of its gradient, after the last backward.
         update_s: the optimizer's work, which is no traffic but follows it.
+        adding_s: computation of each backward, adding its gradient to those of earlier microbatches.
     """
 
     gather_s: Array
@@ -105,6 +106,7 @@ class Traffic:
     scatter_s: Array
     sync_s: Array
     update_s: Array
+    adding_s: Array
 
     def part(self, start: int, stop: int) -> Traffic:
         """Views of some strategies."""

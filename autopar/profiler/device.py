@@ -6,7 +6,9 @@ parameters. Every process of a run measures at the same time, so what they share
     rate      FLOPs or bytes of the best of a few large kernels over its median time
     launch    median time of an op on a few elements
     ramp      what a small GEMM takes beyond FLOPs / rate and its launch
-    transfer  a line through median times at several sizes, weighted by 1 / time
+    transfer  a line through mean times at several sizes, weighted by 1 / time; each between two computations, as in
+              training: what a process waits for the others, and its threads for a core, belongs to it
+    update    of many parameters in one call, over their number
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from autopar import torch_adapter
 from autopar.ir.profile import MeasuredLine, MeasuredNumber
-from autopar.profiler.measure import Settings, timed_runs
+from autopar.profiler.measure import Settings, clock_of, timed_runs
 from autopar.program.collectives import (
     AxisGroup,
     all_gather_dim,
@@ -46,8 +48,12 @@ SOURCES = MappingProxyType(
 STREAM_BYTES = 32 * 2**20
 TRANSFER_BYTES = tuple(2**power for power in (10, 14, 16, 18, 20, 21, 22, 23, 24, 25))
 UPDATE_BYTES = (2**12, 2**18, 2**20, 2**22)
-COLD_BUFFERS = 9
-"""Transfers take turns on so many buffers, since in training each moves data that has left the cache."""
+UPDATED = 8
+"""Parameters that an update is of."""
+COLD_BUFFERS, ROUNDS = 9, 2
+"""Transfers take turns, a few times, on so many buffers, since in training each moves data that has left the cache."""
+BETWEEN = (256, 1024)
+"""Rows and columns of what is multiplied between two transfers."""
 COLUMNS = 8
 """Width of the matrices that transfers move, so that either dim can be cut."""
 
@@ -138,7 +144,7 @@ def measure_transfers(settings: Settings, sizes: Sequence[int] = TRANSFER_BYTES)
         points = []
         for size in sizes:
             buffers = torch.randn(COLD_BUFFERS, size // 4 // COLUMNS, COLUMNS, device=settings.device)
-            seconds = _together_s([partial(move, x) for x in buffers])
+            seconds = _amid_computation_s([partial(move, x) for x in buffers], settings.device)
             points.append((float(size), seconds / (2 if kind == "send" else 1)))
         found.append(line(kind, ranks, points))
     return tuple(found)
@@ -155,35 +161,30 @@ def _pass_on(x: Tensor) -> None:
         dist.send(x, 0)
 
 
-def _together_s(runs: Sequence[Callable[[], Any]]) -> float:
-    """Median of seconds on the wall of runs that all processes begin together."""
-    found = []
-    for run in (runs[-1], *runs):
-        dist.barrier()
-        began = time.perf_counter()
+def _amid_computation_s(runs: Sequence[Callable[[], Any]], device: str) -> float:
+    """Mean seconds that a run adds to a computation before it, in processes that go on together."""
+    x, w = (torch.randn(rows, BETWEEN[1], device=device) for rows in BETWEEN)
+    clock, found = clock_of(device), []
+    dist.barrier()
+    for run in (runs[-1], *ROUNDS * list(runs)):
+        began, computing = time.perf_counter(), clock()
+        x @ w.T
+        computed_s = clock() - computing
         run()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
+        found.append(time.perf_counter() - began - computed_s)
+    return statistics.mean(found[1:])
 
 
 def measure_update(settings: Settings, sizes: Sequence[int] = UPDATE_BYTES) -> tuple[MeasuredLine, ...]:
-    """AdamW on one parameter, by its bytes, as a rank of a mesh holds it."""
+    """AdamW in one kernel, as programs run it: for one of several parameters, by its bytes."""
     points = []
     for size in sizes:
-        parameter = nn.Parameter(_on_mesh(torch.randn(size // 4, device=settings.device)))
-        parameter.grad = _on_mesh(torch.randn(size // 4, device=settings.device))
-        points.append((float(size), statistics.median(timed_runs(torch.optim.AdamW([parameter]).step, settings))))
+        parameters = [nn.Parameter(torch.randn(size // 4, device=settings.device)) for _ in range(UPDATED)]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        update = torch.optim.AdamW(parameters, fused=True).step
+        points.append((float(size), statistics.median(timed_runs(update, settings)) / UPDATED))
     return (line("update:adamw", 1, points),)
-
-
-def _on_mesh(x: Tensor) -> Tensor:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return x
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = init_device_mesh(x.device.type, (dist.get_world_size(),))
-    return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
 
 
 def line(kind: str, ranks: int, points: Sequence[tuple[float, float]]) -> MeasuredLine:

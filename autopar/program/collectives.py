@@ -73,7 +73,17 @@ def all_reduce_sum(x: Tensor, axis: AxisGroup) -> Tensor:
         return x
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=axis.process_group)
-    return total
+    return taken_over(total) if x.device.type == "cpu" else total
+
+
+def taken_over(buffer: Tensor) -> Tensor:
+    """The value of a buffer whose collective is over, and its memory: it goes when the value goes.
+
+    A thread of the communication library refers to the buffer a while longer, by chance until long after that.
+    """
+    value = buffer.detach()
+    buffer.set_()  # type: ignore[call-overload]
+    return value
 
 
 def let_go(buffer: Tensor) -> None:
