@@ -51,8 +51,9 @@ def apply_profile(
     price: NodePrice,
     adding_s: Array,
 ) -> int:
-    """Overwrites times (and energy, where a counter was read) of measured choices; to backward come `adding_s`, in which
-    it adds to other gradients. Returns how many there were.
+    """Overwrites times (and energy, where a counter was read) of measured choices. Returns how many there were.
+
+    To backward come `adding_s`, in which it adds to other gradients.
     """
     if not profile.has_target(op.target):
         return 0

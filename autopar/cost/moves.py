@@ -148,10 +148,10 @@ def eager_moves(op: Op, readers: Readers) -> Moves:
 def run_by(software: Software, op: Op, values: Mapping[str, Value], moves: Moves) -> Moves:
     """The same op where the software's gradients are added up over microbatches, and where it computes in 8 bits.
 
-    Parameters that are gathered block by block hand their gradients back each time (`upkeep` adds those). A GEMM written to add to the
-    gradient reads and writes that alone; otherwise the new gradient is read again, by a kernel of its own. Casts to 8
-    bits read operands and the result's gradient, and write them twice (as they are and transposed); GEMMs then read
-    half as much.
+    Parameters that are gathered block by block hand their gradients back each time (`upkeep` adds those). A GEMM
+    written to add to the gradient reads and writes that alone; otherwise the new gradient is read again, by a kernel of
+    its own. Casts to 8 bits read operands and the result's gradient, and write them twice (as they are and transposed);
+    GEMMs then read half as much.
     """
     name, num_inputs = packet(op.target), len(op.inputs)
     metas = [values[v].meta for v in (*op.inputs, *op.outputs)]

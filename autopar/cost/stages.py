@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from autopar.cost.carried import carried
+from autopar.cost.copies import copied_bytes
 from autopar.cost.memory import Synced, parameter_bytes, synced_gradient
 from autopar.cost.table import CostTables
 from autopar.cost.weights import WeightHalves
@@ -140,6 +141,11 @@ class StageCost:
             self.add(block, weight_s=weight_s, backward_s=-weight_s)
         self.waiting |= waiting
 
+    def keep(self, block: int, num_bytes: float) -> None:
+        """Adds to what a block keeps for backward."""
+        self.activation_bytes += num_bytes
+        self.memory.setdefault(block, BlockBytes()).activations += num_bytes
+
     def spend(self, total_s: float, again_s: float, energy_j: float) -> None:
         """Adds the joules of an entry of `total_s` seconds, of which `again_s` pass a second time."""
         if total_s > 0:
@@ -216,6 +222,9 @@ def stage_costs(
                 paid = _edge_prices(edge, entering[edge.source, home], choice[edge.target])
             for k in everywhere if block == SHARED else (stage_of[block],):
                 stages[k].pay(block, *paid, redo[k] and block != SHARED)
+    for block, num_bytes in copied_bytes(tables, decisions, behind).items():
+        stages[stage_of[block]].keep(block, num_bytes)
+        per_block[block] += num_bytes
     for k, (stage, own) in enumerate(zip(decisions.stages, carried(tables, table, decisions, choice), strict=True)):
         stages[k].received_bytes, stages[k].held_bytes, stages[k].sent_bytes = own
         stages[k].largest_block_bytes = max(per_block[stage.start : stage.stop])
@@ -276,10 +285,9 @@ def _add_node(stage: StageCost, block: int, node: CostNode, p: int, redo: bool) 
         stage.add(block, backward_s=adding_s, **seconds)
         stage.spend(seconds["gather_s"] + seconds["regather_s"] + seconds["scatter_s"] + adding_s, 0.0, energy_j)
     stage.step_j += float(node.step_j[p])
-    stage.activation_bytes += float(node.activation_bytes[p])
+    stage.keep(block, float(node.activation_bytes[p]))
     stage.boundary_bytes += float(node.boundary_bytes[p])
-    own, workspace = stage.memory.setdefault(block, BlockBytes()), float(node.workspace_bytes[p])
-    own.activations += float(node.activation_bytes[p])
+    own, workspace = stage.memory[block], float(node.workspace_bytes[p])
     own.boundary += float(node.boundary_bytes[p])
     if node.kind == "param" and all(axis.label != "zero3" for axis in node.choices[p]):
         stage.bucket_limit_bytes = max(stage.bucket_limit_bytes, workspace)

@@ -3,7 +3,8 @@
 The search minimises a closed form of the pipeline's step time, which errs a little where stages differ. All candidates,
 and variants of them that the search does not enumerate (`planner.variants`), are therefore simulated, paced as the
 average power cap needs, and the best that keeps every limit is taken, so a plan is never dearer than a baseline under
-the same simulation.
+the same simulation. Where energy counts, the plan of least time is a candidate too, at each of the clocks: it may be a
+variant of a plan that no search for energy comes by.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Candidate:
         name: of the baseline, or "" for what the search found.
         value: simulated objective.
         formula: objective by the search's closed form, where known.
+        tables: that price it.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Candidate:
     prediction: Prediction
     value: float
     formula: float | None
+    tables: CostTables | MixedTables
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,15 @@ class Chooser:
         for _ in range(MOST_ROUNDS):
             self.progress(f"searching plans for {self.graph.name} on up to {self.request.num_gpus} GPUs")
             try:
-                solution = self._search(tables, limits)
+                solution = self._search(tables, limits, self.request.objective)
             except InfeasibleError as error:
                 if overdrawn is None:
                     raise with_offloads(self, error) from error
                 break
             self.progress("timing the plan")
             found = self._candidates(tables, solution)
+            if self._may_slow_down(tables):
+                found += self._slowed(tables, limits)
             kept = [c for c in (*found, *allowed) if self.is_kept(c)]
             if kept:
                 return Choice(_best(kept), solution, baselines)
@@ -137,8 +142,14 @@ class Chooser:
         self, tables: CostTables | MixedTables, decisions: Decisions, name: str = "", formula: float | None = None
     ) -> Candidate:
         """Decisions simulated, under the pins that the search knows nothing of, and paced if a power cap needs it."""
-        paced, prediction = simulated(tables, self._finished(decisions), self.request.limits)
-        return Candidate(name, paced, prediction, value_of(self.request.objective, paced, prediction), formula)
+        return self._simulated(tables, self._finished(decisions), name, formula)
+
+    def _simulated(
+        self, tables: CostTables | MixedTables, decisions: Decisions, name: str = "", formula: float | None = None
+    ) -> Candidate:
+        paced, prediction = simulated(tables, decisions, self.request.limits)
+        value = value_of(self.request.objective, paced, prediction)
+        return Candidate(name, paced, prediction, value, formula, tables)
 
     def _finished(self, decisions: Decisions) -> Decisions:
         """With the name of what backward computes again, and the cuts that are pinned."""
@@ -153,11 +164,11 @@ class Chooser:
             return with_even_cuts(decisions, self.graph, pins.interleave or 1)
         return decisions
 
-    def _search(self, tables: CostTables | MixedTables, limits: Limits) -> Solution:
+    def _search(self, tables: CostTables | MixedTables, limits: Limits, objective: Objective) -> Solution:
         request = self.request
         return search(
             tables,
-            request.objective,
+            objective,
             pins=self.searched(request.pins),
             limits=limits,
             use_all=request.use_all,
@@ -191,6 +202,22 @@ class Chooser:
             searched = (solution.decisions, *solution.contenders)
             found += [self.candidate(own, other) for decisions in searched for own, other in variants.of(decisions)]
         return found
+
+    def _may_slow_down(self, tables: CostTables | MixedTables) -> bool:
+        has_variants = isinstance(tables, CostTables) and self.keep == "none" and not self.graph.is_inference
+        is_in_passes = self.request.pins.pass_order is not None
+        return self.request.objective.kind != "time" and has_variants and not is_in_passes
+
+    def _slowed(self, tables: CostTables | MixedTables, limits: Limits) -> list[Candidate]:
+        """The plan of least time, at its own clocks and locked at each of those that plans may choose."""
+        self.progress("searching the plan of least time, to run it at lower clocks")
+        found = self._candidates(tables, self._search(tables, limits, Objective("time")))
+        fast = min((c for c in found if self.is_kept(c)), key=_step_time_s, default=min(found, key=_step_time_s))
+        slower = [
+            replace(fast.decisions, stages=tuple(replace(stage, clock_hz=hz) for stage in fast.decisions.stages))
+            for hz in tables.clocks_hz[1:]
+        ]
+        return [fast, *(self._simulated(fast.tables, decisions) for decisions in slower)]
 
     def _in_passes(self, tables: CostTables | MixedTables, solution: Solution) -> list[Candidate]:
         """What of the search's answers can run in the passes that are pinned. Raises InputError where nothing can."""
@@ -315,6 +342,10 @@ def overdrawn_error(found: Candidate | None, limits: Limits) -> InfeasibleError:
     remedies = tuple(Remedy(WORDS[name].at_least(figures[name]), effect, name, figures[name]) for name in broken)
     limit = " and ".join(WORDS[name].figure for name in broken) or "memory"
     return InfeasibleError(limit, f"{need} when simulated", have, remedies)
+
+
+def _step_time_s(candidate: Candidate) -> float:
+    return candidate.prediction.step_time_s.value
 
 
 def _value(quantity: Quantity) -> float:

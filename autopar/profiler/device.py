@@ -144,7 +144,7 @@ def measure_transfers(settings: Settings, sizes: Sequence[int] = TRANSFER_BYTES)
         points = []
         for size in sizes:
             buffers = torch.randn(COLD_BUFFERS, size // 4 // COLUMNS, COLUMNS, device=settings.device)
-            seconds = _amid_computation_s([partial(move, x) for x in buffers], settings.device)
+            seconds = amid_computation_s([partial(move, x) for x in buffers], settings.device)
             points.append((float(size), seconds / (2 if kind == "send" else 1)))
         found.append(line(kind, ranks, points))
     return tuple(found)
@@ -161,7 +161,7 @@ def _pass_on(x: Tensor) -> None:
         dist.send(x, 0)
 
 
-def _amid_computation_s(runs: Sequence[Callable[[], Any]], device: str) -> float:
+def amid_computation_s(runs: Sequence[Callable[[], Any]], device: str) -> float:
     """Mean seconds that a run adds to a computation before it, in processes that go on together."""
     x, w = (torch.randn(rows, BETWEEN[1], device=device) for rows in BETWEEN)
     clock, found = clock_of(device), []

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from autopar.cost import stages
 from autopar.cost.hardware import load_cluster
 from autopar.cost.predict import predict, timeline_of, transfers_s
 from autopar.cost.stages import stage_costs
@@ -49,8 +50,10 @@ def random_choice(table: CostTable, seed: int) -> dict[int, int]:
 
 @pytest.mark.parametrize("name", sorted(GRAPHS))
 @pytest.mark.parametrize("seed", range(6))
-def test_stage_sums_are_those_that_the_search_minimises(name: str, seed: int) -> None:
+def test_stage_sums_are_those_that_the_search_minimises(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = GRAPHS[name]
+    # what products keep in a form of their own follows from two choices, and is known after the search (test_copies)
+    monkeypatch.setattr(stages, "copied_bytes", lambda *_: {})
     tables = CostTables(graph, plain_cluster(), software=Software(frees_gradients=False, copies_gradients=False))
     table = tables.table(stage_mesh(2, 2), 2)
     assert table is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from autopar.ir.mesh import stage_mesh
 from autopar.ir.profile import DeviceProfile, MeasuredLine, MeasuredNumber
 from autopar.ir.software import Software
 from autopar.planner.request import PlanRequest, choose_target
-from autopar.profiler.device import line, measure_rates, measure_update
+from autopar.profiler import device
+from autopar.profiler.device import ROUNDS, amid_computation_s, line, measure_rates, measure_update
 from autopar.profiler.live import replay
 from autopar.profiler.measure import Settings
 from autopar.profiler.store import append_rows, read_store
@@ -137,3 +139,17 @@ def test_live_bytes_are_the_highest_sum() -> None:
 
 def test_a_block_where_one_lives_takes_its_place() -> None:
     assert replay([(1, 10), (1, 4), (2, 3)]) == (10, 7)
+
+
+def test_a_transfer_takes_what_it_adds_to_a_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device.dist, "barrier", lambda: None)
+    taken = iter([1.0, *ROUNDS * [0.002, 0.004]])
+    found = amid_computation_s([lambda: time.sleep(next(taken)) for _ in range(2)], "cpu")
+    assert 0.003 <= found < 0.5
+    assert next(taken, None) is None
+
+
+def test_an_update_is_of_one_parameter_among_several() -> None:
+    (found,) = measure_update(Settings(repeats=3), (2**12, 2**14))
+    assert found.kind == "update:adamw"
+    assert 0 <= found.latency_s < 0.01
