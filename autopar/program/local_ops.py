@@ -19,7 +19,6 @@ from torch import Tensor
 from autopar.ir.placement import parse_sharding
 from autopar.program.collectives import (
     AxisGroup,
-    all_reduce_sum,
     partial_to_invariant,
     slice_dim,
 )
@@ -67,16 +66,31 @@ def cross_entropy(  # noqa: PLR0917 - the order of ATen
     class_axes: Axes,
 ) -> Tensor:
     """logits[N C], target[N]: this rank's term of the mean over all tokens, on any rank, that are not ignored."""
-    count = (target != ignore_index).sum()
-    for axis in token_axes:
-        count = all_reduce_sum(count, axis)
+    count = Count((target != ignore_index).sum(), token_axes)
     if class_axes:
         total = _class_split_losses(logits, target, ignore_index, class_axes).sum()
     else:
         total = torch.nn.functional.cross_entropy(
             logits, target, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
         )
-    return total / count.to(total.dtype)
+    return total / count.value().to(total.dtype)
+
+
+class Count:
+    """A sum over the ranks of some axes, under way over the first of several while the loss is computed."""
+
+    def __init__(self, own: Tensor, axes: Axes) -> None:
+        self._sum, self._axes = own, [axis for axis in axes if axis.size > 1]
+        first = self._axes[0].process_group if self._axes else None
+        self._work = dist.all_reduce(own, group=first, async_op=True) if self._axes else None
+
+    def value(self) -> Tensor:
+        """Waits for it."""
+        if self._work is not None:
+            self._work.wait()
+        for axis in self._axes[1:]:
+            dist.all_reduce(self._sum, group=axis.process_group)
+        return self._sum
 
 
 def token_loss(logits: Tensor, target: Tensor, *args: Any, token_axes: Axes, class_axes: Axes, **kwargs: Any) -> Tensor:
