@@ -10,7 +10,8 @@ takes all of a value; here the sends and receives at a cut are those of the valu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,24 +25,19 @@ from autopar.runtime.resharding import Arrival, Cut, Route
 class LeanStage(PipelineStage):
     """See the module docstring. Where the engine looks for a buffer that is not needed, it finds one without memory."""
 
-    _is_lean = False
-
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Receives of a microbatch's values."""
-        self._begin()
         self._fill(self.args_recv_info[fwd_chunk_id])
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Receives of a microbatch's gradients."""
-        self._begin()
         if self.has_backward and not self.is_last:
             self._fill(self.grad_recv_info[bwd_chunk_id])
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Run a microbatch forward; what it received lives on in what is kept for backward."""
-        self._begin()
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         _empty(self.args_recv_info[fwd_chunk_id])
         return output
@@ -57,13 +53,24 @@ class LeanStage(PipelineStage):
         elif self.has_backward:
             _empty(self.grad_recv_info[bwd_chunk_id])
 
-    def _begin(self) -> None:
-        """Before the first microbatch: give back what the engine has allocated."""
-        if self._is_lean:
-            return
-        for infos in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
-            _empty(infos)
-        self._is_lean = True
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_memory():
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_memory():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    @contextmanager
+    def _without_memory(self) -> Iterator[None]:
+        """What the engine allocates before the first step, it allocates without memory. Shapes are known: it computes
+        nothing then.
+        """
+        device, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = device
 
     def _fill(self, infos: Any) -> None:
         for info in infos:
@@ -89,14 +96,12 @@ class ReshardingStage(LeanStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Receives of the pieces of a microbatch's values."""
-        self._begin()
         if self._before is None:
             return []
         return self._await(self._values, fwd_chunk_id, self.args_recv_info[fwd_chunk_id], self._before.values)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Receives of the pieces of a microbatch's gradients."""
-        self._begin()
         if self._after is None or not self.has_backward:
             return []
         return self._await(self._gradients, bwd_chunk_id, self.grad_recv_info[bwd_chunk_id], self._after.gradients)

@@ -69,7 +69,7 @@ class StageRunner(nn.Module):
         if self._behind is not None:
             return self._behind.loss(self._next - 1, *(values[tensor.name] for tensor in self.program.sent))
         if self.program.is_last:
-            return values[LOSS_OUTPUT]
+            return _alone(values[LOSS_OUTPUT])
         return tuple(_detached_alias(values[tensor.name]) for tensor in self.program.sent)
 
     def run_blocks(self, received: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -140,6 +140,13 @@ class StageRunner(nn.Module):
 def _detached_alias(x: Tensor) -> Tensor:
     """A new autograd node over the same data, so that a value passed through is not the received leaf."""
     return x.contiguous().view_as(x)
+
+
+def _alone(loss: Tensor) -> Tensor:
+    """The loss in memory of its own, since it is kept to the end of the step: some of torch's losses return one element
+    of all the terms.
+    """
+    return loss.clone() if loss.untyped_storage().nbytes() > loss.nbytes else loss
 
 
 def _last_uses(program: StageProgram) -> tuple[tuple[str, ...], ...]:
