@@ -60,12 +60,13 @@ class Pair:
             max(DEVICES, decisions.num_gpus), gpu=GPU, pins=self.shape.pins, software=self.software,
             objective=Objective("time"),
         )  # fmt: skip
-        prediction = predict(subject.tables(self.shape.pins, self.keep), decisions)
+        tables = subject.tables(self.shape.pins, self.keep)
+        prediction = predict(tables, decisions)
         value = value_of(request.objective, decisions, prediction)
         solution = Solution(
             decisions, value, prediction.energy_j.value, request.objective, value, 0.0, "feasible", "drawn", 0.0
         )
-        choice = Choice(Candidate("drawn", decisions, prediction, value, None), solution, ())
+        choice = Choice(Candidate("drawn", decisions, prediction, value, None, tables), solution, ())
         reference = ModelReference(subject.source, subject.options, "", 0)
         return assemble_plan(subject.graph, reference, request, choose_target(request), choice)
 
