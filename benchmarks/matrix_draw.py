@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from autopar.cost.predict import predict
 from autopar.ir.cost import CostNode, CostTable
 from autopar.ir.mesh import stage_mesh
-from autopar.ir.pipeline import SCHEDULES
 from autopar.ir.placement import Sharding
 from autopar.ir.plan import ModelReference, Plan
 from autopar.ir.software import Software
@@ -30,7 +29,7 @@ from autopar.planner.plan import assemble_plan
 from autopar.planner.request import PlanRequest, choose_target
 from autopar.rules.redistribute import is_free, redistribute_steps
 from autopar.search.untied import untied_table
-from benchmarks.matrix_space import DEVICES, GPU, Shape, Subject, shapes, whole
+from benchmarks.matrix_space import DEVICES, GPU, Shape, Subject, schedules, shapes, whole
 
 STEERING = 0.8
 """How often a choice that brings a wanted feature is taken where there is one."""
@@ -117,7 +116,7 @@ def pairs(draw: st.DrawFn, subject: Subject, processes: int, wanted: Wanted, hal
     clock_hz = draw(st.sampled_from(clocks[1:])) if locked else 0.0
     cut = [replace(s, clock_hz=clock_hz) for s in _stages(draw, len(subject.graph.blocks), stages, keep, wanted)]
     decisions = Decisions(
-        table.mesh, count, draw(st.sampled_from(SCHEDULES)), tuple(cut),
+        table.mesh, count, draw(st.sampled_from(schedules(stages, count))), tuple(cut),
         ops=chosen["op"], hubs=chosen["hub"], parameters=chosen["param"], pace_s=PACE_S if paced else 0.0,
     )  # fmt: skip
     chunks = subject.chunks(stages) if count % stages == 0 else []

@@ -17,7 +17,7 @@ from autopar.cost.table import CostTables
 from autopar.ir.cost import CostTable
 from autopar.ir.graph import Op, OpGraph
 from autopar.ir.mesh import stage_mesh
-from autopar.ir.pipeline import SCHEDULES, effective_schedule
+from autopar.ir.pipeline import SCHEDULES, effective_schedule, splits_backward
 from autopar.ir.placement import INVARIANT, Sharding
 from autopar.ir.software import Software
 from autopar.ir.solution import KEPT, RECOMPUTE, Decisions, Pins
@@ -62,6 +62,13 @@ def shapes(num_blocks: int, processes: int) -> list[Shape]:
         for pins in (Pins(), *_role_pins(processes // stages)):
             found += [Shape(stages, sizes, pins) for sizes in mesh_sizes(processes // stages, pins)]
     return found
+
+
+def schedules(num_stages: int, num_microbatches: int) -> tuple[str, ...]:
+    """Those that can run so many microbatches; zero-bubble cannot run all."""
+    rounds = num_microbatches // num_stages
+    is_even = rounds > 0 and num_microbatches % rounds == 0
+    return SCHEDULES if num_stages == 1 or is_even else tuple(s for s in SCHEDULES if not splits_backward(s, num_stages))
 
 
 def _role_pins(num_devices: int) -> Iterator[Pins]:
@@ -135,7 +142,7 @@ class Subject:
         found |= {"cuts uneven"} if len(self.graph.blocks) > stages else set()
         for count in self.counts(shape):
             found |= {f"{count} microbatches on {stages} stages"}
-            found |= {f"schedule {effective_schedule(name, stages, count)}" for name in SCHEDULES}
+            found |= {f"schedule {effective_schedule(name, stages, count)}" for name in schedules(stages, count)}
             found |= {f"interleaved by {v}" for v in self.chunks(stages) if count % stages == 0}
         return found
 
