@@ -68,7 +68,7 @@ def schedules(num_stages: int, num_microbatches: int) -> tuple[str, ...]:
     """Those that can run so many microbatches; zero-bubble cannot run all."""
     rounds = num_microbatches // num_stages
     is_even = rounds > 0 and num_microbatches % rounds == 0
-    return SCHEDULES if num_stages == 1 or is_even else tuple(s for s in SCHEDULES if not splits_backward(s, num_stages))
+    return tuple(name for name in SCHEDULES if is_even or not splits_backward(name, num_stages))
 
 
 def _role_pins(num_devices: int) -> Iterator[Pins]:
