@@ -296,9 +296,10 @@ def bucket_facts(arguments: dict[str, Any]) -> list[dict[str, Any]]:
         started: list[str] = []
         finish, reduce = executor.store.sync_gradients, dist.all_reduce
 
-        def counted(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
-            started.extend(["sum"] * async_op)  # noqa: B023 - called in this turn only
-            return reduce(*args, async_op=async_op, **kwargs)  # noqa: B023
+        def counted(x: Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+            is_gradient = async_op and x.is_floating_point()  # a loss counts its tokens meanwhile
+            started.extend(["sum"] * is_gradient)  # noqa: B023 - called in this turn only
+            return reduce(x, *args, async_op=async_op, **kwargs)  # noqa: B023
 
         def finishing() -> None:
             started.append("end of backward")  # noqa: B023
