@@ -14,19 +14,20 @@ from collections.abc import Mapping
 from autopar.cost.kernels import work_kind
 from autopar.cost.memory import slack_share
 from autopar.cost.table import CostTables
+from autopar.ir.cost import CostTable
 from autopar.ir.graph import Op, Value
 from autopar.ir.placement import Sharding
 from autopar.ir.solution import Decisions
 from autopar.ir.strategy import input_sharding, output_sharding
 
 
-def copied_bytes(tables: CostTables, decisions: Decisions, behind: int = 0) -> Mapping[int, float]:
-    """Bytes of one microbatch on one device that products of each block keep of moved operands; blocks without any are
-    left out, and what is made before the block `behind`.
+def copied_bytes(tables: CostTables, table: CostTable, decisions: Decisions, behind: int = 0) -> Mapping[int, float]:
+    """Bytes of one microbatch on one device of the table's mesh that products of each block keep of moved operands;
+    blocks without any are left out, and what is made before the block `behind`.
     """
-    if not tables.training or decisions.mesh.num_devices == 1:
+    if not tables.training or table.mesh.num_devices == 1:
         return {}
-    values = tables.microbatch_values(decisions.num_microbatches)
+    values, sizes = tables.graph.values, tables.tensors.at(table.num_microbatches).num_bytes
     ops = tables.fusion.graph.ops
     kept = {name for op in ops for name in op.saved if name in op.outputs}
     makers = {name: op for op in ops for name in op.outputs}
@@ -42,8 +43,8 @@ def copied_bytes(tables: CostTables, decisions: Decisions, behind: int = 0) -> M
         form = root.name, input_sharding(decisions.ops[op.name], 0)
         if form not in forms and _is_moved(op, makers, values, decisions):
             forms.add(form)
-            size = slack * root.meta.num_bytes / _parts(form[1], decisions.mesh.sizes)
-            found[op.block] = found.get(op.block, 0.0) + size
+            size = float(sizes[tables.tensors.index[root.name]]) / _parts(form[1], table.mesh.sizes)
+            found[op.block] = found.get(op.block, 0.0) + slack * size
     return found
 
 

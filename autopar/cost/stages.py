@@ -222,7 +222,7 @@ def stage_costs(
                 paid = _edge_prices(edge, entering[edge.source, home], choice[edge.target])
             for k in everywhere if block == SHARED else (stage_of[block],):
                 stages[k].pay(block, *paid, redo[k] and block != SHARED)
-    for block, num_bytes in copied_bytes(tables, decisions, behind).items():
+    for block, num_bytes in copied_bytes(tables, table, decisions, behind).items():
         stages[stage_of[block]].keep(block, num_bytes)
         per_block[block] += num_bytes
     for k, (stage, own) in enumerate(zip(decisions.stages, carried(tables, table, decisions, choice), strict=True)):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 
 from autopar.cost.copies import copied_bytes
@@ -19,20 +22,24 @@ SIZE = 8 * 16 * 4
 COUNT = 2
 
 
-def found(relu: str, product: str) -> tuple[dict[int, float], float]:
-    """What is copied, and activations of the stage beside those of the nodes."""
+def picker(relu: str, product: str) -> Callable[[CostNode], int]:
     labels = {"relu": relu, "linear": product}
-    table = TABLES.table(stage_mesh(2), COUNT)
-    assert table is not None
 
     def pick(node: CostNode) -> int:
         label = labels.get(node.names[0].rsplit("_", 1)[0], "replicate")
         return next((i for i, choice in enumerate(node.choices) if choice[0].label == label), 0)
 
+    return pick
+
+
+def found(relu: str, product: str) -> tuple[dict[int, float], float]:
+    """What is copied, and activations of the stage beside those of the nodes."""
+    table, pick = TABLES.table(stage_mesh(2), COUNT), picker(relu, product)
+    assert table is not None
     decisions = decide(table, pick)
     (cost,) = stage_costs(TABLES, table, decisions)
     own = sum(float(node.activation_bytes[pick(node)]) * len(node.blocks) for node in table.nodes)
-    return dict(copied_bytes(TABLES, decisions)), cost.activation_bytes - own
+    return dict(copied_bytes(TABLES, table, decisions)), cost.activation_bytes - own
 
 
 @pytest.mark.parametrize("relu", ["replicate", "dim0"])
@@ -49,3 +56,12 @@ def test_an_operand_that_stays_as_it_is_made_is_kept_once(relu: str, product: st
 
 def test_what_a_split_product_reads_whole_is_its_own_choice_s() -> None:
     assert found("dim1", "columns") == ({}, 0.0)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_copies_are_of_the_mesh_of_the_stage(ranks: int) -> None:
+    """Where stages have meshes of their own, the one that is asked about is the table's."""
+    table = TABLES.table(stage_mesh(ranks), COUNT)
+    assert table is not None
+    elsewhere = replace(decide(table, picker("dim0", "contract")), mesh=stage_mesh(1))
+    assert copied_bytes(TABLES, table, elsewhere) == {1: SIZE / COUNT / ranks}
